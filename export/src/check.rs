@@ -1,0 +1,154 @@
+//! Whether a model is what its dialect promises: named nodes in order, every value defined once and before it is read,
+//! static shapes, the dialect's operators and no others. It trusts nothing that the lowering says of itself.
+
+use crate::onnx::IR_VERSION;
+use crate::{Error, Result};
+use candle_onnx::onnx::tensor_proto::DataType;
+use candle_onnx::onnx::tensor_shape_proto::dimension;
+use candle_onnx::onnx::{GraphProto, ModelProto, TensorProto, ValueInfoProto, type_proto};
+use std::collections::{HashMap, HashSet};
+
+/// What a dialect allows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
+    pub opset: i64,
+    pub operators: &'static [&'static str],
+    pub max_rank: usize,
+}
+
+/// Fails naming every rule that is broken.
+pub(crate) fn check(model: &ModelProto, rules: Rules) -> Result<()> {
+    let mut problems = Vec::new();
+    if model.ir_version != IR_VERSION {
+        problems.push(format!("IR version {}, expected {IR_VERSION}", model.ir_version));
+    }
+    match model.opset_import.as_slice() {
+        [opset] if opset.domain.is_empty() && opset.version == rules.opset => {}
+        other => problems.push(format!("operator sets {other:?}, expected ai.onnx {} alone", rules.opset)),
+    }
+    match &model.graph {
+        Some(graph) => check_graph(graph, rules, &mut problems),
+        None => problems.push("there is no graph".into()),
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::Malformed(problems)) }
+}
+
+fn check_graph(graph: &GraphProto, rules: Rules, problems: &mut Vec<String>) {
+    let mut defined = HashSet::new();
+    for name in graph.input.iter().map(|i| &i.name).chain(graph.initializer.iter().map(|i| &i.name)) {
+        if !defined.insert(name.as_str()) {
+            problems.push(format!("value \"{name}\" is defined twice"));
+        }
+    }
+    graph.initializer.iter().for_each(|tensor| check_initializer(tensor, rules, problems));
+    let infos = graph.value_info.iter().chain(&graph.output);
+    let shapes: HashMap<&str, &ValueInfoProto> = infos.map(|info| (info.name.as_str(), info)).collect();
+    let mut names = HashSet::new();
+    let mut read = HashSet::new();
+    for node in &graph.node {
+        let mut complain =
+            |problem: String| problems.push(format!("node \"{}\" ({}): {problem}", node.name, node.op_type));
+        if node.name.is_empty() || !names.insert(node.name.as_str()) {
+            complain("the name is empty or taken".into());
+        }
+        if !node.domain.is_empty() || !rules.operators.contains(&node.op_type.as_str()) {
+            complain("the dialect does not have this operator".into());
+        }
+        for input in &node.input {
+            read.insert(input.as_str());
+            if !defined.contains(input.as_str()) {
+                complain(format!("reads \"{input}\" before it is defined"));
+            }
+        }
+        for output in &node.output {
+            if !defined.insert(output.as_str()) {
+                complain(format!("defines \"{output}\" again"));
+            }
+            if let Some(problem) = shape_problem(shapes.get(output.as_str()).copied(), rules) {
+                complain(format!("value \"{output}\" {problem}"));
+            }
+        }
+    }
+    for info in &graph.input {
+        problems.extend(shape_problem(Some(info), rules).map(|problem| format!("input \"{}\" {problem}", info.name)));
+    }
+    for output in &graph.output {
+        if !defined.contains(output.name.as_str()) {
+            problems.push(format!("output \"{}\" is never computed", output.name));
+        }
+    }
+    let unread = graph.initializer.iter().filter(|tensor| !read.contains(tensor.name.as_str()));
+    problems.extend(unread.map(|tensor| format!("initializer \"{}\" is read by no node", tensor.name)));
+}
+
+fn check_initializer(tensor: &TensorProto, rules: Rules, problems: &mut Vec<String>) {
+    let element_bytes = match tensor.data_type {
+        kind if kind == DataType::Float as i32 => 4,
+        kind if kind == DataType::Int64 as i32 => 8,
+        kind => return problems.push(format!("initializer \"{}\" has type {kind}", tensor.name)),
+    };
+    let bytes = tensor.dims.iter().product::<i64>() * element_bytes;
+    if tensor.dims.len() > rules.max_rank || tensor.raw_data.len() as i64 != bytes {
+        let (dims, found) = (&tensor.dims, tensor.raw_data.len());
+        problems.push(format!("initializer \"{}\" of shape {dims:?} holds {found} bytes", tensor.name));
+    }
+}
+
+/// What is wrong with the stated shape of a value, if anything.
+fn shape_problem(info: Option<&ValueInfoProto>, rules: Rules) -> Option<String> {
+    let kind = info.and_then(|info| info.r#type.as_ref()).and_then(|kind| kind.value.as_ref());
+    let Some(type_proto::Value::TensorType(tensor)) = kind else { return Some("has no type".into()) };
+    let dims = &tensor.shape.as_ref()?.dim;
+    let is_static = |value: &Option<dimension::Value>| matches!(value, Some(dimension::Value::DimValue(n)) if *n > 0);
+    if dims.len() > rules.max_rank || !dims.iter().all(|dim| is_static(&dim.value)) {
+        return Some(format!("has a shape that is not static and of rank {} at most: {dims:?}", rules.max_rank));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::{self, Builder};
+    use crate::portable;
+
+    /// A model of one node, changed by `spoil`, and what the check says of it.
+    fn verdict(spoil: impl FnOnce(&mut ModelProto)) -> String {
+        let mut file = Builder::new("test");
+        file.input("noise", DataType::Float, &[1, 3, 4, 4]);
+        let two = file.scalar(2.0);
+        let value = file.node("double", "Mul", &["noise", &two], vec![], &[1, 3, 4, 4]);
+        let value = file.node("clamp", "Relu", &[&value], vec![], &[1, 3, 4, 4]);
+        let graph = file.finish(&value, "image", DataType::Float, &[1, 3, 4, 4]);
+        let mut model = onnx::model(graph, portable::OPSET, &[]);
+        spoil(&mut model);
+        match check(&model, portable::RULES) {
+            Ok(()) => "sound".into(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn graph(model: &mut ModelProto) -> &mut GraphProto {
+        model.graph.as_mut().unwrap()
+    }
+
+    #[test]
+    fn a_sound_model_passes_and_each_fault_is_named() {
+        assert_eq!(verdict(|_| {}), "sound");
+        type Spoil = fn(&mut ModelProto);
+        let faults: [(&str, Spoil); 8] = [
+            ("operator sets", |model| model.opset_import[0].version = 18),
+            ("the name is empty or taken", |model| graph(model).node[1].name = "double".into()),
+            ("does not have this operator", |model| graph(model).node[1].op_type = "Identity".into()),
+            ("before it is defined", |model| graph(model).node.reverse()),
+            ("has no type", |model| graph(model).value_info.clear()),
+            ("never computed", |model| graph(model).output[0].name = "picture".into()),
+            ("read by no node", |model| graph(model).node[0].input[1] = "noise".into()),
+            ("holds 2 bytes", |model| graph(model).initializer[0].raw_data.truncate(2)),
+        ];
+        for (expected, spoil) in faults {
+            let found = verdict(spoil);
+            assert!(found.contains(expected), "expected {expected:?} in {found:?}");
+        }
+    }
+}

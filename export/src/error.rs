@@ -1,0 +1,71 @@
+//! What can go wrong while exporting. Messages name the file, the node or the field, and the remedy.
+
+use std::path::{Path, PathBuf};
+
+/// Shorthand for results of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of the exporter.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The network could not be traced or run.
+    #[error(transparent)]
+    Network(#[from] dmd_models::Error),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// The runtime could not load or run the file.
+    #[error(transparent)]
+    Runtime(#[from] dmd_runtime::Error),
+    /// A setting out of range, or settings that do not fit the network.
+    #[error("{0}")]
+    Setting(String),
+    /// A node that cannot be: shapes that do not fit, or an operation that the dialect does not have.
+    #[error("node \"{node}\": {message}")]
+    Node {
+        /// Name of the node.
+        node: String,
+        /// What does not fit.
+        message: String,
+    },
+    /// The lowered graph breaks a rule of its dialect: a fault of the exporter.
+    #[error("the exported graph is not well-formed (please report this): {}", .0.join("; "))]
+    Malformed(Vec<String>),
+    /// More than one ONNX file can hold.
+    #[error("the model has {bytes} bytes, a single ONNX file holds at most {limit}")]
+    TooLarge {
+        /// Size of the encoded model.
+        bytes: usize,
+        /// Limit of the format.
+        limit: usize,
+    },
+    /// The file is there already.
+    #[error("{path}: exists already, and is only replaced with --force")]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file could not be written.
+    #[error("{path}: cannot write: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's own words.
+        source: std::io::Error,
+    },
+    /// No engine could run the file, so nothing is known about it.
+    #[error("no engine could check the file, so none was written: {}", .0.join("; "))]
+    Unverified(Vec<String>),
+    /// An engine failed, or gave other pictures than candle. No file was left.
+    #[error("the exported file failed its check, so none was written: {}", .0.join("; "))]
+    Verification(Vec<String>),
+}
+
+impl Error {
+    /// Puts a path before an error of the operating system.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Error::Io { path, source }
+    }
+}

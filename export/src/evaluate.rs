@@ -1,0 +1,63 @@
+//! Runs a [`Graph`] on candle tensors, operation by operation, with the parameters that stand in the graph. This is
+//! how a rewrite is checked against the graph before it, without any file or engine.
+
+use crate::Result;
+use crate::graph::{Conv, Graph, Node, Op};
+use candle_core::{Device, Tensor};
+use dmd_models::layers::{Conv2d, GroupNorm};
+use dmd_models::{Backend, Eager};
+
+impl Graph {
+    /// The picture for unit normal noise `(B, C, H, W)` and, where there are classes, labels `(B,)`. CPU, f32.
+    pub fn run(&self, noise: &Tensor, label: Option<&Tensor>) -> Result<Tensor> {
+        let mut values: Vec<Tensor> = Vec::with_capacity(self.nodes().len());
+        for node in self.nodes() {
+            let inputs: Vec<&Tensor> = node.inputs.iter().map(|id| &values[id.index()]).collect();
+            let value = match (&node.op, label) {
+                (Op::Noise, _) => noise.clone(),
+                (Op::Lookup(table), Some(label)) => table.index_select(label, 0)?,
+                _ => evaluate(node, &inputs)?,
+            };
+            values.push(value);
+        }
+        Ok(values.swap_remove(self.output().index()))
+    }
+}
+
+fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
+    let b = Eager;
+    match &node.op {
+        Op::Noise | Op::Lookup(_) => {
+            Err(dmd_models::Error::Unsupported(format!("node \"{}\" needs an input that was not given", node.name)))
+        }
+        Op::Constant(tensor) => Ok(tensor.clone()),
+        Op::Conv2d(Conv { weight, bias, stride, pads: [top, left, below, right] }) => {
+            let padded = x[0].pad_with_zeros(2, *top, *below)?.pad_with_zeros(3, *left, *right)?;
+            let (name, weight, bias) = (node.name.clone(), weight.clone(), bias.clone());
+            b.conv2d(&padded, &Conv2d { name, weight, bias, stride: *stride, padding: 0 })
+        }
+        Op::GroupNorm { groups, eps, affine } => {
+            let channels = node.shape[1];
+            let [weight, bias] = match affine {
+                Some(affine) => affine.clone(),
+                None => [Tensor::full(1f32, channels, &Device::Cpu)?, Tensor::full(0f32, channels, &Device::Cpu)?],
+            };
+            b.group_norm(x[0], &GroupNorm { name: node.name.clone(), weight, bias, groups: *groups, eps: *eps }, None)
+        }
+        Op::Activation(act) => b.activation(x[0], *act),
+        Op::Attention { heads, scale } => {
+            // The backend divides the scores by √d itself; what is left of `scale` goes into the query.
+            let width = (node.shape[1] / heads) as f64;
+            b.attention(&(x[0] * (scale * width.sqrt()))?, x[1], x[2], *heads)
+        }
+        Op::Add => b.add(x[0], x[1]),
+        Op::AddPerChannel => b.add_per_channel(x[0], x[1]),
+        Op::ScalePerChannel => Ok(x[0].broadcast_mul(&x[1].unsqueeze(2)?.unsqueeze(3)?)?),
+        Op::Affine { mul, add } => b.affine(x[0], &[*mul], *add),
+        Op::Concat => b.concat(x[0], x[1]),
+        Op::Upsample2x => b.upsample_2x(x[0]),
+        Op::AvgPool2x => b.avg_pool_2x(x[0]),
+        Op::PadRightBottom => b.pad_right_bottom(x[0]),
+        Op::ToU8 => Ok(x[0].clamp(0f32, 255f32)?.permute((0, 2, 3, 1))?.to_dtype(candle_core::DType::U8)?),
+    }
+}

@@ -1,0 +1,223 @@
+//! From a network to a file under its final name: everything before is written aside and checked there, so that a
+//! file which exists is a file that works.
+
+use crate::fold::{Folded, fold};
+use crate::graph::{Graph, Op};
+use crate::verify::{EngineVerdict, Samples, Status, verify};
+use crate::{Error, Network, Result, check, onnx, portable, trace};
+use candle_onnx::onnx::ModelProto;
+use dmd_models::Weights;
+use dmd_runtime::Output;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What a file says of its model beyond the network itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// Height and width of a picture.
+    pub size: [usize; 2],
+    /// Names of the classes, by label. Empty for a network whose own count is known: numbers become the names.
+    pub classes: Vec<String>,
+    /// From [`weights_sha256`]; tells which weights a file was made of.
+    pub weights_sha256: String,
+}
+
+/// How a file is made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExportOptions {
+    /// Pictures per run.
+    pub batch: usize,
+    /// f32 `(B, C, H, W)` around [-1, 1], not clipped, or u8 `(B, H, W, C)`.
+    pub output: Output,
+    /// Whether an existing file is replaced.
+    pub force: bool,
+    /// Largest difference between an engine's f32 pictures and candle's, as a part of candle's largest value.
+    /// u8 pictures may differ by one step.
+    pub tolerance: f64,
+    /// ONNX Runtime's library for the check; `None` searches where `dmd_runtime` does.
+    pub library: Option<PathBuf>,
+}
+
+impl Default for ExportOptions {
+    /// One f32 picture per run, within 1e-4.
+    fn default() -> Self {
+        ExportOptions { batch: 1, output: Output::F32, force: false, tolerance: 1e-4, library: None }
+    }
+}
+
+/// What was written, and what the engines make of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExportReport {
+    /// The file.
+    pub path: PathBuf,
+    /// Operators in it.
+    pub nodes: usize,
+    /// Constants in it.
+    pub initializers: usize,
+    /// Its size.
+    pub bytes: usize,
+    /// How often each rewrite of [`fold`](mod@crate::fold) was applied.
+    pub folded: Folded,
+    /// One verdict per engine; none of them failed, and one at least passed.
+    pub engines: Vec<EngineVerdict>,
+}
+
+/// Writes a network as an ONNX file, after every engine present has been seen to make candle's pictures from it.
+/// On any error, nothing is left under `path` that was not there before.
+pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions, path: &Path) -> Result<ExportReport> {
+    let [height, width] = info.size;
+    let shape = [network.channels(), height, width];
+    let classes = class_names(network.max_classes(), &info.classes)?;
+    check_settings(shape, options)?;
+    if path.exists() && !options.force {
+        return Err(Error::Exists { path: path.into() });
+    }
+    let mut graph = traced(network, shape, classes.len(), options)?;
+    let folded = fold(&mut graph)?;
+    let metadata = metadata(network, info, shape, &classes, options)?;
+    let model = onnx::model(portable::lower(&graph)?, portable::OPSET, &metadata);
+    check::check(&model, portable::RULES)?;
+    let bytes = onnx::encode(&model)?;
+    // The unwritable path is found before the time for the check is spent.
+    let aside = Aside::write(path, &bytes)?;
+    let samples = Samples::draw(network, shape, options.batch, classes.len())?;
+    let engines = verify(&aside.path, &model, &samples, options.output, options.tolerance, options.library.clone());
+    accept(&engines)?;
+    aside.rename_to(path)?;
+    let (nodes, initializers) = counts(&model);
+    Ok(ExportReport { path: path.into(), nodes, initializers, bytes: bytes.len(), folded, engines })
+}
+
+/// SHA-256 over all weights in the order of their names: name, a zero byte, rank and dimensions as little-endian u64,
+/// values as little-endian f32. The same for a file in f16 and its f32 copy.
+pub fn weights_sha256(weights: &Weights) -> Result<String> {
+    let mut hash = Sha256::new();
+    for (name, tensor) in weights.iter() {
+        hash.update(name.as_bytes());
+        hash.update([0]);
+        hash.update((tensor.rank() as u64).to_le_bytes());
+        tensor.dims().iter().for_each(|dim| hash.update((*dim as u64).to_le_bytes()));
+        let values = tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        values.iter().for_each(|value| hash.update(value.to_le_bytes()));
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn traced<N: Network>(network: &N, shape: [usize; 3], classes: usize, options: &ExportOptions) -> Result<Graph> {
+    let [channels, height, width] = shape;
+    let mut graph =
+        trace([options.batch, channels, height, width], classes, |b, noise, label| network.generate(b, noise, label))?;
+    let found = graph.node(graph.output()).shape.clone();
+    if found != [options.batch, channels, height, width] {
+        return Err(Error::Setting(format!("the network makes {found:?} of noise {shape:?}, expected the same shape")));
+    }
+    if options.output == Output::U8 {
+        // [-1, 1] to 0..256, rounded down at the end: half up.
+        let levels = graph.push("levels", Op::Affine { mul: 127.5, add: 128.0 }, vec![graph.output()])?;
+        let pixels = graph.push("pixels", Op::ToU8, vec![levels])?;
+        graph.finish(pixels);
+    }
+    Ok(graph)
+}
+
+fn check_settings([channels, height, width]: [usize; 3], options: &ExportOptions) -> Result<()> {
+    let named = [("batch", options.batch), ("height", height), ("width", width), ("channels", channels)];
+    match named.into_iter().find(|(_, value)| *value == 0) {
+        Some((name, _)) => Err(Error::Setting(format!("{name} is 0, expected at least 1"))),
+        None if options.tolerance > 0.0 => Ok(()),
+        None => Err(Error::Setting(format!("tolerance is {}, expected a positive number", options.tolerance))),
+    }
+}
+
+/// One name for every label of the file.
+fn class_names(max: usize, names: &[String]) -> Result<Vec<String>> {
+    match (max, names.len()) {
+        (usize::MAX, 0) => {
+            Err(Error::Setting("the network takes any number of classes: name those of the file".into()))
+        }
+        (max, 0) => Ok((0..max).map(|label| label.to_string()).collect()),
+        (max, n) if n <= max => Ok(names.to_vec()),
+        (0, n) => Err(Error::Setting(format!("{n} classes are named, but the network takes no label"))),
+        (max, n) => Err(Error::Setting(format!("{n} classes are named, the network has {max}"))),
+    }
+}
+
+fn metadata<N: Network>(
+    network: &N,
+    info: &ModelInfo,
+    [channels, height, width]: [usize; 3],
+    classes: &[String],
+    options: &ExportOptions,
+) -> Result<Vec<(&'static str, String)>> {
+    let classes = serde_json::to_string(classes).map_err(|error| Error::Setting(error.to_string()))?;
+    let output = match options.output {
+        Output::F32 => "f32",
+        Output::U8 => "u8",
+    };
+    Ok(vec![
+        ("dmd.format", dmd_runtime::FORMAT.to_string()),
+        ("dmd.version", env!("CARGO_PKG_VERSION").into()),
+        ("dmd.dialect", portable::NAME.into()),
+        ("dmd.sigma", network.sigma().to_string()),
+        ("dmd.batch", options.batch.to_string()),
+        ("dmd.channels", channels.to_string()),
+        ("dmd.height", height.to_string()),
+        ("dmd.width", width.to_string()),
+        ("dmd.output", output.into()),
+        ("dmd.classes", classes),
+        ("dmd.weights_sha256", info.weights_sha256.clone()),
+    ])
+}
+
+/// A file is kept if no engine failed on it and one at least has run it.
+fn accept(engines: &[EngineVerdict]) -> Result<()> {
+    let failed: Vec<String> =
+        engines.iter().filter(|verdict| matches!(verdict.status, Status::Failed(_))).map(ToString::to_string).collect();
+    if !failed.is_empty() {
+        return Err(Error::Verification(failed));
+    }
+    if engines.iter().all(|verdict| verdict.status != Status::Passed) {
+        return Err(Error::Unverified(engines.iter().map(ToString::to_string).collect()));
+    }
+    Ok(())
+}
+
+fn counts(model: &ModelProto) -> (usize, usize) {
+    model.graph.as_ref().map_or((0, 0), |graph| (graph.node.len(), graph.initializer.len()))
+}
+
+/// `FILE.partial` beside the final name, removed unless it gets that name.
+struct Aside {
+    path: PathBuf,
+}
+
+impl Aside {
+    fn write(path: &Path, bytes: &[u8]) -> Result<Self> {
+        if path.is_dir() {
+            let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder, expected a file name");
+            return Err(Error::io(path)(source));
+        }
+        let mut aside = path.as_os_str().to_owned();
+        aside.push(".partial");
+        let aside = Aside { path: aside.into() };
+        fs::write(&aside.path, bytes).map_err(Error::io(path))?;
+        Ok(aside)
+    }
+
+    fn rename_to(self, path: &Path) -> Result<()> {
+        let sync_and_rename = || {
+            fs::File::open(&self.path)?.sync_all()?;
+            fs::rename(&self.path, path)
+        };
+        sync_and_rename().map_err(Error::io(path))
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // After a rename there is nothing left to remove, and nothing else can be done about a failure here.
+        _ = fs::remove_file(&self.path);
+    }
+}

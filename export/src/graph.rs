@@ -1,0 +1,387 @@
+//! The graph between tracing and lowering: operations of the field over static shapes, parameters inside them.
+//! It knows nothing of ONNX; a dialect decides how each operation is spelled.
+
+use crate::{Error, Result};
+use candle_core::Tensor;
+use dmd_models::Activation;
+use std::collections::HashSet;
+
+/// A one-step network as a list of nodes, each after those it reads.
+#[derive(Clone, Debug)]
+pub struct Graph {
+    nodes: Vec<Node>,
+    output: NodeId,
+    /// Pictures per run.
+    pub batch: usize,
+    /// Number of labels; 0 for an unconditional network.
+    pub classes: usize,
+}
+
+/// A place in a [`Graph`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(usize);
+
+impl NodeId {
+    /// The place as a number, counted from the start of the graph.
+    pub fn index(self) -> usize {
+        self.0
+    }
+}
+
+/// An operation, what it reads, and the one value it gives.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Unique within the graph, after the layer it came from: `down_blocks.1.resnets.0.conv1`.
+    pub name: String,
+    /// What is done.
+    pub op: Op,
+    /// What it reads, in the order that [`Op`] states.
+    pub inputs: Vec<NodeId>,
+    /// Shape of the value.
+    pub shape: Vec<usize>,
+    /// The layer it came from, if one did; empty for sums, concatenations and the like.
+    layer: String,
+}
+
+/// Operations of the field. x, y stand for the inputs; parameters are f32 tensors on the CPU.
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// The input: unit normal `(B, C, H, W)`.
+    Noise,
+    /// A tensor that does not depend on any input.
+    Constant(Tensor),
+    /// Row `label` of a table `(classes, ...)`, for every sample: `(B, ...)`.
+    Lookup(Tensor),
+    /// Convolution of x.
+    Conv2d(Conv),
+    /// Group normalisation of x `(B, C, H, W)`, then `x·scale + shift` per channel if there is an affine map.
+    GroupNorm {
+        /// Number of groups; divides C.
+        groups: usize,
+        /// Added to the variance.
+        eps: f64,
+        /// Scale and shift, `(C,)` each.
+        affine: Option<[Tensor; 2]>,
+    },
+    /// Pointwise non-linearity of x.
+    Activation(Activation),
+    /// Attention over pixels of query, key and value `(B, C, H, W)`; scores times `scale`, softmax over keys.
+    Attention {
+        /// Runs of channels that attend on their own.
+        heads: usize,
+        /// Factor of the scores; 1 once it has been folded into the query.
+        scale: f64,
+    },
+    /// x + y, one shape, or one that broadcasts to the other.
+    Add,
+    /// x `(B, C, H, W)` plus y `(B or 1, C)` at every pixel.
+    AddPerChannel,
+    /// x `(B, C, H, W)` times y `(B or 1, C)` at every pixel.
+    ScalePerChannel,
+    /// x·mul + add.
+    Affine {
+        /// Factor.
+        mul: f64,
+        /// Summand.
+        add: f64,
+    },
+    /// x and y joined along channels.
+    Concat,
+    /// Nearest neighbour, both sides doubled.
+    Upsample2x,
+    /// Mean of 2×2 blocks; a last odd row or column is dropped.
+    AvgPool2x,
+    /// A row of zeros below and a column on the right.
+    PadRightBottom,
+    /// Clips x to 0..255 and rounds down: `(B, C, H, W)` to u8 `(B, H, W, C)`.
+    ToU8,
+}
+
+/// The parameters of a convolution.
+#[derive(Clone, Debug)]
+pub struct Conv {
+    /// `(out, in, kh, kw)`.
+    pub weight: Tensor,
+    /// `(out,)`.
+    pub bias: Option<Tensor>,
+    /// Step between two outputs, both directions.
+    pub stride: usize,
+    /// Zeros above, left, below, right.
+    pub pads: [usize; 4],
+}
+
+impl Graph {
+    /// A graph that holds nothing but its input.
+    pub(crate) fn new(noise: [usize; 4], classes: usize) -> Self {
+        let input =
+            Node { name: "noise".into(), op: Op::Noise, inputs: vec![], shape: noise.to_vec(), layer: "noise".into() };
+        Graph { nodes: vec![input], output: NodeId(0), batch: noise[0], classes }
+    }
+
+    /// The nodes, each after those it reads.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The places of all nodes, in order.
+    pub fn ids(&self) -> impl Iterator<Item = NodeId> + use<> {
+        (0..self.nodes.len()).map(NodeId)
+    }
+
+    /// The node that gives the picture.
+    pub fn output(&self) -> NodeId {
+        self.output
+    }
+
+    /// The node at a place.
+    pub fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[id.0]
+    }
+
+    pub(crate) fn node_mut(&mut self, id: NodeId) -> &mut Node {
+        &mut self.nodes[id.0]
+    }
+
+    /// Appends a node of this layer, which may be empty. It gets its name from [`Graph::name_nodes`].
+    pub(crate) fn push(&mut self, layer: &str, op: Op, inputs: Vec<NodeId>) -> Result<NodeId> {
+        let shapes: Vec<&[usize]> = inputs.iter().map(|id| self.node(*id).shape.as_slice()).collect();
+        let shape = op.shape(self.batch, &shapes).map_err(|message| {
+            let name = if layer.is_empty() { op.kind() } else { layer };
+            Error::Node { node: name.into(), message }
+        })?;
+        self.nodes.push(Node { name: String::new(), op, inputs, shape, layer: layer.into() });
+        Ok(NodeId(self.nodes.len() - 1))
+    }
+
+    /// Declares the picture, drops what it does not need and gives every node its name.
+    pub(crate) fn finish(&mut self, output: NodeId) {
+        self.output = output;
+        self.sweep();
+        self.name_nodes();
+    }
+
+    /// How often the value of a node is read; the picture itself counts as read once.
+    pub fn n_uses(&self, id: NodeId) -> usize {
+        let reads: usize = self.nodes.iter().map(|node| node.inputs.iter().filter(|input| **input == id).count()).sum();
+        reads + usize::from(self.output == id)
+    }
+
+    /// The nodes that read a value.
+    pub fn consumers(&self, id: NodeId) -> Vec<NodeId> {
+        self.ids().filter(|reader| self.node(*reader).inputs.contains(&id)).collect()
+    }
+
+    /// Lets everything that read `from` read `to`, which must come earlier.
+    pub(crate) fn redirect(&mut self, from: NodeId, to: NodeId) {
+        for input in self.nodes.iter_mut().flat_map(|node| &mut node.inputs) {
+            if *input == from {
+                *input = to;
+            }
+        }
+        if self.output == from {
+            self.output = to;
+        }
+    }
+
+    /// Removes every node that the picture does not need. The input stays.
+    pub(crate) fn sweep(&mut self) {
+        let mut needed = vec![false; self.nodes.len()];
+        needed[0] = true;
+        needed[self.output.0] = true;
+        for i in (0..self.nodes.len()).rev() {
+            if needed[i] {
+                self.nodes[i].inputs.iter().for_each(|input| needed[input.0] = true);
+            }
+        }
+        let mut place = vec![NodeId(0); self.nodes.len()];
+        let mut kept = 0;
+        for (i, needed) in needed.iter().enumerate() {
+            place[i] = NodeId(kept);
+            kept += usize::from(*needed);
+        }
+        let mut needed = needed.into_iter();
+        self.nodes.retain(|_| needed.next().unwrap_or(true));
+        for input in self.nodes.iter_mut().flat_map(|node| &mut node.inputs) {
+            *input = place[input.0];
+        }
+        self.output = place[self.output.0];
+    }
+
+    /// A node of a layer is named after it. A sum or a product is named after the layer before it, a concatenation or
+    /// a resampling after the layer that it prepares: `up_blocks.0.resnets.1.concat`.
+    pub(crate) fn name_nodes(&mut self) {
+        let names: Vec<String> = (0..self.nodes.len()).map(|i| self.name_of(i)).collect();
+        let mut taken: HashSet<String> = RESERVED.iter().map(|name| name.to_string()).collect();
+        for (i, name) in names.into_iter().enumerate().skip(1) {
+            let mut unique = name.clone();
+            for n in 2.. {
+                if taken.insert(unique.clone()) {
+                    break;
+                }
+                unique = format!("{name}_{n}");
+            }
+            self.nodes[i].name = unique;
+        }
+    }
+
+    fn name_of(&self, i: usize) -> String {
+        let node = &self.nodes[i];
+        if !node.layer.is_empty() {
+            return node.layer.clone();
+        }
+        let named = |i: &usize| {
+            let node = &self.nodes[*i];
+            *i > 0 && !node.layer.is_empty() && !matches!(node.op, Op::Activation(_))
+        };
+        let (before, after) = ((0..i).rev().find(named), (i..self.nodes.len()).find(named));
+        let neighbour = if node.op.prepares() { after.or(before) } else { before.or(after) };
+        match neighbour.map_or("", |n| module_of(&self.nodes[n].layer)) {
+            "" => node.op.kind().to_string(),
+            module => format!("{module}.{}", node.op.kind()),
+        }
+    }
+}
+
+/// Names of the file's inputs and outputs.
+const RESERVED: [&str; 3] = ["noise", "label", "image"];
+
+/// The module that a layer belongs to: `a.attentions.0` for `a.attentions.0.to_q` and for `a.attentions.0.to_out.0`.
+fn module_of(layer: &str) -> &str {
+    let parent = |name: &'_ str| name.rfind('.').map_or(0, |dot| dot);
+    let end = parent(layer);
+    let is_index = layer[end..].trim_start_matches('.').parse::<usize>().is_ok();
+    let end = if is_index { parent(&layer[..end]) } else { end };
+    &layer[..end]
+}
+
+impl Op {
+    /// A word for the operation, as it stands in names.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Op::Noise => "noise",
+            Op::Constant(_) => "constant",
+            Op::Lookup(_) => "class",
+            Op::Conv2d(_) => "conv",
+            Op::GroupNorm { .. } => "norm",
+            Op::Activation(act) => activation_name(*act),
+            Op::Attention { .. } => "attention",
+            Op::Add => "add",
+            Op::AddPerChannel => "shift",
+            Op::ScalePerChannel => "scale",
+            Op::Affine { .. } => "affine",
+            Op::Concat => "concat",
+            Op::Upsample2x => "upsample",
+            Op::AvgPool2x => "pool",
+            Op::PadRightBottom => "pad",
+            Op::ToU8 => "to_u8",
+        }
+    }
+
+    /// Whether the operation belongs to the layer after it rather than to the one before.
+    fn prepares(&self) -> bool {
+        matches!(self, Op::Concat | Op::Upsample2x | Op::AvgPool2x | Op::PadRightBottom)
+    }
+
+    /// The shape of the value, from the shapes of the inputs; or why there is none.
+    fn shape(&self, batch: usize, inputs: &[&[usize]]) -> std::result::Result<Vec<usize>, String> {
+        match (self, inputs) {
+            (Op::Constant(tensor), []) => Ok(tensor.dims().to_vec()),
+            (Op::Lookup(table), []) => Ok([&[batch], &table.dims()[1..]].concat()),
+            (Op::Conv2d(Conv { weight, stride, pads, .. }), [[b, c, h, w]]) => {
+                let [output, input, kh, kw] = weight.dims() else {
+                    return Err(format!("the weight has shape {:?}, expected rank 4", weight.dims()));
+                };
+                let (h, w) = (h + pads[0] + pads[2], w + pads[1] + pads[3]);
+                if input != c || kh > &h || kw > &w || *stride == 0 {
+                    return Err(format!(
+                        "weight {:?} with stride {stride} does not fit {:?}",
+                        weight.dims(),
+                        inputs[0]
+                    ));
+                }
+                Ok(vec![*b, *output, (h - kh) / stride + 1, (w - kw) / stride + 1])
+            }
+            (Op::GroupNorm { groups, .. }, [x @ [_, c, _, _]]) if *groups > 0 && c.is_multiple_of(*groups) => {
+                Ok(x.to_vec())
+            }
+            (Op::Activation(_) | Op::Affine { .. }, [x]) => Ok(x.to_vec()),
+            (Op::Attention { heads, .. }, [q @ [b, c, ..], k @ [bk, ck, ..], v])
+                if k == v
+                    && b == bk
+                    && c == ck
+                    && q.len() == 4
+                    && k.len() == 4
+                    && *heads > 0
+                    && c.is_multiple_of(*heads) =>
+            {
+                Ok(q.to_vec())
+            }
+            (Op::Add, [x, y]) => broadcast(x, y).ok_or_else(|| format!("cannot add {x:?} and {y:?}")),
+            (Op::AddPerChannel | Op::ScalePerChannel, [x @ [b, c, _, _], [bv, cv]])
+                if c == cv && (b == bv || *bv == 1) =>
+            {
+                Ok(x.to_vec())
+            }
+            (Op::Concat, [[b, c, h, w], [b2, c2, h2, w2]]) if (b, h, w) == (b2, h2, w2) => Ok(vec![*b, c + c2, *h, *w]),
+            (Op::Upsample2x, [[b, c, h, w]]) => Ok(vec![*b, *c, 2 * h, 2 * w]),
+            (Op::AvgPool2x, [[b, c, h, w]]) if *h > 1 && *w > 1 => Ok(vec![*b, *c, h / 2, w / 2]),
+            (Op::PadRightBottom, [[b, c, h, w]]) => Ok(vec![*b, *c, h + 1, w + 1]),
+            (Op::ToU8, [[b, c, h, w]]) => Ok(vec![*b, *h, *w, *c]),
+            _ => Err(format!("{} does not take {inputs:?}", self.kind())),
+        }
+    }
+}
+
+fn activation_name(act: Activation) -> &'static str {
+    match act {
+        Activation::Silu => "silu",
+        Activation::Mish => "mish",
+        Activation::Gelu => "gelu",
+        Activation::Relu => "relu",
+    }
+}
+
+/// The shape of a sum where axes of length 1 are repeated.
+fn broadcast(x: &[usize], y: &[usize]) -> Option<Vec<usize>> {
+    if x.len() != y.len() {
+        return None;
+    }
+    let axis = |(x, y): (&usize, &usize)| match (x, y) {
+        (x, y) if x == y => Some(*x),
+        (1, n) | (n, 1) => Some(*n),
+        _ => None,
+    };
+    x.iter().zip(y).map(axis).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layers_module_is_what_holds_it() {
+        assert_eq!(module_of("down_blocks.1.resnets.0.conv1"), "down_blocks.1.resnets.0");
+        assert_eq!(module_of("down_blocks.1.attentions.0.to_out.0"), "down_blocks.1.attentions.0");
+        assert_eq!(module_of("conv_in"), "");
+        assert_eq!(module_of("0"), "");
+    }
+
+    #[test]
+    fn a_sum_of_unequal_shapes_is_refused_by_its_name() {
+        let mut graph = Graph::new([1, 3, 4, 4], 0);
+        let up = graph.push("up", Op::Upsample2x, vec![graph.output()]).unwrap();
+        let error = graph.push("sum", Op::Add, vec![graph.output(), up]).unwrap_err();
+        assert!(error.to_string().contains("node \"sum\": cannot add [1, 3, 4, 4] and [1, 3, 8, 8]"), "{error}");
+    }
+
+    #[test]
+    fn what_the_picture_does_not_need_is_swept() {
+        let mut graph = Graph::new([1, 3, 4, 4], 0);
+        let noise = graph.output();
+        graph.push("unused", Op::Upsample2x, vec![noise]).unwrap();
+        let kept = graph.push("", Op::Affine { mul: 2.0, add: 0.0 }, vec![noise]).unwrap();
+        graph.finish(kept);
+        let names: Vec<&str> = graph.nodes().iter().map(|node| node.name.as_str()).collect();
+        assert_eq!(names, ["noise", "affine"]);
+    }
+}

@@ -1,0 +1,298 @@
+//! Tracing by partial evaluation. [`Trace`] interprets a network on values of three kinds: known now, known for every
+//! label, or known only when the file runs. Operations on the first two are carried out at once, for the second with
+//! the labels as the batch; only the third leaves a node. So the time embedding, the class embedding and everything
+//! computed from them is gone from the graph, and what remains of a class is one row of a table.
+
+use crate::graph::{Conv, Graph, NodeId, Op};
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use dmd_models::{Activation, Backend, Eager};
+use std::cell::RefCell;
+
+/// Traces a network, given as a function of a backend, the noise and (where there are classes) the label.
+/// `noise` is `[B, C, H, W]`; `classes` is the number of labels, 0 for none.
+///
+/// ```
+/// use dmd_models::{Activation, Backend};
+///
+/// let graph = dmd_export::trace([1, 3, 8, 8], 0, |b, noise, _label| {
+///     b.upsample_2x(&b.activation(noise, Activation::Silu)?)
+/// })?;
+/// let names: Vec<&str> = graph.nodes().iter().map(|node| node.name.as_str()).collect();
+/// assert_eq!(names, ["noise", "silu", "upsample"]);
+/// # Ok::<(), dmd_export::Error>(())
+/// ```
+pub fn trace<F>(noise: [usize; 4], classes: usize, network: F) -> Result<Graph>
+where
+    F: FnOnce(&Trace, &Value, Option<&Value>) -> dmd_models::Result<Value>,
+{
+    let graph = Graph::new(noise, classes);
+    let input = Value::Node(graph.output());
+    let trace = Trace { graph: RefCell::new(graph) };
+    let label = match classes {
+        0 => None,
+        n => Some(Value::PerLabel(Tensor::arange(0, n as i64, &Device::Cpu)?)),
+    };
+    let image = network(&trace, &input, label.as_ref())?;
+    let output = trace.lift(&image)?;
+    let mut graph = trace.graph.into_inner();
+    graph.finish(output);
+    Ok(graph)
+}
+
+/// The backend that writes down what it cannot compute.
+#[derive(Debug)]
+pub struct Trace {
+    graph: RefCell<Graph>,
+}
+
+/// What flows through a traced network.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// Known now.
+    Constant(Tensor),
+    /// Known up to the label: `(classes, ...)`, the value for every label in turn. It stands for `(B, ...)`.
+    PerLabel(Tensor),
+    /// Known when the file runs.
+    Node(NodeId),
+}
+
+type Traced<T> = dmd_models::Result<T>;
+
+impl Trace {
+    /// Carries out `now` where every argument is known, else appends the operation that `later` gives.
+    fn apply(
+        &self,
+        name: &str,
+        args: &[&Value],
+        now: impl FnOnce(&[Tensor]) -> Traced<Tensor>,
+        later: impl FnOnce() -> Traced<Op>,
+    ) -> Traced<Value> {
+        if args.iter().any(|arg| matches!(arg, Value::Node(_))) {
+            let inputs = args.iter().map(|arg| self.lift(arg)).collect::<Traced<_>>()?;
+            return Ok(Value::Node(self.graph.borrow_mut().push(name, later()?, inputs).map_err(refused)?));
+        }
+        let per_label = args.iter().any(|arg| matches!(arg, Value::PerLabel(_)));
+        let known: Vec<Tensor> = args.iter().map(|arg| self.known(arg, per_label)).collect::<Traced<_>>()?;
+        let result = now(&known)?;
+        Ok(if per_label { Value::PerLabel(result) } else { Value::Constant(result) })
+    }
+
+    /// A known value as a tensor; with one row per label if there are values per label about.
+    fn known(&self, value: &Value, per_label: bool) -> Traced<Tensor> {
+        match value {
+            Value::Constant(tensor) if per_label && tensor.rank() > 0 => {
+                let mut shape = tensor.dims().to_vec();
+                if shape[0] != 1 {
+                    let message = format!("a constant of {} samples meets a value that depends on the label", shape[0]);
+                    return Err(dmd_models::Error::Unsupported(message));
+                }
+                shape[0] = self.graph.borrow().classes;
+                Ok(tensor.broadcast_as(shape)?.contiguous()?)
+            }
+            Value::Constant(tensor) | Value::PerLabel(tensor) => Ok(tensor.clone()),
+            Value::Node(_) => Err(dmd_models::Error::Unsupported("a value of the graph is not known now".into())),
+        }
+    }
+
+    /// The node of a value; known values get one here.
+    fn lift(&self, value: &Value) -> Traced<NodeId> {
+        let op = match value {
+            Value::Node(id) => return Ok(*id),
+            Value::Constant(tensor) => Op::Constant(tensor.clone()),
+            Value::PerLabel(table) => Op::Lookup(table.clone()),
+        };
+        self.graph.borrow_mut().push("", op, vec![]).map_err(refused)
+    }
+}
+
+impl Backend for Trace {
+    type Value = Value;
+
+    fn constant(&self, tensor: &Tensor) -> Traced<Value> {
+        Ok(Value::Constant(here(tensor)?))
+    }
+
+    fn dims(&self, x: &Value) -> Vec<usize> {
+        let graph = self.graph.borrow();
+        match x {
+            Value::Constant(tensor) => tensor.dims().to_vec(),
+            Value::PerLabel(table) => [&[graph.batch], &table.dims()[1..]].concat(),
+            Value::Node(id) => graph.node(*id).shape.clone(),
+        }
+    }
+
+    fn conv2d(&self, x: &Value, layer: &Conv2d) -> Traced<Value> {
+        let weight = match here(&layer.weight)? {
+            pointwise if pointwise.rank() == 2 => pointwise.unsqueeze(2)?.unsqueeze(3)?,
+            weight => weight,
+        };
+        let layer = Conv2d { weight, bias: here_if_any(&layer.bias)?, ..layer.clone() };
+        let later = || {
+            let (weight, bias) = (layer.weight.clone(), layer.bias.clone());
+            Ok(Op::Conv2d(Conv { weight, bias, stride: layer.stride, pads: [layer.padding; 4] }))
+        };
+        self.apply(&layer.name, &[x], |t| Eager.conv2d(&t[0], &layer), later)
+    }
+
+    fn linear(&self, x: &Value, layer: &Linear) -> Traced<Value> {
+        let (weight, bias) = (here(&layer.weight)?, here_if_any(&layer.bias)?);
+        let layer = Linear { name: layer.name.clone(), weight, bias };
+        let later = || Err(not_a_picture("linear", &layer.name));
+        self.apply(&layer.name, &[x], |t| Eager.linear(&t[0], &layer), later)
+    }
+
+    fn group_norm(&self, x: &Value, layer: &GroupNorm, act: Option<Activation>) -> Traced<Value> {
+        let layer = GroupNorm { weight: here(&layer.weight)?, bias: here(&layer.bias)?, ..layer.clone() };
+        let later = || {
+            let affine = Some([layer.weight.clone(), layer.bias.clone()]);
+            Ok(Op::GroupNorm { groups: layer.groups, eps: layer.eps, affine })
+        };
+        let y = self.apply(&layer.name, &[x], |t| Eager.group_norm(&t[0], &layer, None), later)?;
+        match act {
+            Some(act) => {
+                let op = Op::Activation(act);
+                let name = format!("{}.{}", layer.name, op.kind());
+                self.apply(&name, &[&y], |t| Eager.activation(&t[0], act), || Ok(op))
+            }
+            None => Ok(y),
+        }
+    }
+
+    fn activation(&self, x: &Value, act: Activation) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.activation(&t[0], act), || Ok(Op::Activation(act)))
+    }
+
+    fn embedding(&self, ids: &Value, layer: &Embedding) -> Traced<Value> {
+        let layer = Embedding { weight: here(&layer.weight)?, ..layer.clone() };
+        let later = || Err(not_a_picture("embedding", &layer.name));
+        self.apply(&layer.name, &[ids], |t| Eager.embedding(&t[0], &layer), later)
+    }
+
+    fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Traced<Value> {
+        let frequencies = here(frequencies)?;
+        let later = || Err(not_a_picture("sinusoid", ""));
+        self.apply("", &[ids], |t| Eager.sinusoid(&t[0], &frequencies, flip), later)
+    }
+
+    fn attention(&self, q: &Value, k: &Value, v: &Value, heads: usize) -> Traced<Value> {
+        let width = self.dims(q).get(1).copied().unwrap_or(1) / heads.max(1);
+        let later = || Ok(Op::Attention { heads, scale: 1.0 / (width as f64).sqrt() });
+        self.apply("", &[q, k, v], |t| Eager.attention(&t[0], &t[1], &t[2], heads), later)
+    }
+
+    fn add(&self, x: &Value, y: &Value) -> Traced<Value> {
+        self.apply("", &[x, y], |t| Eager.add(&t[0], &t[1]), || Ok(Op::Add))
+    }
+
+    fn add_per_channel(&self, x: &Value, v: &Value) -> Traced<Value> {
+        self.apply("", &[x, v], |t| Eager.add_per_channel(&t[0], &t[1]), || Ok(Op::AddPerChannel))
+    }
+
+    fn modulate(&self, x: &Value, scale: &Value, shift: &Value) -> Traced<Value> {
+        let scale = self.affine(scale, &[1.0], 1.0)?;
+        let scaled = |t: &[Tensor]| Ok(t[0].broadcast_mul(&t[1].unsqueeze(2)?.unsqueeze(3)?)?);
+        let x = self.apply("", &[x, &scale], scaled, || Ok(Op::ScalePerChannel))?;
+        self.add_per_channel(&x, shift)
+    }
+
+    fn columns(&self, x: &Value, start: usize, len: usize) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.columns(&t[0], start, len), || Err(not_a_picture("columns", "")))
+    }
+
+    fn affine(&self, x: &Value, mul: &[f64], add: f64) -> Traced<Value> {
+        if mul.is_empty() || mul.iter().any(|m| *m != mul[0]) {
+            let message = format!("a file holds one noise level, not one per sample (affine by {mul:?})");
+            return Err(dmd_models::Error::Unsupported(message));
+        }
+        let mul = mul[0];
+        self.apply("", &[x], |t| Eager.affine(&t[0], &[mul], add), || Ok(Op::Affine { mul, add }))
+    }
+
+    fn concat(&self, x: &Value, y: &Value) -> Traced<Value> {
+        self.apply("", &[x, y], |t| Eager.concat(&t[0], &t[1]), || Ok(Op::Concat))
+    }
+
+    fn upsample_2x(&self, x: &Value) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.upsample_2x(&t[0]), || Ok(Op::Upsample2x))
+    }
+
+    fn avg_pool_2x(&self, x: &Value) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.avg_pool_2x(&t[0]), || Ok(Op::AvgPool2x))
+    }
+
+    fn pad_right_bottom(&self, x: &Value) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.pad_right_bottom(&t[0]), || Ok(Op::PadRightBottom))
+    }
+}
+
+/// The tensor on the CPU, f32 unless it counts something, outside the autograd graph.
+fn here(tensor: &Tensor) -> Traced<Tensor> {
+    let tensor = tensor.detach().to_device(&Device::Cpu)?;
+    Ok(if tensor.dtype().is_float() { tensor.to_dtype(DType::F32)? } else { tensor })
+}
+
+fn here_if_any(tensor: &Option<Tensor>) -> Traced<Option<Tensor>> {
+    tensor.as_ref().map(here).transpose()
+}
+
+fn refused(error: Error) -> dmd_models::Error {
+    dmd_models::Error::Unsupported(error.to_string())
+}
+
+/// Vectors come from time and class alone and are known; a backend has no way from a picture to a vector.
+fn not_a_picture(operation: &str, layer: &str) -> dmd_models::Error {
+    dmd_models::Error::Unsupported(format!(
+        "{operation} {layer}: takes vectors or labels, not what depends on the noise"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn linear(rows: &[[f32; 2]; 2]) -> Linear {
+        Linear { name: "proj".into(), weight: Tensor::new(rows, &Device::Cpu).unwrap(), bias: None }
+    }
+
+    fn table() -> Embedding {
+        let weight = Tensor::new(&[[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]], &Device::Cpu).unwrap();
+        Embedding { name: "class_embedding".into(), weight }
+    }
+
+    #[test]
+    fn what_depends_on_constants_only_leaves_no_node() {
+        let graph = trace([2, 2, 1, 1], 0, |b, noise, _| {
+            let time = b.constant(&Tensor::new(&[[3f32, 4.0]], &Device::Cpu)?)?;
+            let time = b.linear(&b.activation(&time, Activation::Relu)?, &linear(&[[1.0, 0.0], [0.0, 2.0]]))?;
+            b.add_per_channel(noise, &time)
+        });
+        let graph = graph.unwrap();
+        let kinds: Vec<_> = graph.nodes().iter().map(|node| node.op.kind()).collect();
+        assert_eq!(kinds, ["noise", "constant", "shift"]);
+        let Op::Constant(time) = &graph.nodes()[1].op else { panic!("a constant") };
+        assert_eq!(time.to_vec2::<f32>().unwrap(), [[3.0, 8.0]]);
+    }
+
+    #[test]
+    fn what_depends_on_the_label_becomes_one_row_per_label() {
+        let graph = trace([4, 2, 1, 1], 3, |b, noise, label| {
+            let rows = b.embedding(label.unwrap(), &table())?;
+            let time = b.constant(&Tensor::new(&[[10f32, 20.0]], &Device::Cpu)?)?;
+            let rows = b.add(&rows, &time)?;
+            assert_eq!(b.dims(&rows), [4, 2]);
+            b.add_per_channel(noise, &b.linear(&rows, &linear(&[[1.0, 1.0], [0.0, 1.0]]))?)
+        });
+        let graph = graph.unwrap();
+        let Op::Lookup(rows) = &graph.nodes()[1].op else { panic!("a lookup") };
+        assert_eq!(rows.to_vec2::<f32>().unwrap(), [[33.0, 22.0], [37.0, 24.0], [41.0, 26.0]]);
+        assert_eq!(graph.nodes().len(), 3);
+    }
+
+    #[test]
+    fn one_noise_level_per_sample_is_refused() {
+        let error = trace([2, 1, 1, 1], 0, |b, noise, _| b.affine(noise, &[1.0, 2.0], 0.0)).unwrap_err();
+        assert!(error.to_string().contains("one noise level"), "{error}");
+    }
+}

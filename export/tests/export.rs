@@ -1,0 +1,373 @@
+//! From networks to files that engines run: every network here is exported, which runs it by each engine present and
+//! compares it with candle; the tests look at the files and at what is refused.
+
+use candle_core::{DType, Device, Tensor};
+use dmd_export::{Error, ExportOptions, ExportReport, ModelInfo, Network, Output, Status, export, weights_sha256};
+use dmd_models::layers::{Conv2d, Embedding};
+use dmd_models::unet::ClassEmbedding;
+use dmd_models::{Activation, Backend, Denoiser, Generator, NoiseLevels, Prediction, UNet, UNetConfig, Weights};
+use dmd_runtime::noise::Stream;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// A UNet at one timestep, without preconditioning.
+struct AtTime {
+    unet: UNet,
+    t: f64,
+}
+
+impl Network for AtTime {
+    fn channels(&self) -> usize {
+        self.unet.config().in_channels
+    }
+
+    fn max_classes(&self) -> usize {
+        match self.unet.config().class_embedding() {
+            ClassEmbedding::None | ClassEmbedding::Identity => 0,
+            ClassEmbedding::Table(n) => n,
+            ClassEmbedding::Timestep => usize::MAX,
+        }
+    }
+
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+        self.unet.forward(b, noise, &[self.t], label)
+    }
+}
+
+fn config(json: &str) -> UNetConfig {
+    UNetConfig::from_json(Path::new("config.json"), json).unwrap()
+}
+
+/// Random weights of a size that keeps every layer's share in the picture visible: none is zero.
+fn random_weights(config: &UNetConfig) -> Weights {
+    let mut stream = 0;
+    let zero_start = UNet::init(config, &mut |_, n| vec![0.5; n]).unwrap();
+    let mut draw = |t: &Tensor| {
+        stream += 1;
+        let values = Stream::new(1, 2, stream).normal(t.elem_count());
+        let fan_in = t.dims().iter().skip(1).product::<usize>().max(4);
+        Tensor::from_vec(values, t.dims(), &Device::Cpu)? * (1.0 / (fan_in as f64).sqrt())
+    };
+    let mut weights = Weights::default();
+    for (name, tensor) in zero_start.iter() {
+        let values = draw(tensor).unwrap();
+        let is_norm = name.ends_with("weight") && tensor.rank() == 1;
+        weights.insert(name, if is_norm { (values + 1.0).unwrap() } else { values });
+    }
+    weights
+}
+
+fn edm(config: &UNetConfig, weights: &Weights, sigma: f64) -> Generator {
+    let denoiser = Denoiser {
+        unet: UNet::new(config, weights).unwrap(),
+        prediction: Prediction::Edm { sigma_data: 0.5, negative: false },
+        levels: NoiseLevels::karras(1000, 0.002, 80.0, 7.0).unwrap(),
+        clip: None,
+    };
+    Generator { denoiser, sigma }
+}
+
+fn info(config: &UNetConfig) -> ModelInfo {
+    let classes = match config.class_embedding() {
+        ClassEmbedding::Timestep => ["a", "b", "c"].map(String::from).to_vec(),
+        _ => vec![],
+    };
+    ModelInfo { size: config.size().unwrap_or([8, 8]), classes, weights_sha256: "0".repeat(64) }
+}
+
+/// Exports into a fresh folder, expects that engines ran the file, and gives the report and the model.
+fn export_and_read<N: Network>(
+    what: &str,
+    network: &N,
+    info: &ModelInfo,
+    options: &ExportOptions,
+) -> (ExportReport, candle_onnx::onnx::GraphProto) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("generator.onnx");
+    let report = export(network, info, options, &path).unwrap_or_else(|error| panic!("{what}: {error}"));
+    eprintln!("{what}: {} nodes, {} initializers", report.nodes, report.initializers);
+    report.engines.iter().for_each(|verdict| eprintln!("  {verdict}"));
+    assert!(report.engines.iter().any(|v| v.engine == "tract" && v.status == Status::Passed), "{what}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{what}: something was left beside the file");
+    let graph = candle_onnx::read_file(&path).unwrap().graph.unwrap();
+    assert_eq!(report.nodes, graph.node.len());
+    (report, graph)
+}
+
+fn operators(graph: &candle_onnx::onnx::GraphProto) -> BTreeSet<&str> {
+    graph.node.iter().map(|node| node.op_type.as_str()).collect()
+}
+
+const SMALL: &str = r#"{"sample_size": 8, "layers_per_block": 1, "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 16, "norm_num_groups": 4, "num_class_embeds": 3}"#;
+
+/// `SMALL` with some fields changed.
+fn small(changes: &[(&str, serde_json::Value)]) -> UNetConfig {
+    let mut fields: serde_json::Value = serde_json::from_str(SMALL).unwrap();
+    changes.iter().for_each(|(key, value)| fields[*key] = value.clone());
+    config(&fields.to_string())
+}
+
+#[test]
+fn every_fixture_network_runs_from_its_file_as_in_candle() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures/unet");
+    let mut folders: Vec<_> = fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    for folder in folders {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let config = config(&fs::read_to_string(folder.join("config.json")).unwrap());
+        let stem = "diffusion_pytorch_model.safetensors";
+        let sharded = folder.join(format!("{stem}.index.json"));
+        let path = if sharded.exists() { sharded } else { folder.join(stem) };
+        let weights = Weights::load(&path, &Device::Cpu).unwrap().to(DType::F32, &Device::Cpu).unwrap();
+        let io = Weights::load(&folder.join("io.safetensors"), &Device::Cpu).unwrap();
+        let t = io.get("timestep").unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()[0];
+        let size = [2, 3].map(|axis| io.get("sample").unwrap().dims()[axis]);
+        let network = AtTime { unet: UNet::new(&config, &weights).unwrap(), t };
+        let info = ModelInfo { size, weights_sha256: weights_sha256(&weights).unwrap(), ..info(&config) };
+        if config.in_channels != config.out_channels || config.class_embedding() == ClassEmbedding::Identity {
+            let error = export(&network, &info, &ExportOptions::default(), Path::new("never.onnx")).unwrap_err();
+            eprintln!("{name}: refused, {error}");
+            continue;
+        }
+        let options = ExportOptions { batch: 2, ..Default::default() };
+        let (_, graph) = export_and_read(&name, &network, &info, &options);
+        let forbidden = ["Sin", "Cos", "Gemm", "Identity", "Shape", "Expand", "Pad", "Constant"];
+        assert!(
+            forbidden.iter().all(|operator| !operators(&graph).contains(operator)),
+            "{name}: {:?}",
+            operators(&graph)
+        );
+    }
+}
+
+#[test]
+fn random_networks_of_every_kind_run_from_their_files_as_in_candle() {
+    let kinds: [(&str, &[(&str, serde_json::Value)]); 10] = [
+        ("plain", &[]),
+        ("unconditional", &[("num_class_embeds", serde_json::Value::Null)]),
+        ("scale_shift", &[("resnet_time_scale_shift", "scale_shift".into()), ("act_fn", "mish".into())]),
+        (
+            "scale_shift, unconditional",
+            &[("resnet_time_scale_shift", "scale_shift".into()), ("num_class_embeds", serde_json::Value::Null)],
+        ),
+        ("resnet resampling", &[("downsample_type", "resnet".into()), ("upsample_type", "resnet".into())]),
+        ("gelu, centred", &[("act_fn", "gelu".into()), ("center_input_sample", true.into())]),
+        ("padding 0, scale", &[("downsample_padding", 0.into()), ("mid_block_scale_factor", 1.5.into())]),
+        ("fourier", &[("time_embedding_type", "fourier".into())]),
+        ("labels as timesteps", &[("class_embed_type", "timestep".into())]),
+        ("two heads, no middle attention", &[("attention_head_dim", 8.into()), ("add_attention", false.into())]),
+    ];
+    for (name, changes) in kinds {
+        let config = small(changes);
+        let generator = edm(&config, &random_weights(&config), 2.5);
+        for (output, batch) in [(Output::F32, 1), (Output::U8, 2)] {
+            let options = ExportOptions { output, batch, ..Default::default() };
+            export_and_read(&format!("{name}, {output:?}"), &generator, &info(&config), &options);
+        }
+    }
+}
+
+#[test]
+fn no_node_of_the_embeddings_is_left_and_each_is_named_after_its_layer() {
+    let config = small(&[]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let (report, graph) = export_and_read("small", &generator, &info(&config), &Default::default());
+    let names: Vec<&str> = graph.node.iter().map(|node| node.name.as_str()).collect();
+    assert!(!names.iter().any(|name| name.contains("time") || name.contains("embedding")), "{names:?}");
+    for expected in [
+        "class_table.row",
+        "conv_in",
+        "down_blocks.0.resnets.0.norm1.silu",
+        "down_blocks.0.resnets.0.conv1",
+        "down_blocks.0.resnets.0.add",
+        "down_blocks.1.attentions.0.attention.weights",
+        "up_blocks.0.resnets.1.concat",
+        "up_blocks.0.upsamplers.0.upsample",
+        "conv_norm_out.silu",
+        "conv_out",
+    ] {
+        assert!(names.contains(&expected), "no {expected} in {names:?}");
+    }
+    // One lookup for the whole network, one product and one sum for the preconditioning.
+    assert_eq!(graph.node.iter().filter(|node| node.op_type == "Gather").count(), 1);
+    assert_eq!(names[names.len() - 3..], ["conv_out", "affine", "add"]);
+    assert!(report.folded["attention_scale"] >= 3, "{:?}", report.folded);
+}
+
+/// Someone else's network: operations that the UNet does not have, or has only beside others.
+struct Collage {
+    canvas: Tensor,
+    table: Embedding,
+    conv: Conv2d,
+    padded: bool,
+}
+
+impl Network for Collage {
+    fn channels(&self) -> usize {
+        2
+    }
+
+    fn max_classes(&self) -> usize {
+        3
+    }
+
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+        let label = label.ok_or_else(|| dmd_models::Error::Config("a label is needed".into()))?;
+        let canvas = b.constant(&self.canvas)?;
+        // A picture for every label, known before the file runs.
+        let picture = b.conv2d(&b.add_per_channel(&canvas, &b.embedding(label, &self.table)?)?, &self.conv)?;
+        let padded = if self.padded { b.pad_right_bottom(noise)? } else { noise.clone() };
+        let coarse = b.upsample_2x(&b.avg_pool_2x(&padded)?)?;
+        let both =
+            b.conv2d(&b.concat(&b.activation(noise, Activation::Relu)?, &b.add(&coarse, &picture)?)?, &self.mix())?;
+        b.add(&b.affine(&b.activation(&both, Activation::Gelu)?, &[0.5], 0.25)?, &canvas)
+    }
+}
+
+impl Collage {
+    fn new(padded: bool) -> Self {
+        let normal = |index, shape: &[usize]| {
+            let values = Stream::new(2, 4, index).normal(shape.iter().product());
+            Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+        };
+        let conv = Conv2d { name: "paint".into(), weight: normal(0, &[2, 2, 3, 3]), bias: None, stride: 1, padding: 1 };
+        let table = Embedding { name: "colours".into(), weight: normal(1, &[3, 2]) };
+        Collage { canvas: normal(2, &[1, 2, 8, 8]), table, conv, padded }
+    }
+
+    fn mix(&self) -> Conv2d {
+        let weight = Tensor::cat(&[&self.conv.weight, &self.conv.weight], 1).unwrap();
+        Conv2d { name: "mix".into(), weight, ..self.conv.clone() }
+    }
+}
+
+#[test]
+fn a_users_own_network_exports_the_same_way() {
+    let info = ModelInfo { size: [8, 8], classes: vec![], weights_sha256: String::new() };
+    for (batch, padded) in [(1, true), (2, false)] {
+        let options = ExportOptions { batch, ..Default::default() };
+        let (report, graph) = export_and_read("collage", &Collage::new(padded), &info, &options);
+        assert_eq!(operators(&graph).contains("Pad"), padded);
+        // Without Pad there is nothing that candle's own evaluator lacks.
+        assert!(padded || report.engines.iter().any(|v| v.engine == "candle-onnx" && v.status == Status::Passed));
+        // The convolution of the labels' pictures was carried out; the other one is left.
+        assert_eq!(graph.node.iter().filter(|node| node.op_type == "Conv").count(), 1);
+    }
+}
+
+/// With F = 0, EDM's D(σ·n, σ) is σ_data²/(σ² + σ_data²)·σ·n (Karras et al. 2022, equation 7 and table 1).
+#[test]
+fn a_silent_network_exports_as_the_gaussian_denoiser() {
+    let config = small(&[("num_class_embeds", serde_json::Value::Null)]);
+    let silent = UNet::init(&config, &mut |name, n| Stream::new(0, 3, name.len() as u64).uniform(n)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("silent.onnx");
+    for sigma in [0.5, 80.0] {
+        let options = ExportOptions { force: true, ..Default::default() };
+        export(&edm(&config, &silent, sigma), &info(&config), &options, &path).unwrap();
+        let options = dmd_runtime::Options { engine: dmd_runtime::EngineChoice::Tract, ..Default::default() };
+        let noise = dmd_runtime::picture_noise(9, 0, 2, [3, 8, 8]);
+        let images = dmd_runtime::Generator::load(&path, options).unwrap().run(noise.view(), &[]).unwrap();
+        let factor = 0.25 / (sigma * sigma + 0.25) * sigma;
+        for (found, noise) in images.to_f32().iter().zip(&noise) {
+            assert!((f64::from(*found) - factor * f64::from(*noise)).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn a_file_says_what_it_is_and_has_the_same_bytes_every_time() {
+    let config = small(&[]);
+    let weights = random_weights(&config);
+    let generator = edm(&config, &weights, 2.5);
+    let names = ["cat", "dog \"x\"", "ant"].map(String::from).to_vec();
+    let info = ModelInfo { size: [8, 8], classes: names.clone(), weights_sha256: weights_sha256(&weights).unwrap() };
+    let folder = tempfile::tempdir().unwrap();
+    let [first, second] = ["a.onnx", "b.onnx"].map(|name| folder.path().join(name));
+    let options = ExportOptions { batch: 2, output: Output::U8, ..Default::default() };
+    export(&generator, &info, &options, &first).unwrap();
+    export(&generator, &info, &options, &second).unwrap();
+    assert!(fs::read(&first).unwrap() == fs::read(&second).unwrap());
+    let read = dmd_runtime::Info::read(&first).unwrap();
+    assert_eq!((read.batch, read.shape(), read.output, read.opset), (2, [3, 8, 8], Output::U8, 17));
+    assert_eq!((read.sigma, read.classes, read.dialect.as_str()), (2.5, names, "portable"));
+    assert_eq!(read.weights_sha256, info.weights_sha256);
+}
+
+#[test]
+fn a_weight_of_another_value_or_name_changes_the_hash() {
+    let weights = |name: &str, value: f32| {
+        let mut weights = Weights::default();
+        weights.insert(name, Tensor::new(&[value, 2.0], &Device::Cpu).unwrap());
+        weights_sha256(&weights).unwrap()
+    };
+    assert_eq!(weights("a", 1.0).len(), 64);
+    assert_eq!(weights("a", 1.0), weights("a", 1.0));
+    assert_ne!(weights("a", 1.0), weights("b", 1.0));
+    assert_ne!(weights("a", 1.0), weights("a", 1.5));
+}
+
+/// Exports the small generator as `options` and `info` say, expects an error, and that the folder is as before.
+fn refused(change: impl FnOnce(&mut ModelInfo, &mut ExportOptions), file: &str) -> (Error, usize) {
+    let config = small(&[]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let (mut info, mut options) = (info(&config), ExportOptions::default());
+    change(&mut info, &mut options);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("taken.onnx"), "here first").unwrap();
+    let error = export(&generator, &info, &options, &folder.path().join(file)).unwrap_err();
+    assert_eq!(fs::read_to_string(folder.path().join("taken.onnx")).unwrap(), "here first");
+    (error, fs::read_dir(folder.path()).unwrap().count())
+}
+
+#[test]
+fn a_difference_over_the_tolerance_leaves_no_file() {
+    for file in ["new.onnx", "taken.onnx"] {
+        let (error, files) = refused(|_, options| (options.tolerance, options.force) = (1e-12, true), file);
+        assert!(
+            matches!(&error, Error::Verification(engines) if engines.iter().any(|e| e.contains("tract"))),
+            "{error}"
+        );
+        assert_eq!(files, 1);
+    }
+}
+
+#[test]
+fn bad_settings_and_paths_are_refused_by_name() {
+    type Change = fn(&mut ModelInfo, &mut ExportOptions);
+    let cases: [(&str, &str, Change); 7] = [
+        ("taken.onnx", "exists already", |_, _| {}),
+        ("no/such/folder.onnx", "cannot write", |_, _| {}),
+        (".", "it is a folder", |_, options| options.force = true),
+        ("new.onnx", "batch is 0", |_, options| options.batch = 0),
+        ("new.onnx", "height is 0", |info, _| info.size = [0, 8]),
+        ("new.onnx", "4 classes are named, the network has 3", |info, _| info.classes = vec![String::new(); 4]),
+        ("new.onnx", "tolerance is 0", |_, options| options.tolerance = 0.0),
+    ];
+    for (file, expected, change) in cases {
+        let (error, files) = refused(change, file);
+        assert!(error.to_string().contains(expected), "expected {expected:?} in {error}");
+        assert_eq!(files, 1, "{expected}");
+    }
+}
+
+/// Python's own checker, where it is installed: types and shapes of every value, inferred and compared.
+#[test]
+fn the_onnx_checker_accepts_the_file_where_it_is_installed() {
+    let config = small(&[("act_fn", "gelu".into()), ("resnet_time_scale_shift", "scale_shift".into())]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("generator.onnx");
+    let options = ExportOptions { output: Output::U8, ..Default::default() };
+    export(&edm(&config, &random_weights(&config), 2.5), &info(&config), &options, &path).unwrap();
+    let script = "import sys, onnx; onnx.checker.check_model(sys.argv[1], full_check=True)";
+    let python = std::env::var("PYTHON").unwrap_or("python3".into());
+    let installed = std::process::Command::new(&python).args(["-c", "import onnx"]).output();
+    if !installed.is_ok_and(|output| output.status.success()) {
+        return eprintln!("skipped: {python} has no onnx package (set PYTHON to one that has)");
+    }
+    let output = std::process::Command::new(&python).args(["-c", script]).arg(&path).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}

@@ -1,0 +1,53 @@
+//! What can go wrong in this crate. Messages name the file or the tensor, what was expected and what was found.
+
+use std::path::{Path, PathBuf};
+
+/// Shorthand for results of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of the network library.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor operation failed (shapes, dtypes, device memory).
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's own words.
+        source: std::io::Error,
+    },
+    /// A file was read, but is not what its name says.
+    #[error("{path}: {message}")]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it, and the remedy.
+        message: String,
+    },
+    /// A configuration field that is unknown, out of range, or not supported here.
+    #[error("{0}")]
+    Config(String),
+    /// Weights that do not fit the network, tensor by tensor.
+    #[error("the weights do not fit the network: {0}")]
+    Weights(String),
+    /// An operation that a backend cannot express.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl Error {
+    /// Puts a path before a message.
+    pub fn file(path: impl AsRef<Path>, message: impl std::fmt::Display) -> Self {
+        Error::File { path: path.as_ref().to_path_buf(), message: message.to_string() }
+    }
+
+    /// Puts a path before an error of the operating system.
+    pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io { path, source }
+    }
+}

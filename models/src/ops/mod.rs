@@ -1,0 +1,113 @@
+//! The few operations that training spends its time in, as candle custom operations with their own backward, for f32
+//! on the CPU. Each stands beside a plain composite of candle's own operations, which serves every other device and
+//! dtype and which the tests compare it with. Results are the same bits run to run for a given number of threads:
+//! work is split by shape and thread count alone, and partial sums are added in a fixed order.
+
+mod add_per_channel;
+mod attention;
+mod conv2d;
+mod group_norm;
+mod resample;
+pub mod simd;
+
+pub use add_per_channel::{add_per_channel, add_per_channel_composite};
+pub use attention::{attention, attention_composite};
+pub use conv2d::{conv2d, conv2d_composite};
+pub use group_norm::{group_norm, group_norm_composite};
+pub use resample::{avg_pool_2x, upsample_2x};
+
+use std::ops::Deref;
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use parking_lot::RwLockReadGuard;
+
+/// Whether the fused paths take these tensors: f32 on the CPU.
+fn on_cpu_f32(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+}
+
+/// The values of a contiguous tensor inside a custom operation's forward.
+fn values<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(all), Some((start, end))) => Ok(&all[start..end]),
+        (CpuStorage::F32(_), None) => bail!("{op}: needs a contiguous tensor"),
+        _ => bail!("{op}: needs f32"),
+    }
+}
+
+/// The values of a contiguous f32 CPU tensor outside of one; the tensor stays locked for reading meanwhile.
+struct Values<'a> {
+    storage: RwLockReadGuard<'a, Storage>,
+    layout: &'a Layout,
+}
+
+impl<'a> Values<'a> {
+    fn of(tensor: &'a Tensor, op: &str) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(cpu) => _ = values(cpu, layout, op)?,
+            _ => bail!("{op}: needs a tensor on the CPU"),
+        }
+        Ok(Values { storage, layout })
+    }
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match (&*self.storage, self.layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) => &all[start..end],
+            // `of` let only contiguous f32 CPU tensors in, and the lock keeps it so.
+            _ => &[],
+        }
+    }
+}
+
+/// Row-major or strided matrix product on one thread: dst = beta_dst·dst + alpha·lhs·rhs, shapes (m, k)·(k, n).
+struct Gemm<'a> {
+    m: usize,
+    n: usize,
+    k: usize,
+    /// Values, row stride, column stride.
+    lhs: (&'a [f32], usize, usize),
+    rhs: (&'a [f32], usize, usize),
+    alpha: f32,
+    accumulate: bool,
+}
+
+impl Gemm<'_> {
+    /// Writes to `dst`, rows contiguous.
+    fn run(&self, dst: &mut [f32]) {
+        let Gemm { m, n, k, lhs, rhs, alpha, accumulate } = *self;
+        let reach = |rows: usize, cols: usize, rs: usize, cs: usize| (rows - 1) * rs + (cols - 1) * cs;
+        if m == 0 || n == 0 || k == 0 {
+            return;
+        }
+        assert!(reach(m, k, lhs.1, lhs.2) < lhs.0.len() && reach(k, n, rhs.1, rhs.2) < rhs.0.len() && dst.len() >= m * n);
+        // SAFETY: every element the strides reach lies inside its slice (asserted above), dst is borrowed mutably and
+        // so overlaps neither operand.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                dst.as_mut_ptr(),
+                1,
+                n as isize,
+                accumulate,
+                lhs.0.as_ptr(),
+                lhs.2 as isize,
+                lhs.1 as isize,
+                rhs.0.as_ptr(),
+                rhs.2 as isize,
+                rhs.1 as isize,
+                1.0,
+                alpha,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+    }
+}

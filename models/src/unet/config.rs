@@ -1,0 +1,337 @@
+//! `config.json` of a `UNet2DModel`: what each field may be here, and why the rest is refused.
+
+use super::{Activation, Deserialize, Error, Result, Serialize};
+use std::path::Path;
+
+/// The fields of diffusers' `UNet2DModel`, with its defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UNetConfig {
+    /// Height and width of a picture; needed wherever pictures are made.
+    pub sample_size: Option<SampleSize>,
+    /// Channels in.
+    pub in_channels: usize,
+    /// Channels out.
+    pub out_channels: usize,
+    /// Whether the network first maps x to 2x − 1.
+    pub center_input_sample: bool,
+    /// How a timestep becomes a vector.
+    pub time_embedding_type: TimeEmbedding,
+    /// Width of the embedding; four times the first block when absent.
+    pub time_embedding_dim: Option<usize>,
+    /// Shift in the positional frequencies' exponent.
+    pub freq_shift: f64,
+    /// Cosines before sines.
+    pub flip_sin_to_cos: bool,
+    /// Block types on the way down: `DownBlock2D`, `AttnDownBlock2D`, `ResnetDownsampleBlock2D`.
+    pub down_block_types: Vec<String>,
+    /// `UNetMidBlock2D`, or null for none.
+    pub mid_block_type: Option<String>,
+    /// Block types on the way up: `UpBlock2D`, `AttnUpBlock2D`, `ResnetUpsampleBlock2D`.
+    pub up_block_types: Vec<String>,
+    /// Channels of each level.
+    pub block_out_channels: Vec<usize>,
+    /// Resnets per level on the way down (one more on the way up).
+    pub layers_per_block: usize,
+    /// Residual sums of the middle block are divided by this.
+    pub mid_block_scale_factor: f64,
+    /// 1: symmetric; 0: a row and a column of zeros on the right and below.
+    pub downsample_padding: usize,
+    /// How `AttnDownBlock2D` halves.
+    pub downsample_type: Resampling,
+    /// How `AttnUpBlock2D` doubles.
+    pub upsample_type: Resampling,
+    /// Dropout in the resnets. Distillation and sampling run without it (DMD, section 4).
+    pub dropout: f64,
+    /// Non-linearity of the resnets.
+    pub act_fn: Activation,
+    /// Channels of one attention head; one head over all channels when null.
+    pub attention_head_dim: Option<usize>,
+    /// Groups of every norm.
+    pub norm_num_groups: usize,
+    /// Groups of the middle attention's norm.
+    pub attn_norm_num_groups: Option<usize>,
+    /// Added to every variance.
+    pub norm_eps: f64,
+    /// How the time embedding enters a resnet.
+    pub resnet_time_scale_shift: TimeScaleShift,
+    /// Attention in the middle block.
+    pub add_attention: bool,
+    /// `timestep`, `identity`, or null for a table of `num_class_embeds` rows.
+    pub class_embed_type: Option<String>,
+    /// Number of classes.
+    pub num_class_embeds: Option<usize>,
+    /// Rows of a learned time embedding.
+    pub num_train_timesteps: Option<usize>,
+}
+
+impl Default for UNetConfig {
+    fn default() -> Self {
+        let strings = |s: &[&str]| s.iter().map(|s| s.to_string()).collect();
+        UNetConfig {
+            sample_size: None,
+            in_channels: 3,
+            out_channels: 3,
+            center_input_sample: false,
+            time_embedding_type: TimeEmbedding::Positional,
+            time_embedding_dim: None,
+            freq_shift: 0.0,
+            flip_sin_to_cos: true,
+            down_block_types: strings(&["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]),
+            mid_block_type: Some("UNetMidBlock2D".into()),
+            up_block_types: strings(&["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"]),
+            block_out_channels: vec![224, 448, 672, 896],
+            layers_per_block: 2,
+            mid_block_scale_factor: 1.0,
+            downsample_padding: 1,
+            downsample_type: Resampling::Conv,
+            upsample_type: Resampling::Conv,
+            dropout: 0.0,
+            act_fn: Activation::Silu,
+            attention_head_dim: Some(8),
+            norm_num_groups: 32,
+            attn_norm_num_groups: None,
+            norm_eps: 1e-5,
+            resnet_time_scale_shift: TimeScaleShift::Default,
+            add_attention: true,
+            class_embed_type: None,
+            num_class_embeds: None,
+            num_train_timesteps: None,
+        }
+    }
+}
+
+/// One number for a square, or `[height, width]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SampleSize {
+    /// Height and width alike.
+    Square(usize),
+    /// Height, width.
+    Rectangle([usize; 2]),
+}
+
+/// `time_embedding_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimeEmbedding {
+    /// Sines and cosines of fixed frequencies.
+    Positional,
+    /// Sines and cosines of stored random frequencies of log t.
+    Fourier,
+    /// A table.
+    Learned,
+}
+
+/// `downsample_type`, `upsample_type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Resampling {
+    /// A strided convolution down; nearest neighbour and a convolution up.
+    Conv,
+    /// A resnet that averages or doubles inside.
+    Resnet,
+}
+
+/// `resnet_time_scale_shift`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TimeScaleShift {
+    /// Added before the second norm.
+    Default,
+    /// Scales and shifts after the second norm.
+    ScaleShift,
+}
+
+/// What the two class fields mean together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClassEmbedding {
+    /// Unconditional.
+    None,
+    /// A table of this many rows.
+    Table(usize),
+    /// Sinusoids of the label through a network of two layers.
+    Timestep,
+    /// The caller gives the vector itself.
+    Identity,
+}
+
+/// What a block's type name says.
+pub(super) struct BlockKind {
+    pub attention: bool,
+    pub resampling: Resampling,
+}
+
+impl UNetConfig {
+    /// Reads `config.json`. An unknown key, a value of a wrong kind, or a combination that this network does not have
+    /// is refused by name.
+    pub fn from_json(path: &Path, text: &str) -> Result<Self> {
+        let value: serde_json::Value = serde_json::from_str(text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
+        let fields = value.as_object().ok_or_else(|| Error::file(path, "not a JSON object"))?;
+        let known = serde_json::to_value(UNetConfig::default()).map_err(|e| Error::file(path, e))?;
+        let known: Vec<&str> = known.as_object().into_iter().flatten().map(|(k, _)| k.as_str()).collect();
+        if let Some(class) = fields.get("_class_name").and_then(|c| c.as_str())
+            && class != "UNet2DModel"
+        {
+            return Err(Error::file(path, format!("_class_name is {class}, only UNet2DModel is supported")));
+        }
+        // Keys that begin with an underscore are diffusers' own bookkeeping (class name, version, origin).
+        for key in fields.keys().filter(|k| !k.starts_with('_') && !known.contains(&k.as_str())) {
+            return Err(Error::file(path, format!("unknown key \"{key}\"{}", nearest(key, &known))));
+        }
+        // One field at a time, so that the message can name it.
+        let mut whole = serde_json::to_value(UNetConfig::default()).map_err(|e| Error::file(path, e))?;
+        for (key, field) in fields.iter().filter(|(k, _)| !k.starts_with('_')) {
+            let kept = std::mem::replace(&mut whole[key], field.clone());
+            if let Err(reason) = serde_json::from_value::<UNetConfig>(whole.clone()) {
+                return Err(Error::file(path, format!("{key} is {field}, which is not supported: {reason} (default: {kept})")));
+            }
+        }
+        let config: UNetConfig = serde_json::from_value(whole).map_err(|e| Error::file(path, e))?;
+        config.validate().map_err(|e| Error::file(path, e))?;
+        Ok(config)
+    }
+
+    /// The text of `config.json`, as diffusers reads it.
+    pub fn to_json(&self) -> Result<String> {
+        let mut value = serde_json::to_value(self).map_err(|e| Error::Config(e.to_string()))?;
+        if self.freq_shift.fract() == 0.0 {
+            value["freq_shift"] = (self.freq_shift as i64).into();
+        }
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("_class_name".into(), "UNet2DModel".into());
+            fields.insert("_diffusers_version".into(), "0.42.0".into());
+        }
+        serde_json::to_string_pretty(&value).map_err(|e| Error::Config(e.to_string()))
+    }
+
+    /// Checks every field against the others.
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |message: String| Err(Error::Config(message));
+        let levels = self.block_out_channels.len();
+        if levels == 0 || self.block_out_channels.contains(&0) {
+            return refuse(format!("block_out_channels is {:?}, expected at least one level and no zero", self.block_out_channels));
+        }
+        for (name, types) in [("down_block_types", &self.down_block_types), ("up_block_types", &self.up_block_types)] {
+            if types.len() != levels {
+                return refuse(format!("{name} has {} entries, block_out_channels {levels}: they must be as many", types.len()));
+            }
+        }
+        for i in 0..levels {
+            self.down_block(i)?;
+            self.up_block(i)?;
+        }
+        if let Some(mid) = self.mid_block_type.as_deref()
+            && mid != "UNetMidBlock2D"
+        {
+            return refuse(format!("mid_block_type is {mid}, supported: UNetMidBlock2D or null"));
+        }
+        for (name, value) in [("in_channels", self.in_channels), ("out_channels", self.out_channels), ("layers_per_block", self.layers_per_block), ("norm_num_groups", self.norm_num_groups)] {
+            if value == 0 {
+                return refuse(format!("{name} is 0, expected at least 1"));
+            }
+        }
+        if self.attention_head_dim == Some(0) || self.attn_norm_num_groups == Some(0) || self.num_class_embeds == Some(0) || self.time_embedding_dim == Some(0) {
+            return refuse("attention_head_dim, attn_norm_num_groups, num_class_embeds and time_embedding_dim must not be 0 (null leaves them out)".into());
+        }
+        if self.downsample_padding > 1 {
+            return refuse(format!("downsample_padding is {}, supported: 0 and 1 (others do not halve the picture)", self.downsample_padding));
+        }
+        if !(self.norm_eps > 0.0 && self.mid_block_scale_factor.is_finite() && self.mid_block_scale_factor != 0.0) {
+            return refuse(format!("norm_eps is {} and mid_block_scale_factor {}, expected a positive and a non-zero number", self.norm_eps, self.mid_block_scale_factor));
+        }
+        let half = self.block_out_channels[0] / 2;
+        if self.time_embedding_type == TimeEmbedding::Positional && (half == 0 || self.freq_shift >= half as f64) {
+            return refuse(format!("freq_shift is {}, expected below {half} (half of the first block's channels)", self.freq_shift));
+        }
+        if self.time_embedding_type == TimeEmbedding::Learned && self.num_train_timesteps.unwrap_or(0) == 0 {
+            return refuse("time_embedding_type is learned, which needs num_train_timesteps".into());
+        }
+        match self.class_embed_type.as_deref() {
+            None | Some("identity") => {}
+            Some("timestep") if self.time_embedding_type == TimeEmbedding::Positional && self.block_out_channels[0].is_multiple_of(2) => {}
+            Some("timestep") => return refuse("class_embed_type is timestep, which needs time_embedding_type positional and an even first block (a label 0 has no logarithm, and diffusers shares the projection)".into()),
+            Some(other) => return refuse(format!("class_embed_type is {other}, supported: null, timestep, identity")),
+        }
+        match self.size() {
+            Some([height, width]) => self.check_size(height, width),
+            None => Ok(()),
+        }
+    }
+
+    /// Height and width, where the config states them.
+    pub fn size(&self) -> Option<[usize; 2]> {
+        self.sample_size.map(|size| match size {
+            SampleSize::Square(side) => [side, side],
+            SampleSize::Rectangle(size) => size,
+        })
+    }
+
+    /// Whether pictures of this size can be halved at every level, so that the way up meets the way down.
+    pub fn check_size(&self, height: usize, width: usize) -> Result<()> {
+        let halvings = self.block_out_channels.len() - 1;
+        let factor = 1usize.checked_shl(halvings as u32).unwrap_or(usize::MAX);
+        if height == 0 || width == 0 || !height.is_multiple_of(factor) || !width.is_multiple_of(factor) {
+            return Err(Error::Config(format!(
+                "sample_size {height}x{width} cannot be halved {halvings} times ({} levels): both sides must be multiples of {factor}",
+                halvings + 1
+            )));
+        }
+        Ok(())
+    }
+
+    /// Width of the time and class embedding.
+    pub fn time_dim(&self) -> usize {
+        self.time_embedding_dim.unwrap_or(4 * self.block_out_channels[0])
+    }
+
+    /// How labels enter.
+    pub fn class_embedding(&self) -> ClassEmbedding {
+        match (self.class_embed_type.as_deref(), self.num_class_embeds) {
+            (Some("timestep"), _) => ClassEmbedding::Timestep,
+            (Some(_), _) => ClassEmbedding::Identity,
+            (None, Some(n)) => ClassEmbedding::Table(n),
+            (None, None) => ClassEmbedding::None,
+        }
+    }
+
+    pub(super) fn down_block(&self, i: usize) -> Result<BlockKind> {
+        let (attention, resampling) = match plain(&self.down_block_types[i]) {
+            "DownBlock2D" => (false, Resampling::Conv),
+            "AttnDownBlock2D" => (true, self.downsample_type),
+            "ResnetDownsampleBlock2D" => (false, Resampling::Resnet),
+            other => return Err(unsupported_block("down_block_types", other, "DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D")),
+        };
+        Ok(BlockKind { attention, resampling })
+    }
+
+    pub(super) fn up_block(&self, i: usize) -> Result<BlockKind> {
+        let (attention, resampling) = match plain(&self.up_block_types[i]) {
+            "UpBlock2D" => (false, Resampling::Conv),
+            "AttnUpBlock2D" => (true, self.upsample_type),
+            "ResnetUpsampleBlock2D" => (false, Resampling::Resnet),
+            other => return Err(unsupported_block("up_block_types", other, "UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D")),
+        };
+        Ok(BlockKind { attention, resampling })
+    }
+}
+
+/// diffusers drops this prefix of old files too.
+fn plain(block: &str) -> &str {
+    block.strip_prefix("UNetRes").unwrap_or(block)
+}
+
+fn unsupported_block(field: &str, name: &str, supported: &str) -> Error {
+    let reason = match name {
+        n if n.contains("CrossAttn") => "cross-attention needs text, which UNet2DModel does not take",
+        n if n.contains("Skip") => "the skip-convolution blocks use FIR resampling, which no edge accelerator has",
+        _ => "not a block of the supported kinds",
+    };
+    Error::Config(format!("{field} holds {name}: {reason}; supported: {supported}"))
+}
+
+/// ", did you mean …?" for a misspelt key, or nothing.
+fn nearest(key: &str, known: &[&str]) -> String {
+    let best = known.iter().max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
+    best.map(|name| format!(", did you mean \"{name}\"?")).unwrap_or_default()
+}

@@ -1,0 +1,150 @@
+//! Named tensors: read from and written to safetensors (one file, or diffusers' sharded index), held on a device,
+//! made trainable or frozen. Bytes from outside are untrusted: nothing is allocated before the header was checked.
+
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::Path;
+
+/// The parameters of a network by diffusers' tensor names, in the order of the names.
+#[derive(Clone, Debug, Default)]
+pub struct Weights {
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Weights {
+    /// Reads one safetensors file, or all the shards that an `.index.json` names.
+    /// Errors name the file: missing, truncated, not safetensors, or a shard that the index promises and lacks.
+    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+        if path.extension().is_some_and(|e| e == "json") { load_shards(path, device) } else { load_file(path, device) }
+    }
+
+    /// The tensor of this name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// Adds or replaces a tensor.
+    pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
+        self.tensors.insert(name.into(), tensor);
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// All names and tensors, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// Number of scalars.
+    pub fn n_parameters(&self) -> usize {
+        self.tensors.values().map(Tensor::elem_count).sum()
+    }
+
+    /// Applies `f` to every tensor.
+    pub fn map(&self, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        let tensors = self.tensors.iter().map(|(name, t)| Ok((name.clone(), f(t)?))).collect::<Result<_>>()?;
+        Ok(Weights { tensors })
+    }
+
+    /// A copy in this dtype on this device (no copy where nothing changes).
+    pub fn to(&self, dtype: DType, device: &Device) -> Result<Self> {
+        self.map(|t| t.to_dtype(dtype)?.to_device(device))
+    }
+
+    /// The same storage, outside the autograd graph: a network built on it sees every update and records nothing.
+    pub fn detached(&self) -> Self {
+        Weights { tensors: self.tensors.iter().map(|(name, t)| (name.clone(), t.detach())).collect() }
+    }
+
+    /// Fresh variables holding copies of these values, f32, and the view of them to build a network on.
+    pub fn trainable(&self) -> Result<(Self, BTreeMap<String, Var>)> {
+        let mut vars = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            vars.insert(name.clone(), Var::from_tensor(&tensor.to_dtype(DType::F32)?.copy()?)?);
+        }
+        let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        Ok((Weights { tensors }, vars))
+    }
+
+    /// Writes one safetensors file (through a neighbour that is then renamed) with this metadata.
+    pub fn save(&self, path: &Path, metadata: &BTreeMap<String, String>) -> Result<()> {
+        let metadata: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let bytes = safetensors::serialize(self.tensors.iter(), Some(metadata)).map_err(|e| Error::file(path, e))?;
+        write_whole(path, &bytes)
+    }
+}
+
+/// Writes a file aside, flushes it to the disk, and renames it: readers see the old one or the new one, whole.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".partial");
+    let aside = std::path::PathBuf::from(aside);
+    let write = || {
+        let mut file = fs::File::create(&aside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&aside, path)
+    };
+    write().inspect_err(|_| _ = fs::remove_file(&aside)).map_err(Error::io(path))
+}
+
+fn load_file(path: &Path, device: &Device) -> Result<Weights> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    let not_whole = |e| Error::file(path, format!("not a whole safetensors file ({} bytes): {e}", bytes.len()));
+    let parsed = safetensors::SafeTensors::deserialize(&bytes).map_err(not_whole)?;
+    let mut weights = Weights::default();
+    for (name, view) in parsed.tensors() {
+        use candle_core::safetensors::Load;
+        let tensor = view.load(device).map_err(|e| Error::file(path, format!("tensor \"{name}\": {e}")))?;
+        weights.insert(name, tensor);
+    }
+    Ok(weights)
+}
+
+fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = fs::read_to_string(index).map_err(Error::io(index))?;
+    let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::file(index, format!("not a weight index: {e}")))?;
+    let folder = index.parent().unwrap_or(Path::new("."));
+    let mut weights = Weights::default();
+    let mut shards: BTreeMap<&str, Weights> = BTreeMap::new();
+    for (name, shard) in &parsed.weight_map {
+        if Path::new(shard).components().count() != 1 {
+            return Err(Error::file(index, format!("shard \"{shard}\" is not a plain file name")));
+        }
+        if !shards.contains_key(shard.as_str()) {
+            shards.insert(shard, load_file(&folder.join(shard), device)?);
+        }
+        let tensor = shards[shard.as_str()].get(name);
+        let tensor = tensor.ok_or_else(|| Error::file(folder.join(shard), format!("lacks tensor \"{name}\" that {} names", index.display())))?;
+        weights.insert(name.clone(), tensor.clone());
+    }
+    Ok(weights)
+}
+
+/// The metadata of a safetensors file, without reading its tensors.
+pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
+    use std::io::Read;
+    let mut file = fs::File::open(path).map_err(Error::io(path))?;
+    let file_bytes = file.metadata().map_err(Error::io(path))?.len();
+    let mut length = [0u8; 8];
+    file.read_exact(&mut length).map_err(|e| Error::file(path, format!("not a safetensors file: {e}")))?;
+    let header_bytes = u64::from_le_bytes(length);
+    if header_bytes > file_bytes.saturating_sub(8) {
+        return Err(Error::file(path, format!("not a whole safetensors file: its header of {header_bytes} bytes does not fit in {file_bytes}")));
+    }
+    let mut header = vec![0u8; header_bytes as usize];
+    file.read_exact(&mut header).map_err(Error::io(path))?;
+    let header: serde_json::Value = serde_json::from_slice(&header).map_err(|e| Error::file(path, format!("broken safetensors header: {e}")))?;
+    let entries = header.get("__metadata__").and_then(|m| m.as_object());
+    Ok(entries.into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), v.as_str()?.to_string()))).collect())
+}

@@ -1,0 +1,123 @@
+//! Fused operations against their composites, values and gradients, over a range of shapes.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use dmd_models::ops;
+
+/// Deterministic values around zero.
+fn values(shape: &[usize], seed: f32) -> Var {
+    let n: usize = shape.iter().product();
+    let v: Vec<f32> = (0..n).map(|i| ((i as f32 * 12.9898 + seed).sin() * 43758.547).fract() * 1.5).collect();
+    Var::from_tensor(&Tensor::from_vec(v, shape, &Device::Cpu).unwrap()).unwrap()
+}
+
+/// Compares two spellings of one operation: outputs, and the gradients of Σ y·w for a fixed w.
+fn check(name: &str, inputs: &[Var], fused: impl Fn(&[Tensor]) -> Result<Tensor>, plain: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
+    let (a, b) = (fused(&tensors).unwrap(), plain(&tensors).unwrap());
+    close(&format!("{name}: value"), &a, &b);
+    let weight = values(a.dims(), 0.7).as_tensor().detach();
+    let grads = |y: Tensor| (y * &weight).unwrap().sum_all().unwrap().backward().unwrap();
+    let (ga, gb) = (grads(a), grads(b));
+    for (i, var) in inputs.iter().enumerate() {
+        close(&format!("{name}: gradient of input {i}"), ga.get(var).unwrap(), gb.get(var).unwrap());
+    }
+}
+
+fn close(what: &str, a: &Tensor, b: &Tensor) {
+    assert_eq!(a.dims(), b.dims(), "{what}");
+    let max = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    let gap = max(&(a - b).unwrap());
+    assert!(gap <= 2e-5 * max(b).max(1.0), "{what}: {gap} of {}", max(b));
+}
+
+#[test]
+fn conv2d_equals_its_composite() {
+    // batch, channels, height, width, out, kernel, stride, padding
+    let cases = [
+        [1, 1, 1, 1, 1, 1, 1, 0],
+        [2, 3, 8, 8, 5, 3, 1, 1],
+        [5, 4, 7, 9, 6, 3, 1, 1],
+        [3, 4, 8, 6, 6, 3, 2, 1],
+        [2, 4, 9, 7, 3, 3, 2, 0],
+        [4, 8, 16, 16, 16, 1, 1, 0],
+        [7, 8, 4, 4, 8, 3, 1, 1],
+        [1, 2, 5, 5, 3, 5, 1, 2],
+        [2, 2, 3, 3, 2, 3, 1, 2],
+        [33, 3, 4, 4, 4, 1, 1, 0],
+    ];
+    for [b, c, h, w, o, k, stride, padding] in cases {
+        let inputs = [values(&[b, c, h, w], 0.1), values(&[o, c, k, k], 0.2), values(&[o], 0.3)];
+        check(
+            &format!("conv2d {:?}", [b, c, h, w, o, k, stride, padding]),
+            &inputs,
+            |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), stride, padding),
+            |t| ops::conv2d_composite(&t[0], &t[1], Some(&t[2]), stride, padding),
+        );
+    }
+}
+
+#[test]
+fn conv2d_takes_views_that_are_not_contiguous() {
+    let inputs = [values(&[4, 6, 8, 2], 0.1), values(&[3, 2, 5, 3, 3], 0.2)];
+    let run = |f: fn(&Tensor, &Tensor) -> Result<Tensor>| move |t: &[Tensor]| f(&t[0].transpose(1, 3)?.narrow(1, 0, 2)?, &t[1].get_on_dim(0, 1)?.transpose(0, 1)?.contiguous()?);
+    check("views", &inputs, run(|x, w| ops::conv2d(x, &w.transpose(0, 1)?.transpose(0, 1)?.narrow(1, 0, 2)?, None, 1, 1)), run(|x, w| ops::conv2d_composite(&x.contiguous()?, &w.narrow(1, 0, 2)?.contiguous()?, None, 1, 1)));
+}
+
+#[test]
+fn group_norm_equals_its_composite() {
+    for [b, c, h, w, groups] in [[1, 4, 1, 2, 2], [2, 8, 5, 7, 4], [3, 6, 4, 4, 6], [2, 6, 3, 3, 1], [4, 32, 16, 16, 8]] {
+        for silu in [false, true] {
+            let inputs = [values(&[b, c, h, w], 0.4), values(&[c], 0.5), values(&[c], 0.6)];
+            check(
+                &format!("group_norm {:?} {silu}", [b, c, h, w, groups]),
+                &inputs,
+                |t| ops::group_norm(&t[0], &t[1], &t[2], groups, 1e-3, silu),
+                |t| ops::group_norm_composite(&t[0], &t[1], &t[2], groups, 1e-3, silu),
+            );
+        }
+    }
+}
+
+#[test]
+fn attention_equals_its_composite() {
+    for [b, c, h, w, heads] in [[1, 1, 1, 1, 1], [2, 8, 3, 5, 2], [1, 16, 8, 8, 4], [3, 6, 4, 4, 1]] {
+        let inputs = [values(&[b, c, h, w], 0.1), values(&[b, c, h, w], 0.2), values(&[b, c, h, w], 0.3)];
+        check(
+            &format!("attention {:?}", [b, c, h, w, heads]),
+            &inputs,
+            |t| ops::attention(&t[0], &t[1], &t[2], heads),
+            |t| ops::attention_composite(&t[0], &t[1], &t[2], heads),
+        );
+    }
+}
+
+#[test]
+fn small_operations_equal_their_composites() {
+    for rows in [3, 1] {
+        let inputs = [values(&[3, 4, 5, 2], 0.1), values(&[rows, 4], 0.2)];
+        check("add_per_channel", &inputs, |t| ops::add_per_channel(&t[0], &t[1]), |t| ops::add_per_channel_composite(&t[0], &t[1]));
+    }
+    let x = [values(&[2, 3, 4, 6], 0.3)];
+    check("upsample", &x, |t| ops::upsample_2x(&t[0]), |t| t[0].upsample_nearest2d(8, 12));
+    check("avg_pool", &x, |t| ops::avg_pool_2x(&t[0]), |t| t[0].avg_pool2d(2));
+}
+
+#[test]
+fn results_are_the_same_bits_run_to_run() {
+    let inputs = [values(&[13, 8, 9, 9], 0.1), values(&[16, 8, 3, 3], 0.2), values(&[16], 0.3)];
+    let run = || {
+        let y = ops::conv2d(&inputs[0], &inputs[1], Some(&inputs[2]), 1, 1).unwrap();
+        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        grads.get(&inputs[1]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let first = run();
+    assert!((0..5).all(|_| run() == first));
+}
+
+#[test]
+fn mismatched_shapes_are_refused() {
+    let x = Tensor::zeros((1, 3, 4, 4), DType::F32, &Device::Cpu).unwrap();
+    let w = Tensor::zeros((2, 4, 3, 3), DType::F32, &Device::Cpu).unwrap();
+    assert!(ops::conv2d(&x, &w, None, 1, 1).unwrap_err().to_string().contains("do not go together"));
+    assert!(ops::group_norm(&x, &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), 2, 1e-5, true).is_err());
+}

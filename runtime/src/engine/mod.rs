@@ -1,0 +1,205 @@
+//! What runs a graph. Each engine is one file behind one trait; both may live in one process, so that a file can be
+//! checked by the one against the other.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::{Error, Info, Options, Result};
+
+#[cfg(feature = "onnxruntime")]
+mod onnxruntime;
+#[cfg(feature = "tract")]
+mod tract;
+
+/// A loaded graph. The generator has checked the sizes of everything it hands over.
+pub(crate) trait Engine: Send {
+    /// Runs one full batch: noise `(B, C, H, W)`, and `(B)` labels where the graph takes them. Writes the first
+    /// `out.len()` values of the output; an error is the engine's own reason.
+    fn run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> Result<(), String>;
+}
+
+/// Where the output goes: the graph's element type, and room for the leading pictures of the batch.
+#[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
+pub(crate) enum Out<'a> {
+    F32(&'a mut [f32]),
+    U8(&'a mut [u8]),
+}
+
+/// An engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// ONNX Runtime, a library that is found when it is first needed.
+    OnnxRuntime,
+    /// tract, in pure Rust, part of the build.
+    Tract,
+}
+
+impl EngineKind {
+    pub(crate) fn feature(self) -> &'static str {
+        match self {
+            Self::OnnxRuntime => "onnxruntime",
+            Self::Tract => "tract",
+        }
+    }
+}
+
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OnnxRuntime => "ONNX Runtime",
+            Self::Tract => "tract",
+        })
+    }
+}
+
+/// Which engine is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// ONNX Runtime where its library is found, else tract, with one warning.
+    #[default]
+    Auto,
+    /// ONNX Runtime, or an error that lists every place where it was looked for.
+    OnnxRuntime,
+    /// tract.
+    Tract,
+}
+
+/// What runs a loaded file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EngineInfo {
+    /// Which engine.
+    pub kind: EngineKind,
+    /// Its version.
+    pub version: String,
+    /// The library that was loaded for it, as a full path, or as a name where the system's loader found it.
+    pub library: Option<PathBuf>,
+    /// What the user should know: for one that no library was found. Also logged, once, by the `log` crate.
+    pub warning: Option<String>,
+}
+
+/// Whether an engine can be used here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EngineReport {
+    /// Which engine.
+    pub kind: EngineKind,
+    /// Its version, where it can be used.
+    pub version: Option<String>,
+    /// Its library, where it has one.
+    pub library: Option<PathBuf>,
+    /// Why it cannot be used, where that is so.
+    pub reason: Option<String>,
+}
+
+impl EngineReport {
+    /// Whether the engine can be used.
+    pub fn is_present(&self) -> bool {
+        self.reason.is_none()
+    }
+}
+
+/// Says of every engine whether it can be used here. `library` is as in [`Options`].
+///
+/// ```
+/// for engine in dmd_runtime::engines(None) {
+///     match &engine.reason {
+///         None => println!("{} {}", engine.kind, engine.version.unwrap_or_default()),
+///         Some(reason) => println!("{}: {reason}", engine.kind),
+///     }
+/// }
+/// ```
+pub fn engines(library: Option<&Path>) -> Vec<EngineReport> {
+    let report = |kind, found: Result<EngineInfo>| match found {
+        Ok(info) => EngineReport { kind, version: Some(info.version), library: info.library, reason: None },
+        Err(error) => EngineReport { kind, version: None, library: None, reason: Some(error.to_string()) },
+    };
+    let onnxruntime = report(EngineKind::OnnxRuntime, onnxruntime_info(library));
+    vec![onnxruntime, report(EngineKind::Tract, tract_info())]
+}
+
+/// Loads a file by the engine that the options ask for.
+pub(crate) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    match options.engine {
+        EngineChoice::OnnxRuntime => open_onnxruntime(path, info, options),
+        EngineChoice::Tract => open_tract(path, info, options),
+        EngineChoice::Auto => match open_onnxruntime(path, info, options) {
+            // A library that was named and does not work is an error, not a reason for something slower.
+            Err(error) if options.library.is_some() || !cfg!(feature = "tract") => Err(error),
+            Err(Error::EngineDisabled { .. }) => open_tract(path, info, options),
+            Err(Error::NoLibrary { tried }) => {
+                let (engine, mut engine_info) = open_tract(path, info, options)?;
+                let warning = format!(
+                    "no usable ONNX Runtime library was found, so the slower engine tract is used: \
+                     pip install onnxruntime, or set ORT_DYLIB_PATH; tried{}",
+                    crate::library::list(&tried)
+                );
+                log::warn!("{warning}");
+                engine_info.warning = Some(warning);
+                Ok((engine, engine_info))
+            }
+            other => other,
+        },
+    }
+}
+
+#[cfg(feature = "onnxruntime")]
+use onnxruntime::{info as onnxruntime_info, open as open_onnxruntime};
+#[cfg(feature = "tract")]
+use tract::{info as tract_info, open as open_tract};
+
+#[cfg(not(feature = "onnxruntime"))]
+fn onnxruntime_info(_: Option<&Path>) -> Result<EngineInfo> {
+    Err(Error::EngineDisabled { engine: EngineKind::OnnxRuntime })
+}
+
+#[cfg(not(feature = "onnxruntime"))]
+fn open_onnxruntime(_: &Path, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    Err(Error::EngineDisabled { engine: EngineKind::OnnxRuntime })
+}
+
+#[cfg(not(feature = "tract"))]
+fn tract_info() -> Result<EngineInfo> {
+    Err(Error::EngineDisabled { engine: EngineKind::Tract })
+}
+
+#[cfg(not(feature = "tract"))]
+fn open_tract(_: &Path, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    Err(Error::EngineDisabled { engine: EngineKind::Tract })
+}
+
+#[cfg(any(feature = "onnxruntime", feature = "tract"))]
+impl Out<'_> {
+    /// Copies the leading values of an f32 output of `expected` values.
+    fn fill_f32(self, values: &[f32], expected: usize) -> Result<(), String> {
+        match self {
+            Out::F32(out) => copy_leading(values, out, expected),
+            Out::U8(_) => Err("the output is f32, the file says u8".into()),
+        }
+    }
+
+    /// Copies the leading values of a u8 output of `expected` values.
+    fn fill_u8(self, values: &[u8], expected: usize) -> Result<(), String> {
+        match self {
+            Out::U8(out) => copy_leading(values, out, expected),
+            Out::F32(_) => Err("the output is u8, the file says f32".into()),
+        }
+    }
+}
+
+#[cfg(any(feature = "onnxruntime", feature = "tract"))]
+fn copy_leading<T: Copy>(values: &[T], out: &mut [T], expected: usize) -> Result<(), String> {
+    if values.len() != expected {
+        return Err(format!("the output has {} values, the file says {expected}", values.len()));
+    }
+    out.copy_from_slice(&values[..out.len()]);
+    Ok(())
+}
+
+/// Threads to use: what was asked for, else what the machine offers.
+#[cfg(any(feature = "onnxruntime", feature = "tract"))]
+fn threads(options: &Options) -> usize {
+    let offered = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    options.threads.filter(|n| *n > 0).unwrap_or_else(offered)
+}

@@ -1,0 +1,203 @@
+//! ONNX Runtime by the `ort` crate, its library loaded at run time.
+//!
+//! `ort` panics where it must look for the library by itself, so that nothing of it is touched before
+//! [`runtime`] has found a library, asked it for its version and its API, and handed it over.
+
+use std::ffi::CStr;
+use std::mem;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ort::environment::Environment;
+use ort::logging::LogLevel;
+use ort::session::builder::GraphOptimizationLevel;
+use ort::session::{Session, SessionInputValue};
+use ort::value::TensorRef;
+
+use super::{Engine, EngineInfo, EngineKind, Out, threads};
+use crate::library::{Host, Place, libraries_at};
+use crate::{Error, Info, Options, Result, Tried};
+
+/// The library of this process, once it is found. It is never unloaded: its threads and its environment live on.
+#[derive(Clone)]
+struct Runtime {
+    environment: Environment,
+    library: PathBuf,
+    version: String,
+    warning: Option<String>,
+}
+
+static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
+
+struct OnnxRuntime {
+    session: Session,
+    /// `[B, C, H, W]`.
+    shape: [usize; 4],
+    /// Whether the graph lists its label before its noise.
+    label_first: bool,
+}
+
+pub(super) fn info(library: Option<&Path>) -> Result<EngineInfo> {
+    let Runtime { library, version, warning, .. } = runtime(library)?;
+    Ok(EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning })
+}
+
+pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    let runtime = runtime(options.library.as_deref())?;
+    let session = session(&runtime.environment, path, threads(options)).map_err(|error| Error::Load {
+        path: path.into(),
+        engine: EngineKind::OnnxRuntime,
+        reason: error.to_string(),
+    })?;
+    let shape = [info.batch, info.channels, info.height, info.width];
+    let label_first = session.inputs().first().is_some_and(|input| input.name() == "label");
+    let Runtime { library, version, warning, .. } = runtime;
+    let engine_info = EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning };
+    Ok((Box::new(OnnxRuntime { session, shape, label_first }), engine_info))
+}
+
+fn session(environment: &Environment, path: &Path, threads: usize) -> ort::Result<Session> {
+    Session::builder(environment)?
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_intra_threads(threads)?
+        .with_inter_threads(1)?
+        .commit_from_file(path)
+}
+
+impl Engine for OnnxRuntime {
+    fn run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> Result<(), String> {
+        self.try_run(noise, label, out).map_err(|error| error.to_string())?
+    }
+}
+
+impl OnnxRuntime {
+    /// The outer result is the engine's, the inner one that of the output's size.
+    fn try_run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> ort::Result<Result<(), String>> {
+        let values = self.shape.iter().product();
+        // Both inputs are lent, not copied.
+        let noise = SessionInputValue::from(TensorRef::from_array_view((self.shape, noise))?);
+        let outputs = if label.is_empty() {
+            self.session.run([noise])?
+        } else {
+            let label = SessionInputValue::from(TensorRef::from_array_view(([label.len()], label))?);
+            self.session.run(if self.label_first { [label, noise] } else { [noise, label] })?
+        };
+        let image = &outputs[0];
+        Ok(match &out {
+            Out::F32(_) => out.fill_f32(image.try_extract_tensor::<f32>()?.1, values),
+            Out::U8(_) => out.fill_u8(image.try_extract_tensor::<u8>()?.1, values),
+        })
+    }
+}
+
+/// The library of this process; searches for it on the first call.
+fn runtime(asked: Option<&Path>) -> Result<Runtime> {
+    let mut runtime = RUNTIME.lock().unwrap_or_else(PoisonError::into_inner);
+    match (&*runtime, asked) {
+        (Some(runtime), None) => Ok(runtime.clone()),
+        (Some(runtime), Some(asked)) => check_same(runtime, asked),
+        (None, _) => {
+            let found = search(asked)?;
+            *runtime = Some(found.clone());
+            Ok(found)
+        }
+    }
+}
+
+/// A library that is asked for by name must be the one in use.
+fn check_same(runtime: &Runtime, asked: &Path) -> Result<Runtime> {
+    let place = |reason| Tried { place: ASKED.into(), path: asked.into(), reason };
+    let libraries = libraries_at(asked).map_err(|reason| Error::NoLibrary { tried: vec![place(reason)] })?;
+    let resolved = |path: &PathBuf| path.canonicalize().ok();
+    if libraries.iter().any(|library| resolved(library) == resolved(&runtime.library)) {
+        return Ok(runtime.clone());
+    }
+    Err(Error::OtherLibraryLoaded { asked: asked.into(), loaded: runtime.library.clone() })
+}
+
+const ASKED: &str = "asked for";
+
+fn search(asked: Option<&Path>) -> Result<Runtime> {
+    let places = match asked {
+        Some(path) => vec![Place { why: ASKED.into(), path: path.into() }],
+        None => Host::here().places(),
+    };
+    let mut tried = Vec::new();
+    for Place { why, path } in places {
+        // A bare name is for the system's loader; whatever has a folder must be there.
+        let is_name = asked.is_none() && path.parent() == Some(Path::new(""));
+        let libraries = if is_name { Ok(vec![path.clone()]) } else { libraries_at(&path) };
+        let mut fail = |path: &Path, reason| tried.push(Tried { place: why.clone(), path: path.into(), reason });
+        match libraries {
+            Err(reason) => fail(&path, reason),
+            Ok(libraries) => {
+                for library in libraries {
+                    match start(&library, is_name) {
+                        Ok(runtime) => return Ok(Runtime { warning: overruled(&tried), ..runtime }),
+                        Err(reason) => fail(&library, reason),
+                    }
+                }
+            }
+        }
+    }
+    Err(Error::NoLibrary { tried })
+}
+
+/// Somebody who sets the variable wants that library: say so where another had to be taken.
+fn overruled(tried: &[Tried]) -> Option<String> {
+    let Tried { path, reason, .. } = tried.iter().find(|tried| tried.place == "ORT_DYLIB_PATH")?;
+    let warning = format!("ORT_DYLIB_PATH is not usable, another library is taken: {}: {reason}", path.display());
+    log::warn!("{warning}");
+    Some(warning)
+}
+
+/// Loads a library and makes the process's environment from it.
+fn start(library: &Path, is_name: bool) -> Result<Runtime, String> {
+    // A relative path would be searched beside the executable first.
+    let library = if is_name { library.into() } else { std::path::absolute(library).map_err(|e| e.to_string())? };
+    let version = probe(&library)?;
+    let builder = ort::init_from(&library).map_err(|error| error.to_string())?.with_logger(Arc::new(forward));
+    // An app's users have not agreed to telemetry, which some builds of the library turn on by themselves.
+    let environment = builder.with_name("dmd").with_telemetry(false).build().map_err(|error| error.to_string())?;
+    environment.set_log_level(LogLevel::Warning);
+    Ok(Runtime { environment, library, version, warning: None })
+}
+
+/// What ONNX Runtime has to say goes to the `log` crate, not to the app's standard error. Its errors come back as
+/// results too, so that they are no more than warnings here.
+fn forward(level: LogLevel, _category: &str, _id: &str, location: &str, message: &str) {
+    let level = if level >= LogLevel::Warning { log::Level::Warn } else { log::Level::Debug };
+    log::log!(target: "onnxruntime", level, "{message} ({location})");
+}
+
+/// Loads a library and gives its version, if it is an ONNX Runtime that has our API.
+fn probe(path: &Path) -> Result<String, String> {
+    // SAFETY: loading runs the library's initialisers. The file is one that the user, the environment or a package
+    // named as ONNX Runtime's, which is loaded to run its code.
+    let library = unsafe { libloading::Library::new(path) }.map_err(|error| with_causes(&error))?;
+    // SAFETY: the symbol has had this type in every version of ONNX Runtime.
+    let base = unsafe { library.get::<unsafe extern "C" fn() -> *const ort::sys::OrtApiBase>(b"OrtGetApiBase") }
+        .map_err(|_| "is no ONNX Runtime: it does not export OrtGetApiBase")?;
+    // SAFETY: the function takes nothing and gives a pointer to a static table, or null.
+    let base = unsafe { base().as_ref() }.ok_or("OrtGetApiBase gave nothing")?;
+    // SAFETY: the table's functions; the version is a static C string.
+    let version = unsafe { CStr::from_ptr((base.GetVersionString)()) }.to_string_lossy().into_owned();
+    // SAFETY: as above; null where the library is older than this API.
+    let has_api = !unsafe { (base.GetApi)(ort::MINOR_VERSION) }.is_null();
+    if !has_api || minor(&version).is_none_or(|minor| minor < ort::MINOR_VERSION) {
+        return Err(format!("is ONNX Runtime {version}, expected 1.{} or newer", ort::MINOR_VERSION));
+    }
+    // Not unloaded: `ort` opens it again in a moment.
+    mem::forget(library);
+    Ok(version)
+}
+
+fn minor(version: &str) -> Option<u32> {
+    let mut parts = version.split('.');
+    (parts.next()? == "1").then(|| parts.next()?.parse().ok())?
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,87 @@
+//! tract: a pure Rust engine. Slower than ONNX Runtime, and always there.
+//!
+//! It may panic on a broken graph, so that every call into it is caught.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+
+use tract_onnx::prelude::*;
+use tract_onnx::tract_core::internal::{RunOptions, multithread::Executor};
+
+use super::{Engine, EngineInfo, EngineKind, Out, threads};
+use crate::{Error, Info, Options, Result};
+
+/// tract does not tell its version; Cargo.toml pins it.
+const VERSION: &str = "0.23.9";
+
+struct Tract {
+    plan: Arc<TypedRunnableModel>,
+    /// `[B, C, H, W]`.
+    shape: [usize; 4],
+    /// Whether the graph lists its label before its noise.
+    label_first: bool,
+}
+
+pub(super) fn info() -> Result<EngineInfo> {
+    Ok(EngineInfo { kind: EngineKind::Tract, version: VERSION.into(), library: None, warning: None })
+}
+
+pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    let engine = caught(|| load(path, info, threads(options)));
+    let failed = |reason| Error::Load { path: path.into(), engine: EngineKind::Tract, reason };
+    Ok((Box::new(engine.map_err(failed)?), self::info()?))
+}
+
+fn load(path: &Path, info: &Info, threads: usize) -> TractResult<Tract> {
+    let model = tract_onnx::onnx().model_for_path(path)?;
+    let first = model.input_outlets()?.first().copied();
+    let label_first = first.is_some_and(|outlet| model.node(outlet.node).name == "label");
+    let executor = if threads > 1 { Executor::multithread(threads) } else { Executor::SingleThread };
+    let options = RunOptions { executor: Some(executor), ..RunOptions::default() };
+    // The shapes are in the file, and fixed.
+    let plan = model.into_optimized()?.into_runnable_with_options(&options)?;
+    Ok(Tract { plan, shape: [info.batch, info.channels, info.height, info.width], label_first })
+}
+
+impl Engine for Tract {
+    fn run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> Result<(), String> {
+        let image = caught(|| self.try_run(noise, label))?;
+        let values = self.shape.iter().product();
+        match &out {
+            Out::F32(_) => {
+                let view = image.to_plain_array_view::<f32>().map_err(|error| format!("{error:#}"))?;
+                out.fill_f32(view.as_slice().ok_or("the output is not contiguous")?, values)
+            }
+            Out::U8(_) => {
+                let view = image.to_plain_array_view::<u8>().map_err(|error| format!("{error:#}"))?;
+                out.fill_u8(view.as_slice().ok_or("the output is not contiguous")?, values)
+            }
+        }
+    }
+}
+
+impl Tract {
+    fn try_run(&self, noise: &[f32], label: &[i64]) -> TractResult<TValue> {
+        let mut inputs = tvec![Tensor::from_shape(&self.shape, noise)?.into_tvalue()];
+        if !label.is_empty() {
+            let at = if self.label_first { 0 } else { 1 };
+            inputs.insert(at, Tensor::from_shape(&[label.len()], label)?.into_tvalue());
+        }
+        Ok(self.plan.run(inputs)?.remove(0))
+    }
+}
+
+/// A result or a panic of tract as text.
+fn caught<T>(call: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| format!("{error:#}")),
+        Err(panic) => Err(format!("it panicked: {}", message(&*panic))),
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("for an unknown reason")
+}

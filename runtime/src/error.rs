@@ -1,0 +1,144 @@
+//! Everything that can go wrong, each naming the file or the place, what was expected and what was found.
+
+use std::path::PathBuf;
+
+use crate::{EngineKind, FORMAT, Tried};
+
+/// The result of this crate's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. `Display` is one sentence for people, except where a list of places follows.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file cannot be opened or read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The bytes are no ONNX model, or a broken one.
+    #[error("{}: not a whole ONNX file: {reason}", path.display())]
+    NotOnnx {
+        /// The file.
+        path: PathBuf,
+        /// Where reading stopped.
+        reason: String,
+    },
+    /// An ONNX model that `dmd export` did not write.
+    #[error("{}: not one of ours: the metadata has no dmd.format; the file is {found}", path.display())]
+    NotOurs {
+        /// The file.
+        path: PathBuf,
+        /// What the file says of itself.
+        found: String,
+    },
+    /// The file was written by a newer `dmd export`.
+    #[error("{}: has dmd.format {found}, this build reads up to {FORMAT}: update dmd-runtime", path.display())]
+    NewerFormat {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+    /// The metadata is broken, or says something else than the graph.
+    #[error("{}: {reason}", path.display())]
+    Inconsistent {
+        /// The file.
+        path: PathBuf,
+        /// Which part, what was expected and what was found.
+        reason: String,
+    },
+    /// The engine that was asked for is not part of this build.
+    #[error("the {engine} engine is not in this build: enable the feature \"{}\" of dmd-runtime", engine.feature())]
+    EngineDisabled {
+        /// The engine.
+        engine: EngineKind,
+    },
+    /// No usable ONNX Runtime library was found.
+    #[error("no usable ONNX Runtime library; tried{}", crate::library::list(tried))]
+    NoLibrary {
+        /// Every place, in the order of the search, and why it failed.
+        tried: Vec<Tried>,
+    },
+    /// A process can load one ONNX Runtime library, and has loaded another.
+    #[error("cannot load {}: this process already runs ONNX Runtime from {}", asked.display(), loaded.display())]
+    OtherLibraryLoaded {
+        /// The library that was asked for.
+        asked: PathBuf,
+        /// The library in use.
+        loaded: PathBuf,
+    },
+    /// The engine did not accept the file.
+    #[error("{}: {engine} cannot load it: {reason}", path.display())]
+    Load {
+        /// The file.
+        path: PathBuf,
+        /// The engine.
+        engine: EngineKind,
+        /// The engine's reason.
+        reason: String,
+    },
+    /// The engine failed while running, or gave something else than the file promises.
+    #[error("{engine} failed while running: {reason}")]
+    Run {
+        /// The engine.
+        engine: EngineKind,
+        /// The engine's reason.
+        reason: String,
+    },
+    /// A batch of no pictures.
+    #[error("batch is 0, expected at least 1")]
+    EmptyBatch,
+    /// More values than can be held.
+    #[error("{pictures} pictures of {values} values each are too many: at most {limit} values fit in one call")]
+    TooLarge {
+        /// The pictures asked for.
+        pictures: usize,
+        /// The values of one.
+        values: usize,
+        /// The most values of one call.
+        limit: usize,
+    },
+    /// A class that the file does not have.
+    #[error("label {label} is not a class of this file, expected 0 to {}", classes.saturating_sub(1))]
+    Label {
+        /// The label.
+        label: i64,
+        /// The number of classes.
+        classes: usize,
+    },
+    /// Too few or too many labels.
+    #[error("found {found} labels, expected {expected}")]
+    LabelCount {
+        /// What was given.
+        found: usize,
+        /// What fits.
+        expected: String,
+    },
+    /// Labels for a generator without classes.
+    #[error("this file has no classes, but labels were given")]
+    NotLabelled,
+    /// Noise of the wrong shape.
+    #[error("noise has shape {found:?}, expected [N, {}, {}, {}]", expected[0], expected[1], expected[2])]
+    NoiseShape {
+        /// The shape given.
+        found: Vec<usize>,
+        /// The file's `[C, H, W]`.
+        expected: [usize; 3],
+    },
+    /// Noise with infinities or NaN, which not every engine passes on to its output.
+    #[error("the noise of picture {picture} is not finite")]
+    NoiseNotFinite {
+        /// The first such picture.
+        picture: usize,
+    },
+    /// The network gave infinities or NaN.
+    #[error("picture {picture} of the batch is not finite; the weights in the file are broken")]
+    NotFinite {
+        /// The first such picture.
+        picture: usize,
+    },
+}

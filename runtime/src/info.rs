@@ -1,0 +1,217 @@
+//! What a file says of itself: the `dmd.*` entries of its metadata, checked against its graph.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::onnx::{self, Model, Port};
+use crate::{Error, Result};
+
+/// The newest `dmd.format` that this build reads.
+pub const FORMAT: u32 = 1;
+
+/// The most values that one engine call may take or give: 4 GiB of f32.
+pub(crate) const MAX_VALUES: usize = 1 << 30;
+
+/// The description of an exported generator.
+///
+/// ```no_run
+/// let info = dmd_runtime::Info::read("emoji-32.onnx")?;
+/// println!("{} × {} pixels, classes {:?}", info.width, info.height, info.classes);
+/// # Ok::<(), dmd_runtime::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Info {
+    /// `dmd.format`: the version of this description.
+    pub format: u32,
+    /// `dmd.version`: the version of dmd that wrote the file.
+    pub version: String,
+    /// `dmd.dialect`: which operators the graph is spelled in.
+    pub dialect: String,
+    /// `dmd.sigma`: the noise level at which the generator was trained. It is folded into the graph.
+    pub sigma: f64,
+    /// Pictures in one engine call.
+    pub batch: usize,
+    /// Colours of a picture: 1 for grey, 3 for red, green and blue.
+    pub channels: usize,
+    /// Rows of a picture.
+    pub height: usize,
+    /// Columns of a picture.
+    pub width: usize,
+    /// How the graph gives its pictures.
+    pub output: Output,
+    /// The names of the classes, by label; empty where there are none.
+    pub classes: Vec<String>,
+    /// Whether the graph takes labels; so where there are classes.
+    pub labelled: bool,
+    /// A hash of the weights before they were folded.
+    pub weights_sha256: String,
+    /// The version of ONNX's operators.
+    pub opset: u64,
+    /// Operators in the graph.
+    pub nodes: usize,
+    /// Bytes of weights in the file.
+    pub weight_bytes: u64,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+}
+
+/// How a graph gives its pictures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Output {
+    /// f32 `(B, C, H, W)` in `[-1, 1]`.
+    F32,
+    /// u8 `(B, H, W, C)`.
+    U8,
+}
+
+impl Info {
+    /// Reads the description without loading the weights or an engine, and checks it against the graph.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let model = onnx::read(path)?;
+        if !model.metadata.iter().any(|(key, _)| key == "dmd.format") {
+            return Err(Error::NotOurs { path: path.into(), found: describe(&model) });
+        }
+        let inconsistent = |reason| Error::Inconsistent { path: path.into(), reason };
+        let format = number(&model, "dmd.format").map_err(inconsistent)?;
+        if format > FORMAT {
+            return Err(Error::NewerFormat { path: path.into(), found: format });
+        }
+        let info = from_metadata(&model, format).map_err(inconsistent)?;
+        check_graph(&info, &model).map_err(inconsistent)?;
+        Ok(info)
+    }
+
+    /// `[channels, height, width]`.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.channels, self.height, self.width]
+    }
+
+    /// The label of a class, by its name or its number.
+    pub fn class(&self, name: &str) -> Option<usize> {
+        let by_name = self.classes.iter().position(|class| class == name);
+        by_name.or_else(|| name.parse().ok().filter(|label| *label < self.classes.len()))
+    }
+
+    /// Values of one picture. Checked against overflow when the file was read.
+    pub(crate) fn values(&self) -> usize {
+        self.channels * self.height * self.width
+    }
+}
+
+fn from_metadata(model: &Model, format: u32) -> Result<Info, String> {
+    let sigma: f64 = number(model, "dmd.sigma")?;
+    if !(sigma.is_finite() && sigma > 0.0) {
+        return Err(format!("dmd.sigma is {sigma}, expected a positive number"));
+    }
+    let classes = text(model, "dmd.classes")?;
+    let classes: Vec<String> = serde_json::from_str(classes)
+        .map_err(|error| format!("dmd.classes is {classes:?}, expected a JSON array of names: {error}"))?;
+    let output = match text(model, "dmd.output")? {
+        "f32" => Output::F32,
+        "u8" => Output::U8,
+        other => return Err(format!("dmd.output is {other:?}, expected \"f32\" or \"u8\"")),
+    };
+    Ok(Info {
+        format,
+        version: text(model, "dmd.version")?.into(),
+        dialect: text(model, "dmd.dialect")?.into(),
+        sigma,
+        batch: size(model, "dmd.batch")?,
+        channels: size(model, "dmd.channels")?,
+        height: size(model, "dmd.height")?,
+        width: size(model, "dmd.width")?,
+        output,
+        labelled: !classes.is_empty(),
+        classes,
+        weights_sha256: text(model, "dmd.weights_sha256")?.into(),
+        opset: model.opset.unwrap_or(0),
+        nodes: model.nodes,
+        weight_bytes: model.weight_bytes,
+        file_bytes: model.file_bytes,
+    })
+}
+
+/// The graph must be what the metadata promises, so that whatever runs it later needs no checks of its own.
+fn check_graph(info: &Info, model: &Model) -> Result<(), String> {
+    let Info { batch, channels, height, width, .. } = *info;
+    let sizes = [batch, channels, height, width];
+    if sizes.iter().try_fold(1usize, |n, size| n.checked_mul(*size)).is_none_or(|n| n > MAX_VALUES) {
+        return Err(format!("the metadata asks for {sizes:?} values at once, at most {MAX_VALUES} are allowed"));
+    }
+    let image = match info.output {
+        Output::F32 => ("image", onnx::F32, vec![batch, channels, height, width]),
+        Output::U8 => ("image", onnx::U8, vec![batch, height, width, channels]),
+    };
+    let mut inputs = vec![("noise", onnx::F32, sizes.to_vec())];
+    if info.labelled {
+        inputs.push(("label", onnx::I64, vec![batch]));
+    }
+    check_ports("input", &model.inputs, &inputs)?;
+    check_ports("output", &model.outputs, &[image])
+}
+
+fn check_ports(kind: &str, found: &[Port], expected: &[(&str, u64, Vec<usize>)]) -> Result<(), String> {
+    for (name, element, shape) in expected {
+        let wanted = describe_type(*element, shape.iter().map(|n| Some(*n as u64)));
+        let Some(port) = found.iter().find(|port| port.name == *name) else {
+            return Err(format!("the graph has no {kind} {name:?} ({wanted}); it has [{}]", describe_ports(found)));
+        };
+        let is = describe_type(port.element, port.shape.iter().copied());
+        if is != wanted {
+            return Err(format!("{kind} {name:?} of the graph is {is}, the metadata says {wanted}"));
+        }
+    }
+    if found.len() > expected.len() {
+        let names: Vec<_> = expected.iter().map(|(name, ..)| *name).collect();
+        return Err(format!("the graph has the {kind}s [{}], expected only {names:?}", describe_ports(found)));
+    }
+    Ok(())
+}
+
+fn text<'a>(model: &'a Model, key: &str) -> Result<&'a str, String> {
+    let mut values = model.metadata.iter().filter(|(name, _)| name == key);
+    match (values.next(), values.next()) {
+        (Some((_, value)), None) => Ok(value),
+        (None, _) => Err(format!("the metadata has no {key}")),
+        (Some(_), Some(_)) => Err(format!("the metadata has {key} twice")),
+    }
+}
+
+fn number<T: std::str::FromStr>(model: &Model, key: &str) -> Result<T, String> {
+    let value = text(model, key)?;
+    value.parse().map_err(|_| format!("{key} is {value:?}, expected a number"))
+}
+
+fn size(model: &Model, key: &str) -> Result<usize, String> {
+    match number(model, key)? {
+        0 => Err(format!("{key} is 0, expected at least 1")),
+        size => Ok(size),
+    }
+}
+
+fn describe(model: &Model) -> String {
+    let producer = if model.producer.is_empty() { "an unnamed program" } else { &model.producer };
+    let (inputs, outputs) = (describe_ports(&model.inputs), describe_ports(&model.outputs));
+    let keys: Vec<_> = model.metadata.iter().map(|(key, _)| key.as_str()).collect();
+    format!("by {producer:?}, with inputs [{inputs}], outputs [{outputs}] and metadata keys {keys:?}")
+}
+
+fn describe_ports(ports: &[Port]) -> String {
+    let one = |port: &Port| format!("{}: {}", port.name, describe_type(port.element, port.shape.iter().copied()));
+    ports.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn describe_type(element: u64, shape: impl Iterator<Item = Option<u64>>) -> String {
+    let element = match element {
+        onnx::F32 => "f32".into(),
+        onnx::U8 => "u8".into(),
+        onnx::I64 => "i64".into(),
+        10 => "f16".into(),
+        other => format!("type {other}"),
+    };
+    let shape: Vec<_> = shape.map(|dim| dim.map_or("?".into(), |n| n.to_string())).collect();
+    format!("{element} [{}]", shape.join(", "))
+}

@@ -1,0 +1,38 @@
+//! Runs a one-step generator, exported by `dmd export --onnx`, inside an app: a seed in, pictures out.
+//!
+//! This crate knows nothing of training. It reads the file's own description ([`Info`]), finds an engine, draws
+//! the noise ([`noise`]) and hands back pictures ([`Images`]). Two engines are built in, each a cargo feature:
+//!
+//! - `onnxruntime`: ONNX Runtime 1.17 or newer, loaded when the first file is opened ([`library`] says from where);
+//! - `tract`: pure Rust, nothing to install, slower; used, with one warning, where no library is found.
+//!
+//! ```no_run
+//! use dmd_runtime::{Generator, Options, Request};
+//!
+//! let mut generator = Generator::load("emoji-32.onnx", Options::default())?;
+//! let images = generator.generate(&Request { seed: 7, labels: vec![], batch: 4 })?;
+//! for (i, image) in images.to_images().iter().enumerate() {
+//!     image.save(format!("{i}.png"))?;
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+#![deny(missing_docs)]
+
+mod generator;
+mod images;
+mod info;
+pub mod noise;
+
+mod engine;
+pub mod library;
+
+mod error;
+mod onnx;
+
+pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, engines};
+pub use error::{Error, Result};
+pub use generator::{Generator, Options, Request};
+pub use images::{Images, quantize};
+pub use info::{FORMAT, Info, Output};
+pub use library::Tried;
+pub use noise::picture_noise;

@@ -1,0 +1,303 @@
+//! Command-line types only; what they do is under `commands`.
+
+use crate::device::Choice;
+use crate::sample::Sampler;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Distil a diffusion model into a one-step generator and export it for edge devices.
+#[derive(Debug, Parser)]
+#[command(name = "dmd", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// Print one machine-readable result object last on stdout; everything for people goes to stderr.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// CPU threads (default: all cores).
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a teacher: a many-step diffusion model.
+    #[command(subcommand)]
+    Teacher(TeacherCommand),
+    /// Distil a teacher into a one-step generator.
+    Distill(DistillArgs),
+    /// Write a generator as an ONNX file and verify it.
+    Export(ExportArgs),
+    /// Make pictures with a teacher, a generator or an ONNX file.
+    Sample(SampleArgs),
+    /// Say what a file or folder of ours holds.
+    Inspect(InspectArgs),
+    /// Time training, or an exported file.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Distil, export and run the small model that comes with the project, and show it all in one picture.
+    Demo(DemoArgs),
+}
+
+/// What can be done with a teacher.
+#[derive(Debug, Subcommand)]
+pub enum TeacherCommand {
+    /// Train one from a folder or zip of pictures (PNG, JPEG, WebP, GIF, BMP); nested folders are classes.
+    Train(TeacherTrainArgs),
+}
+
+/// `dmd teacher train`.
+#[derive(Debug, Args)]
+pub struct TeacherTrainArgs {
+    /// The pictures: a folder or a zip.
+    #[arg(long, value_name = "PATH")]
+    pub data: PathBuf,
+    /// Where the model folder goes; running the same command again continues.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Settings as TOML; options here override it.
+    #[arg(long, value_name = "FILE.toml")]
+    pub config: Option<PathBuf>,
+    /// Side of the pictures in pixels, or HEIGHTxWIDTH [default: 32].
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    pub size: Option<[usize; 2]>,
+    /// One channel instead of three.
+    #[arg(long)]
+    pub grey: bool,
+    /// Folders are not classes.
+    #[arg(long)]
+    pub unconditional: bool,
+    /// The network: a UNet2DModel's config.json [default: one that goes with the size].
+    #[arg(long, value_name = "CONFIG.json")]
+    pub unet: Option<PathBuf>,
+    /// Updates [default: 10000].
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Pictures per update [default: 64].
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Seed of everything random [default: 0].
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Learning rate [default: 0.001].
+    #[arg(long, value_name = "RATE")]
+    pub rate: Option<f64>,
+    /// Mirror half of the pictures.
+    #[arg(long)]
+    pub flip: bool,
+    /// Refuse the data when one picture cannot be read, instead of leaving it out.
+    #[arg(long)]
+    pub strict: bool,
+    /// Source and licence of the pictures, recorded in the model.
+    #[arg(long, value_name = "TEXT")]
+    pub about_data: Option<String>,
+    /// Where to train.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
+    /// Begin anew over what is in --out.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `dmd distill`.
+#[derive(Debug, Args)]
+pub struct DistillArgs {
+    /// The teacher: a diffusers folder with a UNet2DModel.
+    #[arg(long, value_name = "DIR")]
+    pub teacher: PathBuf,
+    /// The run's folder; running the same command again continues.
+    #[arg(long, value_name = "RUN")]
+    pub out: PathBuf,
+    /// Settings as TOML; options here override it.
+    #[arg(long, value_name = "FILE.toml")]
+    pub config: Option<PathBuf>,
+    /// Updates of the generator [default: 1000].
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Samples per update [default: 32].
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Where to train.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
+    /// Seed of everything random [default: 0].
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Begin anew over what is in --out.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `dmd export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// A generator's folder, such as RUN/generator.
+    pub generator: PathBuf,
+    /// The file to write.
+    #[arg(long, value_name = "FILE")]
+    pub onnx: PathBuf,
+    /// Pictures per pass, fixed in the file.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub batch: usize,
+    /// f32: [B,C,H,W] in [-1,1]; u8: [B,H,W,C] bytes.
+    #[arg(long, default_value = "f32", value_name = "f32|u8")]
+    pub output: OutputKind,
+    /// Replace an existing file.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What an exported file returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OutputKind {
+    /// Floats in [-1, 1].
+    F32,
+    /// Bytes.
+    U8,
+}
+
+/// `dmd sample`.
+#[derive(Debug, Args)]
+pub struct SampleArgs {
+    /// A teacher's folder, a generator's folder or an .onnx file.
+    pub model: PathBuf,
+    /// The grid to write.
+    #[arg(long, value_name = "GRID.png")]
+    pub out: Option<PathBuf>,
+    /// Number of pictures [default: 16, or as many as --noise holds].
+    #[arg(short, value_name = "N")]
+    pub n: Option<usize>,
+    /// Seed of the noise; picture i of a seed is the same in every model and batch.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Class by name or index, or `all` for each in turn.
+    #[arg(long, default_value = "all", value_name = "NAME|INDEX|all")]
+    pub class: String,
+    /// Sampler of a teacher.
+    #[arg(long, default_value = "heun", value_enum)]
+    pub sampler: Sampler,
+    /// Steps of a teacher's sampler [default: 18].
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Noise to start from instead of a seed: [N,C,H,W] f32, unit normal.
+    #[arg(long, value_name = "FILE.npy", conflicts_with = "seed")]
+    pub noise: Option<PathBuf>,
+    /// Write the raw samples, f32 [N,C,H,W].
+    #[arg(long, value_name = "FILE.npy")]
+    pub npy: Option<PathBuf>,
+    /// Pictures per pass on candle.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub batch: usize,
+    /// Where a folder's model runs.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
+    /// What runs an .onnx file.
+    #[arg(long, default_value = "auto", value_enum)]
+    pub engine: Engine,
+    /// Replace existing files.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What runs an .onnx file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Engine {
+    /// ONNX Runtime where its library is found, else tract.
+    Auto,
+    /// ONNX Runtime.
+    Onnxruntime,
+    /// tract, built in.
+    Tract,
+}
+
+/// `dmd inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A model folder, a run, an .onnx file, a .safetensors file.
+    pub path: PathBuf,
+}
+
+/// What can be timed.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// The work of one distillation iteration, step by step.
+    Train(BenchTrainArgs),
+    /// One pass of an exported file.
+    Run(BenchRunArgs),
+}
+
+/// `dmd bench train`.
+#[derive(Debug, Args)]
+pub struct BenchTrainArgs {
+    /// The network: a UNet2DModel's config.json.
+    #[arg(long, value_name = "CONFIG.json")]
+    pub unet: PathBuf,
+    /// Samples per update.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub batch: usize,
+    /// Updates of the fake score per iteration.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub ratio: u64,
+    /// Timed repetitions; each figure is their median.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub steps: usize,
+    /// Where to run.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
+}
+
+/// `dmd bench run`.
+#[derive(Debug, Args)]
+pub struct BenchRunArgs {
+    /// An exported file.
+    pub onnx: PathBuf,
+    /// Timed passes.
+    #[arg(long, default_value_t = 50, value_name = "N")]
+    pub runs: usize,
+    /// What runs it.
+    #[arg(long, default_value = "auto", value_enum)]
+    pub engine: Engine,
+}
+
+/// `dmd demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Where the demo's run, file and picture go.
+    #[arg(long, default_value = "target/demo", value_name = "DIR")]
+    pub out: PathBuf,
+    /// The teacher.
+    #[arg(long, default_value = "models/pretrained/emoji-16", value_name = "DIR")]
+    pub teacher: PathBuf,
+    /// Updates of the generator.
+    #[arg(long, default_value_t = 80, value_name = "N")]
+    pub steps: u64,
+}
+
+/// An error of the caller's, found after parsing: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct WrongUsage(pub String);
+
+fn parse_size(text: &str) -> Result<[usize; 2], String> {
+    let side = |text: &str| text.parse::<usize>().map_err(|_| format!("size \"{text}\", expected N or HEIGHTxWIDTH"));
+    match text.split_once('x') {
+        None => side(text).map(|n| [n, n]),
+        Some((height, width)) => Ok([side(height)?, side(width)?]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+        assert_eq!(parse_size("16"), Ok([16, 16]));
+        assert_eq!(parse_size("24x32"), Ok([24, 32]));
+        assert!(parse_size("x").is_err());
+    }
+}

@@ -1,0 +1,73 @@
+//! `dmd inspect`: what a file or folder of ours holds, without running it.
+
+use super::is_onnx;
+use crate::cli::InspectArgs;
+use crate::output::say;
+use anyhow::{Context, Result, bail};
+use candle_core::Device;
+use dmd_models::{ModelFolder, Weights, read_metadata};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// Describes a path.
+pub fn run(args: &InspectArgs) -> Result<Value> {
+    let path = &args.path;
+    let found = if is_onnx(path) {
+        serde_json::to_value(dmd_runtime::Info::read(path)?)?
+    } else if path.join("model_index.json").exists() || path.join("unet").is_dir() {
+        model(path)?
+    } else if path.join("config.toml").exists() {
+        training_run(path)?
+    } else if path.extension().is_some_and(|e| e == "safetensors") {
+        tensors(path)?
+    } else if path.exists() {
+        bail!("{}: not a model folder, a run, an .onnx or a .safetensors file", path.display());
+    } else {
+        bail!("{}: no such file or folder", path.display());
+    };
+    for (key, value) in found.as_object().into_iter().flatten() {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
+        say(&format!("{key:<16} {text}"));
+    }
+    Ok(found)
+}
+
+fn model(path: &Path) -> Result<Value> {
+    let folder = ModelFolder::load(path, &Device::Cpu)?;
+    let levels = folder.scheduler.levels()?;
+    let dtypes: std::collections::BTreeSet<String> = folder.weights.iter().map(|(_, t)| format!("{:?}", t.dtype())).collect();
+    Ok(json!({
+        "kind": folder.about.kind,
+        "size": folder.size()?,
+        "channels": folder.config.in_channels,
+        "classes": folder.classes(),
+        "parameters": folder.weights.n_parameters(),
+        "dtype": dtypes,
+        "scheduler": folder.scheduler.class_name(),
+        "prediction": format!("{:?}", folder.scheduler.prediction()),
+        "sigma_range": [levels.sigma_min(), levels.sigma_max()],
+        "sigma": folder.about.sigma,
+        "data": folder.about.data,
+        "made_by": format!("dmd {}", folder.about.version).trim().to_string(),
+        "block_out_channels": folder.config.block_out_channels,
+        "run": folder.about.run,
+    }))
+}
+
+fn training_run(path: &Path) -> Result<Value> {
+    let file = path.join("config.toml");
+    let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+    let config: toml::Table = toml::from_str(&text).with_context(|| file.display().to_string())?;
+    let metrics = std::fs::read_to_string(path.join("metrics.jsonl")).unwrap_or_default();
+    let last: Option<Value> = metrics.lines().last().and_then(|line| serde_json::from_str(line).ok());
+    let checkpoints = std::fs::read_dir(path.join("checkpoints")).into_iter().flatten().flatten();
+    let mut checkpoints: Vec<String> = checkpoints.map(|e| e.file_name().to_string_lossy().into_owned()).filter(|n| n.starts_with("step-")).collect();
+    checkpoints.sort();
+    Ok(json!({ "kind": "run", "config": config, "last_metrics": last, "checkpoints": checkpoints, "generator": path.join("generator").is_dir() }))
+}
+
+fn tensors(path: &Path) -> Result<Value> {
+    let weights = Weights::load(path, &Device::Cpu)?;
+    let list: serde_json::Map<String, Value> = weights.iter().map(|(name, t)| (name.to_string(), json!(format!("{:?} {:?}", t.dims(), t.dtype())))).collect();
+    Ok(json!({ "kind": "tensors", "parameters": weights.n_parameters(), "metadata": read_metadata(path)?, "tensors": list }))
+}

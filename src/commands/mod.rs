@@ -1,0 +1,57 @@
+//! One file per verb. Each does its work, tells people on stderr, and returns the object that `--json` prints.
+
+mod bench_run;
+mod bench_train;
+mod demo;
+mod distill;
+mod export;
+mod inspect;
+mod sample;
+mod teacher_train;
+
+use crate::cli::{BenchCommand, Cli, Command, Engine, TeacherCommand};
+use crate::device;
+use anyhow::{Context, Result, ensure};
+use dmd_runtime::EngineChoice;
+use serde_json::Value;
+use std::path::Path;
+
+/// Runs one command.
+pub fn run(cli: &Cli) -> Result<Value> {
+    device::use_threads(cli.threads)?;
+    match &cli.command {
+        Command::Teacher(TeacherCommand::Train(args)) => teacher_train::run(args),
+        Command::Distill(args) => distill::run(args),
+        Command::Export(args) => export::run(args),
+        Command::Sample(args) => sample::run(args, cli.threads),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
+        Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),
+        Command::Demo(args) => demo::run(args, cli.threads),
+    }
+}
+
+/// The runtime's options for what the command line says.
+fn engine_options(engine: Engine, threads: Option<usize>) -> dmd_runtime::Options {
+    let engine = match engine {
+        Engine::Auto => EngineChoice::Auto,
+        Engine::Onnxruntime => EngineChoice::OnnxRuntime,
+        Engine::Tract => EngineChoice::Tract,
+    };
+    dmd_runtime::Options { engine, library: None, threads }
+}
+
+/// Whether a path names an exported file rather than a folder.
+fn is_onnx(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx"))
+}
+
+/// Refuses to write over a file unless forced, before any work is done.
+fn check_free(path: &Path, force: bool) -> Result<()> {
+    ensure!(force || !path.exists(), "{}: exists already, and is only replaced with --force", path.display());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder {
+        std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot be made", folder.display()))?;
+    }
+    Ok(())
+}

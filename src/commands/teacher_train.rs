@@ -1,0 +1,87 @@
+//! `dmd teacher train`: settings from the file and the options, pictures, training.
+
+use crate::cli::TeacherTrainArgs;
+use crate::data::{self, DataOptions, Pictures};
+use crate::output::say;
+use crate::teacher::{self, TeacherSettings, default_unet};
+use crate::{config, device};
+use anyhow::{Context, Result, ensure};
+use dmd_models::UNetConfig;
+use dmd_models::unet::SampleSize;
+use serde_json::Value;
+use std::path::Path;
+
+/// Trains a teacher.
+pub fn run(args: &TeacherTrainArgs) -> Result<Value> {
+    let settings = settings(args)?;
+    settings.validate()?;
+    let device = args.device.open()?;
+    let options = DataOptions { size: settings.size, grey: settings.grey, unconditional: settings.unconditional, strict: args.strict };
+    let pictures = data::load(&args.data, &options)?;
+    describe(&pictures);
+    let unet = unet(&settings, &pictures)?;
+    let result = teacher::train(&settings, unet, &pictures, &args.out, &device, args.force)?;
+    say(&format!("teacher in {} on {}: dmd sample {} --out grid.png", args.out.display(), device::name(&device), args.out.display()));
+    Ok(result)
+}
+
+fn settings(args: &TeacherTrainArgs) -> Result<TeacherSettings> {
+    let mut s: TeacherSettings = match &args.config {
+        Some(path) => config::read(path)?,
+        None => TeacherSettings::default(),
+    };
+    s.data = args.data.display().to_string();
+    s.size = args.size.unwrap_or(s.size);
+    s.grey |= args.grey;
+    s.unconditional |= args.unconditional;
+    s.flip |= args.flip;
+    s.steps = args.steps.unwrap_or(s.steps);
+    s.batch = args.batch.unwrap_or(s.batch);
+    s.seed = args.seed.unwrap_or(s.seed);
+    s.rate = args.rate.unwrap_or(s.rate);
+    if let Some(path) = &args.unet {
+        s.unet = path.display().to_string();
+    }
+    if let Some(text) = &args.about_data {
+        s.about_data = text.clone();
+    }
+    Ok(s)
+}
+
+fn describe(pictures: &Pictures) {
+    let classes = match pictures.classes.len() {
+        0 => "no classes".to_string(),
+        n => format!("{n} classes ({})", pictures.classes.join(", ")),
+    };
+    say(&format!("{} pictures, {}x{}, {} channels, {classes}", pictures.len(), pictures.height, pictures.width, pictures.channels));
+    for skipped in pictures.skipped.iter().take(MAX_NAMED) {
+        say(&format!("skipped {}: {}", skipped.name, skipped.reason));
+    }
+    if !pictures.skipped.is_empty() {
+        say(&format!("{} pictures skipped because they cannot be read (--strict refuses them)", pictures.skipped.len()));
+    }
+}
+
+/// Broken pictures named one by one; a broken disk would fill the screen.
+const MAX_NAMED: usize = 20;
+
+/// The network that the settings name, fitted to the pictures.
+fn unet(settings: &TeacherSettings, pictures: &Pictures) -> Result<UNetConfig> {
+    let n_classes = pictures.classes.len();
+    if settings.unet.is_empty() {
+        return Ok(default_unet(settings.size, pictures.channels, n_classes));
+    }
+    let path = Path::new(&settings.unet);
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let mut unet = UNetConfig::from_json(path, &text)?;
+    for (name, value) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
+        ensure!(value == pictures.channels, "{}: {name} is {value}, the pictures have {} channels", path.display(), pictures.channels);
+    }
+    ensure!(unet.class_embed_type.is_none(), "{}: class_embed_type must be null, classes are a table here", path.display());
+    let [height, width] = settings.size;
+    unet.check_size(height, width)?;
+    unet.sample_size = Some(if height == width { SampleSize::Square(height) } else { SampleSize::Rectangle([height, width]) });
+    // The data decide how many classes there are.
+    unet.num_class_embeds = (n_classes > 0).then_some(n_classes);
+    Ok(unet)
+}

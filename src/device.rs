@@ -1,0 +1,84 @@
+//! Where tensors live: `--device auto|cpu|cuda[:N]`, and how many threads the CPU gets.
+
+use anyhow::{Context, Result, bail};
+use candle_core::Device;
+use std::str::FromStr;
+
+/// What `--device` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Choice {
+    /// The first GPU where there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// This GPU.
+    Cuda(usize),
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refuse = || format!("device \"{text}\", expected auto, cpu, cuda or cuda:N");
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Choice::Auto),
+            None if text == "cpu" => Ok(Choice::Cpu),
+            None if text == "cuda" => Ok(Choice::Cuda(0)),
+            Some(("cuda", ordinal)) => ordinal.parse().map(Choice::Cuda).map_err(|_| refuse()),
+            _ => Err(refuse()),
+        }
+    }
+}
+
+impl Choice {
+    /// Opens the device.
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Choice::Cpu => Ok(Device::Cpu),
+            Choice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
+            Choice::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+            Choice::Cuda(_) if !candle_core::utils::cuda_is_available() => {
+                bail!("--device cuda: this dmd was built for the CPU; build it with `--features cuda`, or use --device cpu")
+            }
+            Choice::Cuda(ordinal) => Device::new_cuda(ordinal).with_context(|| format!("--device cuda:{ordinal}: no such GPU, or its driver is missing or too old")),
+        }
+    }
+}
+
+/// Sets the number of CPU threads of this process; call once, before the first tensor.
+pub fn use_threads(n: Option<usize>) -> Result<()> {
+    let Some(n) = n else { return Ok(()) };
+    anyhow::ensure!(n > 0, "--threads is 0, expected at least 1");
+    // Some operations of candle ask num_cpus, which reads this.
+    // SAFETY: called at the start of main, before any other thread exists.
+    unsafe { std::env::set_var("RAYON_NUM_THREADS", n.to_string()) };
+    rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("--threads")
+}
+
+/// What the device is called in results.
+pub fn name(device: &Device) -> String {
+    match device.location() {
+        candle_core::DeviceLocation::Cpu => "cpu".into(),
+        candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        candle_core::DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_parsed_or_refused() {
+        assert_eq!("cuda:1".parse(), Ok(Choice::Cuda(1)));
+        assert_eq!("auto".parse(), Ok(Choice::Auto));
+        assert!("cuda:x".parse::<Choice>().is_err() && "tpu".parse::<Choice>().is_err());
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn cuda_in_a_cpu_build_is_a_clear_error() {
+        assert!(Choice::Cuda(0).open().unwrap_err().to_string().contains("--features cuda"));
+    }
+}

@@ -1,0 +1,27 @@
+//! dmd turns a many-step diffusion model into a one-step generator (Distribution Matching Distillation) and exports it
+//! for edge devices. This crate holds what only the trainer knows: losses, optimisers, data sets, run folders, the
+//! command line. Networks are in `dmd-models`, ONNX files in `dmd-export`, running them in `dmd-runtime`.
+
+pub mod cli;
+pub mod commands;
+
+pub mod config;
+pub mod distill;
+pub mod loss;
+pub mod optim;
+pub mod random;
+pub mod run;
+pub mod sample;
+pub mod teacher;
+
+pub mod aside;
+pub mod data;
+pub mod device;
+pub mod eval;
+pub mod memory;
+pub mod npy;
+pub mod output;
+pub mod picture;
+
+/// Version of this program, as it is written into models and files.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,262 @@
+//! AdamW, gradient clipping and the exponential moving average, in place on a network's variables. On the CPU each is
+//! one pass over the memory; elsewhere, candle's own operations.
+
+use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var, bail};
+use dmd_models::Weights;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Settings of AdamW (Loshchilov and Hutter 2019) other than its rate.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamW {
+    /// Decay of the mean and of the mean square of gradients.
+    pub betas: [f64; 2],
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Added to the root of the mean square.
+    pub eps: f64,
+    /// Largest global L2 norm of a gradient; longer ones are scaled down to it.
+    pub clip: f64,
+}
+
+impl Default for AdamW {
+    fn default() -> Self {
+        AdamW { betas: [0.9, 0.999], weight_decay: 0.01, eps: 1e-8, clip: 10.0 }
+    }
+}
+
+/// One network's variables with their moments.
+pub struct Optimizer {
+    settings: AdamW,
+    parameters: Vec<Parameter>,
+    n_updates: u64,
+}
+
+struct Parameter {
+    name: String,
+    var: Var,
+    mean: Var,
+    square: Var,
+}
+
+impl Optimizer {
+    /// Moments at zero.
+    pub fn new(vars: &BTreeMap<String, Var>, settings: AdamW) -> Result<Self> {
+        let parameter = |(name, var): (&String, &Var)| -> Result<Parameter> {
+            let zero = || Var::zeros(var.shape(), var.dtype(), var.device());
+            Ok(Parameter { name: name.clone(), var: var.clone(), mean: zero()?, square: zero()? })
+        };
+        Ok(Optimizer { settings, parameters: vars.iter().map(parameter).collect::<Result<_>>()?, n_updates: 0 })
+    }
+
+    /// One update at this rate; returns the gradient's norm before clipping. Variables without a gradient stay.
+    pub fn update(&mut self, grads: &GradStore, rate: f64) -> Result<f64> {
+        let present: Vec<(&Parameter, &Tensor)> =
+            self.parameters.iter().filter_map(|p| Some((p, grads.get(&p.var)?))).collect();
+        let norm = global_norm(present.iter().map(|(_, grad)| *grad))?;
+        self.n_updates += 1;
+        let AdamW { betas, weight_decay, eps, clip } = self.settings;
+        let corrections = betas.map(|beta| 1.0 - beta.powf(self.n_updates as f64));
+        let update = Update {
+            grad_scale: if norm > clip { clip / norm } else { 1.0 },
+            betas,
+            rate: rate / corrections[0],
+            root_scale: corrections[1].sqrt().recip(),
+            keep: 1.0 - rate * weight_decay,
+            eps,
+        };
+        for (parameter, grad) in present {
+            update.apply(parameter, grad)?;
+        }
+        Ok(norm)
+    }
+
+    /// Moments by the name of their variable, for a checkpoint.
+    pub fn state(&self) -> Weights {
+        let mut state = Weights::default();
+        for p in &self.parameters {
+            state.insert(format!("mean.{}", p.name), p.mean.as_detached_tensor());
+            state.insert(format!("square.{}", p.name), p.square.as_detached_tensor());
+        }
+        state
+    }
+
+    /// Takes moments back from a checkpoint after `n_updates`.
+    pub fn restore(&mut self, state: &Weights, n_updates: u64) -> Result<()> {
+        for p in &self.parameters {
+            for (kind, var) in [("mean", &p.mean), ("square", &p.square)] {
+                let name = format!("{kind}.{}", p.name);
+                let saved = state.get(&name).with_context(|| format!("the optimiser's state lacks \"{name}\""))?;
+                var.set(saved).with_context(|| format!("the optimiser's state: \"{name}\""))?;
+            }
+        }
+        self.n_updates = n_updates;
+        Ok(())
+    }
+
+    /// How many updates were made.
+    pub fn n_updates(&self) -> u64 {
+        self.n_updates
+    }
+}
+
+/// L2 norm over all tensors together.
+pub fn global_norm<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<f64> {
+    let mut sum: Option<Tensor> = None;
+    for tensor in tensors {
+        let squares = tensor.sqr()?.sum_all()?;
+        sum = Some(match sum {
+            Some(sum) => (sum + squares)?,
+            None => squares,
+        });
+    }
+    Ok(match sum {
+        Some(sum) => f64::from(sum.to_scalar::<f32>()?).sqrt(),
+        None => 0.0,
+    })
+}
+
+#[derive(Clone, Copy)]
+struct Update {
+    grad_scale: f64,
+    betas: [f64; 2],
+    /// Rate over the mean's bias correction.
+    rate: f64,
+    /// 1/√ of the square's bias correction.
+    root_scale: f64,
+    /// What weight decay leaves.
+    keep: f64,
+    eps: f64,
+}
+
+impl Update {
+    fn apply(self, p: &Parameter, grad: &Tensor) -> Result<()> {
+        let grad = grad.contiguous()?;
+        let [b1, b2] = self.betas;
+        if grad.device().is_cpu() {
+            p.mean.inplace_op2(&grad, &Pass { f: move |m, g| m * b1 as f32 + g * ((1.0 - b1) * self.grad_scale) as f32 })?;
+            p.square.inplace_op2(&grad, &Pass { f: move |v, g| v * b2 as f32 + g * g * ((1.0 - b2) * self.grad_scale * self.grad_scale) as f32 })?;
+            // Two sources, one destination: the ratio is made in the gradient's memory, which nobody needs any more.
+            grad.inplace_op2(&p.mean, &Pass { f: |_, m| m })?;
+            grad.inplace_op2(&p.square, &Pass { f: move |m, v: f32| m / (v.sqrt() * self.root_scale as f32 + self.eps as f32) })?;
+            p.var.inplace_op2(&grad, &Pass { f: move |p, d| p * self.keep as f32 - d * self.rate as f32 })?;
+            return Ok(());
+        }
+        p.mean.set(&((p.mean.as_tensor() * b1)? + (&grad * ((1.0 - b1) * self.grad_scale))?)?)?;
+        let squares = (grad.sqr()? * ((1.0 - b2) * self.grad_scale * self.grad_scale))?;
+        p.square.set(&((p.square.as_tensor() * b2)? + squares)?)?;
+        let root = ((p.square.sqrt()? * self.root_scale)? + self.eps)?;
+        p.var.set(&((p.var.as_tensor() * self.keep)? - (p.mean.div(&root)? * self.rate)?)?)?;
+        Ok(())
+    }
+}
+
+/// Exponential moving average: `average ← average·decay + value·(1 − decay)`.
+pub fn average_into(averages: &BTreeMap<String, Var>, values: &BTreeMap<String, Var>, decay: f64) -> Result<()> {
+    for (name, average) in averages {
+        let value = values.get(name).with_context(|| format!("no variable \"{name}\" to average"))?;
+        if average.device().is_cpu() {
+            average.inplace_op2(&value.as_detached_tensor(), &Pass { f: move |a, v| a + (v - a) * (1.0 - decay) as f32 })?;
+        } else {
+            average.set(&((average.as_tensor() * decay)? + (value.as_tensor() * (1.0 - decay))?)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// The decay in force after `step` updates: averages over at most the last tenth of the run so far, until the set
+/// decay is reached, so that the start is forgotten (Karras et al. 2022 ramp theirs up for the same reason).
+pub fn ramped_decay(decay: f64, step: u64) -> f64 {
+    decay.min((1.0 + step as f64) / (10.0 + step as f64))
+}
+
+/// One pass over a destination and a source, on the CPU.
+struct Pass<F> {
+    f: F,
+}
+
+impl<F: Fn(f32, f32) -> f32> InplaceOp2 for Pass<F> {
+    fn name(&self) -> &'static str {
+        "pass"
+    }
+
+    fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, from_layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(to), CpuStorage::F32(from)) = (to, from) else { bail!("pass: needs f32") };
+        let (Some((to_start, to_end)), Some((start, end))) = (to_layout.contiguous_offsets(), from_layout.contiguous_offsets()) else {
+            bail!("pass: needs contiguous tensors")
+        };
+        let (to, from) = (&mut to[to_start..to_end], &from[start..end]);
+        dmd_models::ops::simd::dispatch(|| to.iter_mut().zip(from).for_each(|(t, s)| *t = (self.f)(*t, *s)));
+        Ok(())
+    }
+}
+
+/// Rate as a function of the step: linear warm-up from zero, then constant or down to zero along a half cosine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// The full rate to the end.
+    Constant,
+    /// Half a cosine down to zero at the last step.
+    Cosine,
+}
+
+/// The rate at `step` (from 0) of `n_steps`.
+pub fn rate_at(rate: f64, decay: Decay, warmup: u64, step: u64, n_steps: u64) -> f64 {
+    let ramp = if warmup == 0 { 1.0 } else { ((step + 1) as f64 / warmup as f64).min(1.0) };
+    let left = match decay {
+        Decay::Constant => 1.0,
+        Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / n_steps.max(1) as f64).cos()),
+    };
+    rate * ramp * left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// The published update (Loshchilov and Hutter 2019, algorithm 2) written out in f64 beside it.
+    #[test]
+    fn adamw_follows_the_published_update() {
+        let var = Var::new(&[1f32, -2.0], &Device::Cpu).unwrap();
+        let vars = BTreeMap::from([("p".to_string(), var.clone())]);
+        let settings = AdamW { betas: [0.9, 0.99], weight_decay: 0.01, eps: 1e-8, clip: f64::INFINITY };
+        let mut optimizer = Optimizer::new(&vars, settings).unwrap();
+        let (mut p, mut m, mut v) = ([1f64, -2.0], [0f64; 2], [0f64; 2]);
+        for step in 1..=3 {
+            let loss = (var.powf(3.0).unwrap() / 3.0).unwrap().sum_all().unwrap();
+            optimizer.update(&loss.backward().unwrap(), 0.1).unwrap();
+            for i in 0..2 {
+                let g = p[i] * p[i];
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.99 * v[i] + 0.01 * g * g;
+                let step_size = (m[i] / (1.0 - 0.9f64.powi(step))) / ((v[i] / (1.0 - 0.99f64.powi(step))).sqrt() + 1e-8);
+                p[i] = p[i] * (1.0 - 0.1 * 0.01) - 0.1 * step_size;
+            }
+            let found: Vec<f32> = var.to_vec1().unwrap();
+            assert!(found.iter().zip(p).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5), "{found:?} {p:?}");
+        }
+    }
+
+    #[test]
+    fn clipping_scales_to_the_norm() {
+        let var = Var::new(&[3f32, 4.0], &Device::Cpu).unwrap();
+        let vars = BTreeMap::from([("p".to_string(), var.clone())]);
+        let mut optimizer = Optimizer::new(&vars, AdamW { clip: 1.0, ..AdamW::default() }).unwrap();
+        let grads = (var.sqr().unwrap() * 0.5).unwrap().sum_all().unwrap().backward().unwrap();
+        assert!((optimizer.update(&grads, 0.0).unwrap() - 5.0).abs() < 1e-6);
+        let mean: Vec<f32> = optimizer.state().get("mean.p").unwrap().to_vec1().unwrap();
+        assert!((mean[0] - 0.06).abs() < 1e-6 && (mean[1] - 0.08).abs() < 1e-6);
+    }
+
+    #[test]
+    fn rates_warm_up_and_decay() {
+        assert_eq!(rate_at(1.0, Decay::Constant, 10, 4, 100), 0.5);
+        assert_eq!(rate_at(1.0, Decay::Constant, 0, 99, 100), 1.0);
+        assert!((rate_at(1.0, Decay::Cosine, 0, 50, 100) - 0.5).abs() < 1e-12);
+    }
+}

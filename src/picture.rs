@@ -1,0 +1,176 @@
+//! What a person looks at: grids of samples, panels of grids with captions, PNG files.
+
+use std::path::Path;
+
+use anyhow::Result;
+use font8x8::UnicodeFonts;
+use image::imageops::replace;
+use image::{ImageFormat, Rgb, RgbImage};
+use ndarray::{Array4, ArrayView3, Axis};
+
+use crate::aside::write_aside;
+
+const WHITE: Rgb<u8> = Rgb([255; 3]);
+const BLACK: Rgb<u8> = Rgb([0; 3]);
+/// A value that is no number must be seen, not hidden.
+const MAGENTA: Rgb<u8> = Rgb([255, 0, 255]);
+/// White pixels between and around the pictures of a grid.
+const GAP: u32 = 2;
+/// White pixels between the grids of a panel, and around all of it.
+const MARGIN: u32 = 12;
+/// Side of a letter, before it is enlarged.
+const LETTER: u32 = 8;
+
+/// Pictures `[N, C, H, W]` in `[-1, 1]`, row by row, each pixel `scale` pixels wide. One channel (or two) gives grey,
+/// three and more show the first three as red, green, blue.
+pub fn grid(images: &Array4<f32>, columns: usize, scale: u32) -> RgbImage {
+    let (n, _, height, width) = images.dim();
+    let (columns, scale) = (columns.max(1), scale.max(1));
+    let (cell_h, cell_w) = (height as u32 * scale + GAP, width as u32 * scale + GAP);
+    let n_rows = n.div_ceil(columns) as u32;
+    let mut canvas = RgbImage::from_pixel(columns as u32 * cell_w + GAP, n_rows * cell_h + GAP, WHITE);
+    for (index, image) in images.axis_iter(Axis(0)).enumerate() {
+        let (left, top) = ((index % columns) as u32 * cell_w + GAP, (index / columns) as u32 * cell_h + GAP);
+        let picture = RgbImage::from_fn(width as u32 * scale, height as u32 * scale, |x, y| {
+            pixel(&image, (y / scale) as usize, (x / scale) as usize)
+        });
+        replace(&mut canvas, &picture, left.into(), top.into());
+    }
+    canvas
+}
+
+/// A number of columns that makes a grid of `n` nearly square: without holes where a factor of `n` is near its root.
+pub fn columns(n: usize) -> usize {
+    let root = (1..=n).find(|root| root * root >= n).unwrap_or(1);
+    (root..=root + root / 2).find(|columns| n.is_multiple_of(*columns)).unwrap_or(root)
+}
+
+/// Grids side by side, each under its caption (lines are parted by `\n`). Letters are 16 pixels tall where all captions
+/// fit over their grids so, else 8.
+pub fn labelled_panel(panels: &[(&str, RgbImage)]) -> RgbImage {
+    let caption_width =
+        |caption: &str| LETTER * caption.lines().map(|line| line.chars().count()).max().unwrap_or(0) as u32;
+    let fits = panels.iter().all(|(caption, image)| 2 * caption_width(caption) <= image.width());
+    let scale = if fits { 2 } else { 1 };
+    let n_lines = panels.iter().map(|(caption, _)| caption.lines().count()).max().unwrap_or(0) as u32;
+    let line_height = (LETTER + 2) * scale;
+    let widths: Vec<u32> =
+        panels.iter().map(|(caption, image)| image.width().max(scale * caption_width(caption))).collect();
+    let top = MARGIN + n_lines * line_height + if n_lines > 0 { MARGIN / 2 } else { 0 };
+    let height = top + panels.iter().map(|(_, image)| image.height()).max().unwrap_or(0) + MARGIN;
+    let width = MARGIN + widths.iter().map(|width| width + MARGIN).sum::<u32>();
+
+    let mut canvas = RgbImage::from_pixel(width, height, WHITE);
+    let mut left = MARGIN;
+    for ((caption, image), width) in panels.iter().zip(widths) {
+        for (line, text) in caption.lines().enumerate() {
+            write_text(&mut canvas, text, left + GAP, MARGIN + line as u32 * line_height, scale);
+        }
+        replace(&mut canvas, image, left.into(), top.into());
+        left += width + MARGIN;
+    }
+    canvas
+}
+
+/// Writes a PNG, whole or not at all.
+pub fn save_png(path: &Path, image: &RgbImage) -> Result<()> {
+    let mut png = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut png, ImageFormat::Png)?;
+    write_aside(path, |file| Ok(std::io::Write::write_all(file, png.get_ref())?))
+}
+
+/// `floor(clamp(127.5 x + 128, 0, 255))`, as EDM writes its samples; the inverse of `x / 127.5 - 1` for every byte.
+pub fn to_byte(x: f32) -> u8 {
+    (x * 127.5 + 128.0).clamp(0.0, 255.0) as u8
+}
+
+fn pixel(image: &ArrayView3<f32>, y: usize, x: usize) -> Rgb<u8> {
+    let n_channels = image.dim().0;
+    let values = [0, 1, 2].map(|channel| if n_channels < 3 { image[[0, y, x]] } else { image[[channel, y, x]] });
+    if values.iter().any(|value| value.is_nan()) { MAGENTA } else { Rgb(values.map(to_byte)) }
+}
+
+fn write_text(canvas: &mut RgbImage, text: &str, left: u32, top: u32, scale: u32) {
+    for (index, letter) in text.chars().enumerate() {
+        let rows = font8x8::BASIC_FONTS.get(letter).or_else(|| font8x8::LATIN_FONTS.get(letter));
+        // The lowest bit is the leftmost pixel. A letter that the font lacks is a box.
+        let rows = rows.unwrap_or([0, 126, 66, 66, 66, 66, 126, 0]);
+        for (x, y) in (0..LETTER * scale).flat_map(|x| (0..LETTER * scale).map(move |y| (x, y))) {
+            if rows[(y / scale) as usize] >> (x / scale) & 1 == 1 {
+                let place = (left + index as u32 * LETTER * scale + x, top + y);
+                canvas.get_pixel_mut_checked(place.0, place.1).into_iter().for_each(|pixel| *pixel = BLACK);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_survives_the_way_to_floats_and_back() {
+        for byte in 0..=255_u8 {
+            assert_eq!(to_byte(f32::from(byte) / 127.5 - 1.0), byte);
+        }
+        assert_eq!([-9.0, f32::INFINITY, f32::NEG_INFINITY].map(to_byte), [0, 255, 0]);
+    }
+
+    #[test]
+    fn grid_places_pictures_row_by_row_and_enlarges_them() {
+        let images = Array4::from_shape_fn((3, 3, 2, 2), |(n, c, _, _)| if n == c { 1.0 } else { -1.0 });
+        let grid = grid(&images, 2, 3);
+        assert_eq!(grid.dimensions(), (2 + 2 * 8, 2 + 2 * 8));
+        let at = |x, y| grid.get_pixel(x, y).0;
+        assert_eq!(at(2, 2), [255, 0, 0]);
+        assert_eq!(at(7, 7), [255, 0, 0]);
+        assert_eq!(at(8, 2), [255; 3], "the gap is white");
+        assert_eq!(at(10, 2), [0, 255, 0]);
+        assert_eq!(at(2, 10), [0, 0, 255]);
+        assert_eq!(at(12, 12), [255; 3], "an empty place is white");
+    }
+
+    #[test]
+    fn grid_shows_grey_as_grey_and_nan_as_magenta() {
+        let grid = grid(&ndarray::array![[[[0.0, f32::NAN]]]], 1, 1);
+        assert_eq!(grid.get_pixel(2, 2).0, [128; 3]);
+        assert_eq!(grid.get_pixel(3, 2).0, [255, 0, 255]);
+        assert_eq!(super::grid(&Array4::zeros((0, 3, 4, 4)), columns(0), 1).dimensions(), (8, 2));
+    }
+
+    #[test]
+    fn columns_are_near_square() {
+        let expected =
+            [(0, 1), (1, 1), (2, 2), (3, 3), (4, 2), (7, 3), (8, 4), (10, 5), (12, 4), (16, 4), (49, 7), (64, 8)];
+        for (n, n_columns) in expected {
+            assert_eq!(columns(n), n_columns, "for {n} pictures");
+        }
+    }
+
+    #[test]
+    fn panel_holds_captions_above_whole_grids() {
+        let dark = || RgbImage::from_pixel(40, 20, BLACK);
+        let panel = labelled_panel(&[("teacher\n18 steps × 2", dark()), ("ü→", dark())]);
+        // The first caption is wider than its grid: 12 letters of 8 pixels.
+        assert_eq!(panel.dimensions(), (12 + 96 + 12 + 40 + 12, 12 + 20 + 6 + 20 + 12));
+        let n_black = |left: u32, top: u32, width: u32, height: u32| {
+            let inside = (left..left + width).flat_map(|x| (top..top + height).map(move |y| (x, y)));
+            inside.filter(|&(x, y)| *panel.get_pixel(x, y) == BLACK).count()
+        };
+        assert_eq!(n_black(12, 38, 40, 20), 800);
+        assert_eq!(n_black(120, 38, 40, 20), 800);
+        assert!(n_black(12, 12, 96, 10) > 50 && n_black(12, 22, 96, 10) > 50 && n_black(120, 12, 40, 10) > 20);
+        assert_eq!(labelled_panel(&[]).dimensions(), (12, 24));
+    }
+
+    #[test]
+    fn png_round_trip_and_an_error_that_names_the_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = RgbImage::from_fn(5, 4, |x, y| Rgb([x as u8, y as u8, 200]));
+        let path = folder.path().join("a.png");
+        save_png(&path, &image).unwrap();
+        assert_eq!(image::open(&path).unwrap().into_rgb8(), image);
+        let error = save_png(&folder.path().join("no/such/a.png"), &image).unwrap_err();
+        assert!(format!("{error:#}").contains("a.png: cannot write"), "{error:#}");
+    }
+}

@@ -1,0 +1,83 @@
+//! Every random number of a run, drawn from the counter-based generator by (seed, purpose, step): any step can be
+//! replayed alone, and a resumed run draws what an uninterrupted one would have.
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use dmd_runtime::noise::Stream;
+
+/// What a stream of random numbers is for; no two uses share one. 0 is `dmd_runtime::noise::PICTURE_NOISE`.
+#[derive(Clone, Copy, Debug)]
+#[repr(u32)]
+pub enum Purpose {
+    /// Fresh weights.
+    Init = 1,
+    /// Which pictures make a batch.
+    Batch = 2,
+    /// Which of them are mirrored.
+    Flip = 3,
+    /// Noise levels of the teacher's training.
+    TeacherSigma = 4,
+    /// Noise of the teacher's training.
+    TeacherNoise = 5,
+    /// Noise levels and noise of the validation loss.
+    Validation = 6,
+    /// The generator's input in its own update.
+    GeneratorNoise = 16,
+    /// Labels in the generator's update.
+    GeneratorLabel = 17,
+    /// Noise level of the distribution-matching loss.
+    GeneratorLevel = 18,
+    /// Noise injected before the scores are asked.
+    GeneratorEps = 19,
+    /// The generator's input in an update of the fake score.
+    CriticNoise = 20,
+    /// Labels in an update of the fake score.
+    CriticLabel = 21,
+    /// Noise level of the fake score's loss.
+    CriticLevel = 22,
+    /// Noise of the fake score's loss.
+    CriticEps = 23,
+    /// Directions of the sliced Wasserstein distance.
+    Directions = 32,
+}
+
+/// A source of random tensors for one run on one device.
+#[derive(Clone, Debug)]
+pub struct Random {
+    /// The run's seed.
+    pub seed: u64,
+    /// Where tensors are made.
+    pub device: Device,
+}
+
+impl Random {
+    /// The numbers of one purpose and step.
+    pub fn stream(&self, purpose: Purpose, step: u64) -> Stream {
+        Stream::new(self.seed, purpose as u32, step)
+    }
+
+    /// Unit normal, f32.
+    pub fn normal(&self, purpose: Purpose, step: u64, shape: &[usize]) -> Result<Tensor> {
+        let values = self.stream(purpose, step).normal(shape.iter().product());
+        Ok(Tensor::from_vec(values, shape, &self.device)?)
+    }
+
+    /// Uniform class labels `(n,)`, i64; none for an unconditional model.
+    pub fn labels(&self, purpose: Purpose, step: u64, n: usize, classes: Option<usize>) -> Result<Option<Tensor>> {
+        let Some(classes) = classes else { return Ok(None) };
+        let labels = self.stream(purpose, step).below(n, u32::try_from(classes)?);
+        Ok(Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), n, &self.device)?))
+    }
+
+    /// `n` table indices, uniform over an inclusive range.
+    pub fn indices(&self, purpose: Purpose, step: u64, n: usize, [low, high]: [usize; 2]) -> Vec<usize> {
+        self.stream(purpose, step).below(n, (high - low + 1) as u32).into_iter().map(|i| low + i as usize).collect()
+    }
+}
+
+/// Unit normal noise of pictures `first..first + n` of a seed, as the runtime draws it: `(n, C, H, W)`, f32.
+pub fn picture_noise(seed: u64, first: u64, n: usize, shape: [usize; 3], device: &Device) -> Result<Tensor> {
+    let noise = dmd_runtime::picture_noise(seed, first, n, shape);
+    let [c, h, w] = shape;
+    Ok(Tensor::from_vec(noise.into_raw_vec_and_offset().0, (n, c, h, w), device)?)
+}

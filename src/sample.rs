@@ -1,0 +1,121 @@
+//! Noise to pictures: deterministic samplers for teachers, one pass for generators.
+
+use crate::random::picture_noise;
+use anyhow::{Result, ensure};
+use candle_core::{Device, Tensor};
+use dmd_models::denoiser::Generator;
+use dmd_models::{Denoiser, Eager};
+use ndarray::Array4;
+
+/// How the probability-flow ODE is integrated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Sampler {
+    /// Second order, two passes a step but the last (Karras et al. 2022, algorithm 1 without churn).
+    Heun,
+    /// First order, one pass a step.
+    Euler,
+}
+
+impl Sampler {
+    /// Network passes of a run.
+    pub fn n_passes(self, n_steps: usize) -> usize {
+        match self {
+            Sampler::Heun => 2 * n_steps - 1,
+            Sampler::Euler => n_steps,
+        }
+    }
+}
+
+/// noise `(B, C, H, W)`, unit normal, to x0 of the same shape, from sigma_max down to zero in `n_steps` steps.
+pub fn sample(denoiser: &Denoiser, noise: &Tensor, label: Option<&Tensor>, sampler: Sampler, n_steps: usize) -> Result<Tensor> {
+    let sigmas = denoiser.levels.sampling_steps(n_steps)?;
+    let denoise = |x: &Tensor, sigma: f64| -> Result<Tensor> {
+        let x0 = denoiser.denoise(&Eager, x, &[sigma], label)?;
+        Ok(match denoiser.clip {
+            Some(range) => x0.clamp(-range, range)?,
+            None => x0,
+        })
+    };
+    let mut x = (noise * sigmas[0])?;
+    for pair in sigmas.windows(2) {
+        let [sigma, next] = [pair[0], pair[1]];
+        let x0 = denoise(&x, sigma)?;
+        if next == 0.0 {
+            // The step to zero lands on the estimate itself.
+            return Ok(x0);
+        }
+        let slope = ((&x - x0)? / sigma)?;
+        let euler = (&x + (&slope * (next - sigma))?)?;
+        x = match sampler {
+            Sampler::Euler => euler,
+            Sampler::Heun => {
+                let end_slope = ((&euler - denoise(&euler, next)?)? / next)?;
+                (&x + ((slope + end_slope)? * (0.5 * (next - sigma)))?)?
+            }
+        };
+    }
+    Ok(x)
+}
+
+/// A model that makes pictures, on candle.
+pub enum Model {
+    /// Many steps.
+    Teacher {
+        /// The model.
+        denoiser: Denoiser,
+        /// How it is sampled.
+        sampler: Sampler,
+        /// In how many steps.
+        n_steps: usize,
+    },
+    /// One pass.
+    Generator(Generator),
+}
+
+impl Model {
+    fn denoiser(&self) -> &Denoiser {
+        match self {
+            Model::Teacher { denoiser, .. } => denoiser,
+            Model::Generator(generator) => &generator.denoiser,
+        }
+    }
+
+    /// Pictures `(N, C, H, W)`, around [-1, 1], from noise of the same shape, `batch` at a time.
+    pub fn pictures(&self, noise: &Tensor, labels: &[i64], batch: usize) -> Result<Array4<f32>> {
+        let (n, c, h, w) = noise.dims4()?;
+        ensure!(batch > 0 && n > 0, "{n} pictures in batches of {batch}: expected at least 1 of each");
+        let conditional = self.denoiser().n_classes().is_some();
+        ensure!(!conditional || labels.len() == n, "{} labels for {n} pictures", labels.len());
+        let device = self.denoiser().unet.device();
+        let mut values = Vec::with_capacity(n * c * h * w);
+        for first in (0..n).step_by(batch) {
+            let len = batch.min(n - first);
+            let noise = noise.narrow(0, first, len)?.to_device(device)?;
+            let label = match conditional {
+                true => Some(Tensor::from_slice(&labels[first..first + len], len, device)?),
+                false => None,
+            };
+            let x = match self {
+                Model::Teacher { denoiser, sampler, n_steps } => sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps)?,
+                Model::Generator(generator) => generator.generate(&Eager, &noise, label.as_ref())?,
+            };
+            values.extend(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(Array4::from_shape_vec((n, c, h, w), values)?)
+    }
+
+    /// The pictures of a seed: noise as the runtime draws it, labels in turn.
+    pub fn pictures_of_seed(&self, seed: u64, n: usize, [h, w]: [usize; 2], labels: &[i64], batch: usize) -> Result<Array4<f32>> {
+        let c = self.denoiser().unet.config().in_channels;
+        self.pictures(&picture_noise(seed, 0, n, [c, h, w], &Device::Cpu)?, labels, batch)
+    }
+}
+
+/// Labels 0, 1, 2, … in turn: what a grid shows where none are asked for. Empty for an unconditional model.
+pub fn labels_in_turn(n: usize, n_classes: Option<usize>) -> Vec<i64> {
+    match n_classes {
+        Some(classes) => (0..n).map(|i| (i % classes) as i64).collect(),
+        None => Vec::new(),
+    }
+}

@@ -1,0 +1,213 @@
+//! Training a teacher from pictures, as EDM does it (Karras et al. 2022): log-normal noise levels, preconditioned
+//! network, average of the weights. Ends as a diffusers folder.
+
+mod settings;
+pub use settings::{TeacherSettings, default_unet};
+
+use crate::data::Pictures;
+use crate::loss::{denoising, edm_weight};
+use crate::optim::{Optimizer, average_into, ramped_decay, rate_at};
+use crate::random::{Purpose, Random, picture_noise};
+use crate::run::{self, Run};
+use crate::sample::{Model, Sampler, labels_in_turn};
+use crate::{output, picture};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor, Var};
+use dmd_models::folder::{About, Kind, Scheduler};
+use dmd_models::{Denoiser, Eager, ModelFolder, UNet, UNetConfig, Weights};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+/// Trains on `pictures` and leaves a model folder in `out`, with the run beside it in `out/training`.
+/// Returns what a script would want to know.
+pub fn train(settings: &TeacherSettings, unet: UNetConfig, pictures: &Pictures, out: &Path, device: &Device, force: bool) -> Result<Value> {
+    settings.validate()?;
+    if out.join("model_index.json").exists() && !out.join("training").exists() && !force {
+        bail!("{}: holds a model; give another --out, or --force to replace it", out.display());
+    }
+    let run = Run::open(&out.join("training"), settings, force)?;
+    let random = Random { seed: settings.seed, device: device.clone() };
+    let mut trainer = Trainer::new(settings, unet, pictures, random)?;
+    let first = trainer.resume(&run)?;
+    run::stop_on_signals()?;
+    let bar = run::progress(settings.steps, first)?;
+    let started = Instant::now();
+    let mut last = Vec::new();
+    for step in first..settings.steps {
+        let loss = trainer.step(step)?;
+        bar.inc(1);
+        let done = step + 1;
+        let log = done % settings.log_every == 0 || done == settings.steps;
+        if log {
+            last = vec![("loss", loss.0), ("grad_norm", loss.1)];
+            bar.set_message(run::readable(&last));
+        }
+        let save = done % settings.checkpoint_every == 0 || done == settings.steps;
+        if save {
+            last.retain(|(name, _)| *name != "validation_loss");
+            if let Some(validation) = trainer.validation_loss()? {
+                last.push(("validation_loss", validation));
+            }
+        }
+        if log {
+            run.log(&run::as_json(done, started.elapsed().as_secs_f64(), &last))?;
+            output::line_without_terminal(&format!("step {done}/{}  {}", settings.steps, run::readable(&last)));
+        }
+        if save || run::asked_to_stop() {
+            trainer.save(&run, out, done)?;
+        }
+        if run::asked_to_stop() && done < settings.steps {
+            bar.abandon();
+            bail!("interrupted at step {done} of {}; run the same command again to continue", settings.steps);
+        }
+    }
+    bar.finish_and_clear();
+    let mut result = json!({ "out": out, "steps": settings.steps, "parameters": trainer.weights.n_parameters(), "seconds": started.elapsed().as_secs_f64() });
+    for (name, value) in last {
+        result[name] = json!(value);
+    }
+    Ok(result)
+}
+
+struct Trainer<'a> {
+    settings: &'a TeacherSettings,
+    pictures: &'a Pictures,
+    train: Vec<usize>,
+    held_out: Vec<usize>,
+    random: Random,
+    weights: Weights,
+    vars: BTreeMap<String, Var>,
+    average: BTreeMap<String, Var>,
+    averaged: Weights,
+    folder: ModelFolder,
+    denoiser: Denoiser,
+    optimizer: Optimizer,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(settings: &'a TeacherSettings, unet: UNetConfig, pictures: &'a Pictures, random: Random) -> Result<Self> {
+        let (train, held_out) = pictures.split(settings.held_out, settings.seed);
+        ensure!(!train.is_empty(), "no picture is left to train on");
+        let mut draw = |name: &str, n: usize| random.stream(Purpose::Init, name_key(name)).uniform(n);
+        let fresh = UNet::init(&unet, &mut draw)?.to(DType::F32, &random.device)?;
+        let (weights, vars) = fresh.trainable()?;
+        let (averaged, average) = fresh.trainable()?;
+        let about = About {
+            kind: Kind::Teacher,
+            sigma: None,
+            classes: pictures.classes.clone(),
+            data: Some(settings.about_data.clone()).filter(|text| !text.is_empty()),
+            version: crate::VERSION.into(),
+            run: Some(serde_json::to_value(settings)?),
+        };
+        let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
+        let folder = ModelFolder { config: unet, scheduler, weights: averaged.detached(), about };
+        let denoiser = folder.denoiser_on(&weights)?;
+        let optimizer = Optimizer::new(&vars, settings.optimizer)?;
+        Ok(Trainer { settings, pictures, train, held_out, random, weights, vars, average, averaged, folder, denoiser, optimizer })
+    }
+
+    /// Takes up the last checkpoint; returns the step to go on from.
+    fn resume(&mut self, run: &Run) -> Result<u64> {
+        let Some(checkpoint) = run.last_checkpoint()? else { return Ok(0) };
+        run::restore_vars(&self.vars, &checkpoint.part("weights")?)?;
+        run::restore_vars(&self.average, &checkpoint.part("average")?)?;
+        self.optimizer.restore(&checkpoint.part("optimizer")?, checkpoint.count("n_updates")?)?;
+        run.rewind_log(checkpoint.step)?;
+        output::say(&format!("continuing from step {}", checkpoint.step));
+        Ok(checkpoint.step)
+    }
+
+    /// One update; returns the loss and the gradient's norm.
+    fn step(&mut self, step: u64) -> Result<(f64, f64)> {
+        let s = self.settings;
+        let n = s.batch;
+        let picks = self.random.stream(Purpose::Batch, step).below(n, u32::try_from(self.train.len())?);
+        let picks: Vec<usize> = picks.into_iter().map(|i| self.train[i as usize]).collect();
+        let flips = self.random.stream(Purpose::Flip, step).below(n, 2);
+        let flips: Vec<bool> = flips.into_iter().map(|f| s.flip && f == 1).collect();
+        let sigma = self.log_normal(&self.random.stream(Purpose::TeacherSigma, step).normal(n));
+        let noise = self.random.normal(Purpose::TeacherNoise, step, &self.shape(n))?;
+        let loss = self.loss(&self.denoiser, &picks, &flips, &sigma, &noise)?;
+        let value = run::finite(step + 1, "loss", &loss)?;
+        let rate = rate_at(s.rate, s.decay, s.warmup, step, s.steps);
+        let norm = self.optimizer.update(&loss.backward()?, rate)?;
+        average_into(&self.average, &self.vars, ramped_decay(s.ema, step))?;
+        Ok((value, norm))
+    }
+
+    /// EDM's loss of these pictures.
+    fn loss(&self, denoiser: &Denoiser, picks: &[usize], flips: &[bool], sigma: &[f64], noise: &Tensor) -> Result<Tensor> {
+        let device = &self.random.device;
+        let (pixels, labels) = self.pictures.batch(picks, flips);
+        let x0 = Tensor::from_vec(pixels, &self.shape(picks.len())[..], device)?;
+        let label = match labels.is_empty() {
+            true => None,
+            false => Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), picks.len(), device)?),
+        };
+        let sigmas = Tensor::from_vec(sigma.iter().map(|&s| s as f32).collect(), (sigma.len(), 1, 1, 1), device)?;
+        let x_t = (&x0 + noise.broadcast_mul(&sigmas)?)?;
+        let denoised = denoiser.denoise(&Eager, &x_t, sigma, label.as_ref())?;
+        let weights: Vec<f64> = sigma.iter().map(|&s| edm_weight(s, self.settings.sigma_data)).collect();
+        denoising(&denoised, &x0, &weights)
+    }
+
+    /// The averaged network's loss on the pictures held out, always with the same noise.
+    fn validation_loss(&self) -> Result<Option<f64>> {
+        let picks: Vec<usize> = self.held_out.iter().copied().take(MAX_VALIDATION).collect();
+        if picks.is_empty() {
+            return Ok(None);
+        }
+        let denoiser = self.folder.denoiser_on(&self.averaged.detached())?;
+        let (mut sum, mut n) = (0.0, 0);
+        for (i, picks) in picks.chunks(VALIDATION_BATCH).enumerate() {
+            let draws = self.random.stream(Purpose::Validation, i as u64).normal(picks.len() * (1 + self.shape(1).iter().product::<usize>()));
+            let (sigma, noise) = draws.split_at(picks.len());
+            let noise = Tensor::from_slice(noise, &self.shape(picks.len())[..], &self.random.device)?;
+            let loss = self.loss(&denoiser, picks, &vec![false; picks.len()], &self.log_normal(sigma), &noise)?;
+            sum += f64::from(loss.to_scalar::<f32>()?) * picks.len() as f64;
+            n += picks.len();
+        }
+        Ok(Some(sum / n as f64))
+    }
+
+    fn log_normal(&self, normal: &[f32]) -> Vec<f64> {
+        let s = self.settings;
+        normal.iter().map(|&z| (s.p_mean + s.p_std * f64::from(z)).exp().clamp(s.sigma_min, s.sigma_max)).collect()
+    }
+
+    fn shape(&self, n: usize) -> [usize; 4] {
+        [n, self.pictures.channels, self.pictures.height, self.pictures.width]
+    }
+
+    /// Checkpoint, sample grid and the model folder itself.
+    fn save(&self, run: &Run, out: &Path, step: u64) -> Result<()> {
+        let parts = [
+            ("weights", run::vars_as_weights(&self.vars)),
+            ("average", run::vars_as_weights(&self.average)),
+            ("optimizer", self.optimizer.state()),
+        ];
+        run.checkpoint(step, &parts, &json!({ "n_updates": self.optimizer.n_updates() }))?;
+        let denoiser = self.folder.denoiser_on(&self.averaged.detached())?;
+        let labels = labels_in_turn(GRID, denoiser.n_classes());
+        let [_, c, h, w] = self.shape(1);
+        let noise = picture_noise(self.settings.seed, 0, GRID, [c, h, w], &Device::Cpu)?;
+        let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18 };
+        let images = model.pictures(&noise, &labels, GRID)?;
+        let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
+        picture::save_png(&run.path(format!("samples/step-{step:08}.png")), &grid)?;
+        self.folder.write_into(out, DType::F32).context("the model folder")
+    }
+}
+
+const MAX_VALIDATION: usize = 256;
+const VALIDATION_BATCH: usize = 64;
+/// Pictures in a sample grid.
+const GRID: usize = 16;
+
+/// A number for a parameter's name (FNV-1a), so that each has a stream of its own.
+fn name_key(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}

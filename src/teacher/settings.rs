@@ -1,0 +1,135 @@
+//! Settings of a teacher's training, and the network for a picture size where none is given.
+
+use crate::config::{at_least_one, fraction, optimizer, positive};
+use crate::optim::{AdamW, Decay};
+use anyhow::{Result, ensure};
+use dmd_models::UNetConfig;
+use dmd_models::unet::SampleSize;
+use serde::{Deserialize, Serialize};
+
+/// What `dmd teacher train --config` may hold.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TeacherSettings {
+    /// The pictures: a folder or a zip.
+    pub data: String,
+    /// Height and width in pixels.
+    pub size: [usize; 2],
+    /// One channel instead of three.
+    pub grey: bool,
+    /// Folders are not classes.
+    pub unconditional: bool,
+    /// A UNet2DModel's config.json; empty for the one that goes with the size.
+    pub unet: String,
+    /// Updates.
+    pub steps: u64,
+    /// Pictures per update.
+    pub batch: usize,
+    /// Everything random follows from it.
+    pub seed: u64,
+    /// Mirror half of the pictures.
+    pub flip: bool,
+    /// Fraction of the pictures kept for the validation loss.
+    pub held_out: f64,
+    /// Learning rate.
+    pub rate: f64,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
+    /// How the rate goes on.
+    pub decay: Decay,
+    /// Decay of the average of the weights that is saved.
+    pub ema: f64,
+    /// Mean of log sigma in training.
+    pub p_mean: f64,
+    /// Standard deviation of log sigma in training.
+    pub p_std: f64,
+    /// Standard deviation that the preconditioning assumes of the data.
+    pub sigma_data: f64,
+    /// Lowest noise level.
+    pub sigma_min: f64,
+    /// Highest noise level.
+    pub sigma_max: f64,
+    /// Steps between lines of metrics.jsonl.
+    pub log_every: u64,
+    /// Steps between checkpoints, sample grids and validation.
+    pub checkpoint_every: u64,
+    /// Source and licence of the pictures, recorded in the model.
+    pub about_data: String,
+    /// The optimiser.
+    pub optimizer: AdamW,
+}
+
+impl Default for TeacherSettings {
+    fn default() -> Self {
+        TeacherSettings {
+            data: String::new(),
+            size: [32, 32],
+            grey: false,
+            unconditional: false,
+            unet: String::new(),
+            steps: 10_000,
+            batch: 64,
+            seed: 0,
+            flip: false,
+            held_out: 0.05,
+            rate: 1e-3,
+            warmup: 100,
+            decay: Decay::Cosine,
+            ema: 0.999,
+            p_mean: -1.2,
+            p_std: 1.2,
+            sigma_data: 0.5,
+            sigma_min: 0.002,
+            sigma_max: 80.0,
+            log_every: 50,
+            checkpoint_every: 500,
+            about_data: String::new(),
+            optimizer: AdamW { betas: [0.9, 0.99], weight_decay: 0.0, clip: 1.0, ..AdamW::default() },
+        }
+    }
+}
+
+impl TeacherSettings {
+    /// Checks every field; the error names it, its value and what is allowed.
+    pub fn validate(&self) -> Result<()> {
+        at_least_one("size", self.size[0].min(self.size[1]) as u64)?;
+        at_least_one("steps", self.steps)?;
+        at_least_one("batch", self.batch as u64)?;
+        at_least_one("log_every", self.log_every)?;
+        at_least_one("checkpoint_every", self.checkpoint_every)?;
+        fraction("held_out", self.held_out)?;
+        fraction("ema", self.ema)?;
+        positive("rate", self.rate)?;
+        positive("p_std", self.p_std)?;
+        positive("sigma_data", self.sigma_data)?;
+        positive("sigma_min", self.sigma_min)?;
+        ensure!(self.sigma_max > self.sigma_min && self.sigma_max.is_finite(), "sigma_max is {}, expected above sigma_min ({})", self.sigma_max, self.sigma_min);
+        ensure!(self.p_mean.is_finite(), "p_mean is {}, expected a number", self.p_mean);
+        optimizer(&self.optimizer)
+    }
+}
+
+/// A network for pictures of this size: one level per halving down to 8 pixels or the last size that halves,
+/// attention on the lowest.
+pub fn default_unet(size: [usize; 2], channels: usize, n_classes: usize) -> UNetConfig {
+    let mut levels = 1;
+    while levels < 4 && size.iter().all(|s| s % (1 << levels) == 0 && s >> levels >= 8) {
+        levels += 1;
+    }
+    let attention = |level: usize| level + 1 == levels;
+    let down = |level| if attention(level) { "AttnDownBlock2D" } else { "DownBlock2D" };
+    let up = |level| if attention(level) { "AttnUpBlock2D" } else { "UpBlock2D" };
+    UNetConfig {
+        sample_size: Some(if size[0] == size[1] { SampleSize::Square(size[0]) } else { SampleSize::Rectangle(size) }),
+        in_channels: channels,
+        out_channels: channels,
+        layers_per_block: 1,
+        block_out_channels: [32, 64, 128, 128][..levels].to_vec(),
+        down_block_types: (0..levels).map(|l| down(l).to_string()).collect(),
+        up_block_types: (0..levels).rev().map(|l| up(l).to_string()).collect(),
+        attention_head_dim: Some(32),
+        norm_num_groups: 8,
+        num_class_embeds: (n_classes > 0).then_some(n_classes),
+        ..UNetConfig::default()
+    }
+}

@@ -1,0 +1,106 @@
+//! The command line of `cargo xtask`, parsed by hand: a parser crate would double the time to the first task.
+
+use std::ffi::OsString;
+
+use anyhow::{Result, bail};
+
+pub const HELP: &str = "\
+Set-up and chores of this project.
+
+Usage: cargo xtask <TASK> [ARGS]
+
+  setup [--no-onnxruntime]  prepare this checkout: protoc from a crate, ONNX Runtime's library through Python's pip
+  demo [ARGS]               set up, build, distil a small model, export it, run it, and show the pictures
+  test [ARGS]               set up and run every test; ARGS go to cargo test
+  check                     formatting, clippy and documentation, warnings refused
+  ci                        check, then test
+  dmd [ARGS]                run dmd as it was last built for release (built first where there is none)
+  env                       print the environment for a shell: eval \"$(cargo xtask env)\"
+
+PROTOC and ORT_DYLIB_PATH are used as they are where you have set them. Without ONNX Runtime's library, exported
+files run in tract, which needs nothing and is slower.
+";
+
+/// One thing to do, with the arguments that go on to the program it starts.
+#[derive(Debug, PartialEq)]
+pub enum Task {
+    Help,
+    Setup { onnxruntime: bool },
+    Demo(Vec<OsString>),
+    Test(Vec<OsString>),
+    Check,
+    Ci,
+    Dmd(Vec<OsString>),
+    Env,
+}
+
+/// Reads the arguments after the program's name. Those of `demo`, `test` and `dmd` belong to the program behind it.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
+    let mut args = args.into_iter();
+    let Some(task) = args.next() else { return Ok(Task::Help) };
+    let args: Vec<OsString> = args.collect();
+    let task = task.to_string_lossy();
+    match task.as_ref() {
+        "demo" => return Ok(Task::Demo(args)),
+        "test" => return Ok(Task::Test(args)),
+        "dmd" => return Ok(Task::Dmd(args)),
+        "help" | "--help" | "-h" => return Ok(Task::Help),
+        _ if args.iter().any(|arg| arg == "--help" || arg == "-h") => return Ok(Task::Help),
+        "setup" => return parse_setup(&args),
+        _ => {}
+    }
+    let parsed = match task.as_ref() {
+        "check" => Task::Check,
+        "ci" => Task::Ci,
+        "env" => Task::Env,
+        _ => bail!("unknown task {task:?}; cargo xtask --help lists them"),
+    };
+    match args.first() {
+        Some(arg) => bail!("cargo xtask {task} takes no arguments, found {arg:?}"),
+        None => Ok(parsed),
+    }
+}
+
+fn parse_setup(args: &[OsString]) -> Result<Task> {
+    match args.iter().find(|arg| *arg != "--no-onnxruntime") {
+        Some(arg) => bail!("cargo xtask setup takes only --no-onnxruntime, found {arg:?}"),
+        None => Ok(Task::Setup { onnxruntime: args.is_empty() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(line: &str, expected: Result<Task, &str>) {
+        let parsed = parse(line.split_whitespace().map(OsString::from));
+        assert_eq!(parsed.map_err(|error| error.to_string()), expected.map_err(String::from), "{line:?}");
+    }
+
+    #[test]
+    fn setup_and_plain_tasks_are_read() {
+        check("", Ok(Task::Help));
+        check("--help", Ok(Task::Help));
+        check("setup", Ok(Task::Setup { onnxruntime: true }));
+        check("setup --no-onnxruntime", Ok(Task::Setup { onnxruntime: false }));
+        check("setup --help", Ok(Task::Help));
+        check("check", Ok(Task::Check));
+        check("ci", Ok(Task::Ci));
+        check("env", Ok(Task::Env));
+    }
+
+    #[test]
+    fn arguments_of_the_program_behind_pass_untouched() {
+        let args = |line: &str| line.split_whitespace().map(OsString::from).collect();
+        check("demo --steps 5 --json", Ok(Task::Demo(args("--steps 5 --json"))));
+        check("test -p dmd -- --nocapture", Ok(Task::Test(args("-p dmd -- --nocapture"))));
+        check("dmd --help", Ok(Task::Dmd(args("--help"))));
+    }
+
+    #[test]
+    fn wrong_usage_names_the_argument() {
+        check("tset", Err("unknown task \"tset\"; cargo xtask --help lists them"));
+        check("ci --fast", Err("cargo xtask ci takes no arguments, found \"--fast\""));
+        check("setup --onnx", Err("cargo xtask setup takes only --no-onnxruntime, found \"--onnx\""));
+    }
+}

@@ -1,0 +1,44 @@
+//! `cargo xtask`: set-up and chores, so that a fresh machine needs rustup, a C compiler and Python's pip, no more.
+//!
+//! Parses the arguments and runs one task. It knows nothing of the project's crates: it only starts cargo and the
+//! built `dmd` in the environment that they need. The idea is matklad's cargo-xtask.
+
+mod args;
+mod chores;
+mod onnxruntime;
+mod setup;
+
+use std::process::ExitCode;
+
+use args::{HELP, Task};
+
+fn main() -> ExitCode {
+    let task = match args::parse(std::env::args_os().skip(1)) {
+        Ok(task) => task,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    run(task).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(task: Task) -> anyhow::Result<ExitCode> {
+    match task {
+        Task::Help => {
+            print!("{HELP}");
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Setup { onnxruntime: true } => setup::everything().map(|_| ExitCode::SUCCESS),
+        Task::Setup { onnxruntime: false } => setup::protoc_only().map(|_| ExitCode::SUCCESS),
+        Task::Demo(args) => chores::demo(&args),
+        Task::Test(args) => chores::test(&args),
+        Task::Check => chores::check(),
+        Task::Ci => chores::ci(),
+        Task::Dmd(args) => chores::dmd(&args),
+        Task::Env => chores::print_environment(),
+    }
+}
