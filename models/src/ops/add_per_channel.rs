@@ -25,7 +25,13 @@ impl CustomOp2 for AddPerChannel {
         "add_per_channel"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Layout, v: &CpuStorage, v_layout: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (&[b, c, h, w], &[rows, columns]) = (x_layout.dims(), v_layout.dims()) else {
             bail!("add_per_channel: shapes {:?} and {:?}", x_layout.dims(), v_layout.dims())
         };

@@ -56,16 +56,33 @@ impl CustomOp3 for Attention {
         y.par_chunks_mut(head).enumerate().for_each_init(Vec::new, |scores, (i, y)| {
             let at = i * head..(i + 1) * head;
             weights(&q[at.clone()], &k[at.clone()], width, pixels, scores);
-            Gemm { m: width, n: pixels, k: pixels, lhs: (&v[at], pixels, 1), rhs: (scores, 1, pixels), alpha: 1.0, accumulate: false }.run(y);
+            Gemm {
+                m: width,
+                n: pixels,
+                k: pixels,
+                lhs: (&v[at], pixels, 1),
+                rhs: (scores, 1, pixels),
+                alpha: 1.0,
+                accumulate: false,
+            }
+            .run(y);
         });
         Ok((CpuStorage::F32(y), q_layout.shape().clone()))
     }
 
-    fn bwd(&self, q: &Tensor, k: &Tensor, v: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (width, pixels) = self.sizes(q.dims())?;
         let grad = grad.contiguous()?;
         let name = self.name();
-        let (qs, ks, vs, gs) = (Values::of(q, name)?, Values::of(k, name)?, Values::of(v, name)?, Values::of(&grad, name)?);
+        let (qs, ks, vs, gs) =
+            (Values::of(q, name)?, Values::of(k, name)?, Values::of(v, name)?, Values::of(&grad, name)?);
         let (qs, ks, vs, gs) = (&*qs, &*ks, &*vs, &*gs);
         let head = (width * pixels).max(1);
         let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![0f32; qs.len()]);
@@ -96,7 +113,8 @@ impl Attention {
 fn weights(q: &[f32], k: &[f32], width: usize, pixels: usize, scores: &mut Vec<f32>) {
     scores.resize(pixels * pixels, 0.0);
     let alpha = 1.0 / (width as f32).sqrt();
-    Gemm { m: pixels, n: pixels, k: width, lhs: (q, 1, pixels), rhs: (k, pixels, 1), alpha, accumulate: false }.run(scores);
+    Gemm { m: pixels, n: pixels, k: width, lhs: (q, 1, pixels), rhs: (k, pixels, 1), alpha, accumulate: false }
+        .run(scores);
     dispatch(|| {
         for row in scores.chunks_exact_mut(pixels) {
             let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -118,7 +136,8 @@ fn backward_head(
     weights(q, k, width, pixels, p);
     ds.resize(pixels * pixels, 0.0);
     // dP = gradᵀ·v, then dS = P∘(dP − Σ dP∘P) row by row.
-    Gemm { m: pixels, n: pixels, k: width, lhs: (grad, 1, pixels), rhs: (v, pixels, 1), alpha: 1.0, accumulate: false }.run(ds);
+    Gemm { m: pixels, n: pixels, k: width, lhs: (grad, 1, pixels), rhs: (v, pixels, 1), alpha: 1.0, accumulate: false }
+        .run(ds);
     dispatch(|| {
         for (ds, p) in ds.chunks_exact_mut(pixels).zip(p.chunks_exact(pixels)) {
             let sum = dot(ds, p);

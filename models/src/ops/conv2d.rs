@@ -22,7 +22,13 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize,
 }
 
 /// The same by candle's own operations.
-pub fn conv2d_composite(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+pub fn conv2d_composite(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    stride: usize,
+    padding: usize,
+) -> Result<Tensor> {
     let y = x.conv2d(weight, padding, stride, 1, 1)?;
     match bias {
         Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
@@ -59,12 +65,19 @@ impl CustomOp3 for Conv2d {
         Ok((CpuStorage::F32(y), Shape::from((g.batch, g.out_channels, g.out_height, g.out_width))))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let g = Geometry::new(x.dims(), w.dims(), self)?;
         let grad = grad.contiguous()?;
         let wanted = Wanted { x: x.track_op(), weight: w.track_op() || b.track_op() };
         let values = |t| Values::of(t, self.name());
-        let gradients = g.backward(&*values(x)?, &*values(w)?, &*values(&grad)?, wanted);
+        let gradients = g.backward(&values(x)?, &values(w)?, &values(&grad)?, wanted);
         let device = x.device();
         let tensor = |v: Vec<f32>, like: &Tensor| Tensor::from_vec(v, like.dims(), device);
         let dx = if wanted.x { Some(tensor(gradients.x, x)?) } else { None };
@@ -160,22 +173,24 @@ impl Geometry {
     fn forward(&self, x: &[f32], w: &[f32], bias: &[f32]) -> Vec<f32> {
         let (pixels, group) = (self.pixels_out(), self.group());
         let mut y = vec![0f32; self.batch * self.out_channels * pixels];
-        y.par_chunks_mut((group * self.out_channels * pixels).max(1)).zip(x.par_chunks((group * self.channels * self.pixels_in()).max(1))).for_each(|(y, x)| {
-            with_scratch(|[columns, product, _]| {
-                let n_pictures = y.len() / (self.out_channels * pixels);
-                let n = n_pictures * pixels;
-                let columns = self.columns(x, n_pictures, columns);
-                if n_pictures == 1 {
-                    fill_rows(y, bias);
-                    self.product(w, columns, n).run(y);
-                } else {
-                    product.resize(self.out_channels * n, 0.0);
-                    fill_rows(product, bias);
-                    self.product(w, columns, n).run(product);
-                    deal(product, y, self.out_channels, pixels);
-                }
+        y.par_chunks_mut((group * self.out_channels * pixels).max(1))
+            .zip(x.par_chunks((group * self.channels * self.pixels_in()).max(1)))
+            .for_each(|(y, x)| {
+                with_scratch(|[columns, product, _]| {
+                    let n_pictures = y.len() / (self.out_channels * pixels);
+                    let n = n_pictures * pixels;
+                    let columns = self.columns(x, n_pictures, columns);
+                    if n_pictures == 1 {
+                        fill_rows(y, bias);
+                        self.product(w, columns, n).run(y);
+                    } else {
+                        product.resize(self.out_channels * n, 0.0);
+                        fill_rows(product, bias);
+                        self.product(w, columns, n).run(product);
+                        deal(product, y, self.out_channels, pixels);
+                    }
+                });
             });
-        });
         y
     }
 
@@ -199,7 +214,8 @@ impl Geometry {
         };
         let wanted = Wanted { x: by_scatter, ..wanted };
         let mut no_dx = [];
-        let mut dx_shares: Vec<&mut [f32]> = if by_scatter { &mut dx[..] } else { &mut no_dx[..] }.chunks_mut((share * picture).max(1)).collect();
+        let mut dx_shares: Vec<&mut [f32]> =
+            if by_scatter { &mut dx[..] } else { &mut no_dx[..] }.chunks_mut((share * picture).max(1)).collect();
         let n_shares = self.batch.div_ceil(share);
         dx_shares.resize_with(n_shares, || &mut []);
         let partial: Vec<(Vec<f32>, Vec<f32>)> = dx_shares
@@ -208,7 +224,8 @@ impl Geometry {
             .map(|(i, dx)| {
                 let pictures = i * share..((i + 1) * share).min(self.batch);
                 let x = &x[pictures.start * picture..pictures.end * picture];
-                let grad = &grad[pictures.start * self.out_channels * pixels..pictures.end * self.out_channels * pixels];
+                let grad =
+                    &grad[pictures.start * self.out_channels * pixels..pictures.end * self.out_channels * pixels];
                 self.backward_share(x, w, grad, dx, wanted)
             })
             .collect();
@@ -226,7 +243,15 @@ impl Geometry {
     fn turned(&self) -> Option<Geometry> {
         let [kh, kw] = self.kernel;
         let centred = self.stride == 1 && kh == kw && 2 * self.padding + 1 == kh && kh > 1;
-        centred.then(|| Geometry { channels: self.out_channels, out_channels: self.channels, height: self.out_height, width: self.out_width, out_height: self.height, out_width: self.width, ..*self })
+        centred.then_some(Geometry {
+            channels: self.out_channels,
+            out_channels: self.channels,
+            height: self.out_height,
+            width: self.out_width,
+            out_height: self.height,
+            out_width: self.width,
+            ..*self
+        })
     }
 
     /// The weights that go with it: input and output channels exchanged, kernels turned by 180 degrees.
@@ -240,13 +265,22 @@ impl Geometry {
         turned
     }
 
-    fn backward_share(&self, x: &[f32], w: &[f32], grad: &[f32], dx: &mut [f32], wanted: Wanted) -> (Vec<f32>, Vec<f32>) {
+    fn backward_share(
+        &self,
+        x: &[f32],
+        w: &[f32],
+        grad: &[f32],
+        dx: &mut [f32],
+        wanted: Wanted,
+    ) -> (Vec<f32>, Vec<f32>) {
         let (pixels, k, o) = (self.pixels_out(), self.patch(), self.out_channels);
         let (picture, group) = (self.channels * self.pixels_in(), self.group());
         let mut dw = vec![0f32; if wanted.weight { o * k } else { 0 }];
         let mut db = vec![0f32; if wanted.weight { o } else { 0 }];
         with_scratch(|[columns, rows, dcolumns]| {
-            for (i, (x, grad)) in x.chunks((group * picture).max(1)).zip(grad.chunks((group * o * pixels).max(1))).enumerate() {
+            for (i, (x, grad)) in
+                x.chunks((group * picture).max(1)).zip(grad.chunks((group * o * pixels).max(1))).enumerate()
+            {
                 let n_pictures = grad.len() / (o * pixels);
                 let n = n_pictures * pixels;
                 let grad = if n_pictures == 1 {
@@ -258,7 +292,8 @@ impl Geometry {
                 };
                 if wanted.weight {
                     let columns = self.columns(x, n_pictures, columns);
-                    Gemm { m: o, n: k, k: n, lhs: (grad, n, 1), rhs: (columns, 1, n), alpha: 1.0, accumulate: true }.run(&mut dw);
+                    Gemm { m: o, n: k, k: n, lhs: (grad, n, 1), rhs: (columns, 1, n), alpha: 1.0, accumulate: true }
+                        .run(&mut dw);
                     super::simd::dispatch(|| {
                         for (sum, row) in db.iter_mut().zip(grad.chunks_exact(n)) {
                             *sum += super::simd::sum_by(row, |v| v);
@@ -267,7 +302,8 @@ impl Geometry {
                 }
                 if wanted.x {
                     let dx = &mut dx[i * group * picture..][..x.len()];
-                    let product = Gemm { m: k, n, k: o, lhs: (w, 1, k), rhs: (grad, n, 1), alpha: 1.0, accumulate: false };
+                    let product =
+                        Gemm { m: k, n, k: o, lhs: (w, 1, k), rhs: (grad, n, 1), alpha: 1.0, accumulate: false };
                     if self.pointwise() && n_pictures == 1 {
                         product.run(dx);
                     } else {
@@ -304,7 +340,10 @@ impl Geometry {
                     if self.stride == 1 {
                         line[start..end].copy_from_slice(&from[first..first + end - start]);
                     } else {
-                        line[start..end].iter_mut().zip(from[first..].iter().step_by(self.stride)).for_each(|(to, v)| *to = *v);
+                        line[start..end]
+                            .iter_mut()
+                            .zip(from[first..].iter().step_by(self.stride))
+                            .for_each(|(to, v)| *to = *v);
                     }
                 }
             }
@@ -321,7 +360,8 @@ impl Geometry {
                 let start = (picture * self.channels + channel) * self.pixels_in();
                 let plane = &mut dx_pictures[start..start + self.pixels_in()];
                 for (y, line) in columns.chunks_exact(self.out_width).enumerate() {
-                    let Some(row) = (y * self.stride + dy).checked_sub(self.padding).filter(|&row| row < self.height) else {
+                    let Some(row) = (y * self.stride + dy).checked_sub(self.padding).filter(|&row| row < self.height)
+                    else {
                         continue;
                     };
                     let to = &mut plane[row * self.width..(row + 1) * self.width];

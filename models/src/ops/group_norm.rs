@@ -18,7 +18,14 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
 }
 
 /// The same by candle's own operations; statistics in f32 whatever the dtype.
-pub fn group_norm_composite(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64, silu: bool) -> Result<Tensor> {
+pub fn group_norm_composite(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    groups: usize,
+    eps: f64,
+    silu: bool,
+) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
     let dtype = x.dtype();
     let internal = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
@@ -76,7 +83,14 @@ impl CustomOp3 for GroupNorm {
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let Some(statistics) = self.statistics.get() else { bail!("group_norm: backward before forward") };
         let grad = grad.contiguous()?;
         let (per_group, pixels) = self.sizes(x.dims());
@@ -143,7 +157,13 @@ impl GroupNorm {
 
     /// With z = x̂·w + b and dz its gradient: dx = rstd·(w·dz − mean(w·dz) − x̂·mean(w·dz·x̂)).
     #[inline(always)]
-    fn backward_group(&self, [x, grad, w, b]: [&[f32]; 4], [mean, rstd]: [f32; 2], dx: &mut [f32], sums: &mut [[f32; 2]]) {
+    fn backward_group(
+        &self,
+        [x, grad, w, b]: [&[f32]; 4],
+        [mean, rstd]: [f32; 2],
+        dx: &mut [f32],
+        sums: &mut [[f32; 2]],
+    ) {
         let n = x.len() as f32;
         let pixels = x.len() / w.len();
         let (mut mean_dz, mut mean_dz_normal) = (0f32, 0f32);
@@ -167,9 +187,7 @@ impl GroupNorm {
             mean_dz += w[c] * sum / n;
             mean_dz_normal += w[c] * sum_normal / n;
         }
-        for c in 0..w.len() {
-            let range = c * pixels..(c + 1) * pixels;
-            let (x, dx) = (&x[range.clone()], &mut dx[range]);
+        for (c, (x, dx)) in x.chunks_exact(pixels).zip(dx.chunks_exact_mut(pixels)).enumerate() {
             // rstd·(w·dz − m₁ − (x − mean)·rstd·m₂), gathered into one multiply-add chain.
             let (a, slope) = (rstd * w[c], rstd * rstd * mean_dz_normal);
             let offset = mean * slope - rstd * mean_dz;

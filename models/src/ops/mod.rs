@@ -16,9 +16,9 @@ pub use conv2d::{conv2d, conv2d_composite};
 pub use group_norm::{group_norm, group_norm_composite};
 pub use resample::{avg_pool_2x, upsample_2x};
 
-use std::ops::Deref;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use parking_lot::RwLockReadGuard;
+use std::ops::Deref;
 
 /// Whether the fused paths take these tensors: f32 on the CPU.
 fn on_cpu_f32(tensors: &[&Tensor]) -> bool {
@@ -83,7 +83,9 @@ impl Gemm<'_> {
         if m == 0 || n == 0 || k == 0 {
             return;
         }
-        assert!(reach(m, k, lhs.1, lhs.2) < lhs.0.len() && reach(k, n, rhs.1, rhs.2) < rhs.0.len() && dst.len() >= m * n);
+        assert!(
+            reach(m, k, lhs.1, lhs.2) < lhs.0.len() && reach(k, n, rhs.1, rhs.2) < rhs.0.len() && dst.len() >= m * n
+        );
         // SAFETY: every element the strides reach lies inside its slice (asserted above), dst is borrowed mutably and
         // so overlaps neither operand.
         unsafe {
