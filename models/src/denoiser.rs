@@ -76,7 +76,13 @@ pub struct Denoiser {
 impl Denoiser {
     /// The clean picture behind x `(B, C, H, W)` = x0 + sigma·noise; `sigma`: one for all or one per sample.
     /// `label`: `(B,)` i64 for class-conditional models. Returns `(B, C, H, W)`, around [-1, 1], unclamped.
-    pub fn denoise<B: Backend>(&self, b: &B, x: &B::Value, sigma: &[f64], label: Option<&B::Value>) -> Result<B::Value> {
+    pub fn denoise<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        sigma: &[f64],
+        label: Option<&B::Value>,
+    ) -> Result<B::Value> {
         if sigma.is_empty() || sigma.iter().any(|s| !(*s > 0.0 && s.is_finite())) {
             return Err(Error::Config(format!("sigma {sigma:?}: expected positive numbers, one or one per sample")));
         }

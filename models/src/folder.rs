@@ -75,7 +75,14 @@ impl ModelFolder {
         let about_path = path.join("dmd.json");
         let about = match about_path.exists() {
             true => serde_json::from_str(&read_text(&about_path)?).map_err(|e| Error::file(&about_path, e))?,
-            false => About { kind: Kind::Teacher, sigma: None, classes: Vec::new(), data: None, version: String::new(), run: None },
+            false => About {
+                kind: Kind::Teacher,
+                sigma: None,
+                classes: Vec::new(),
+                data: None,
+                version: String::new(),
+                run: None,
+            },
         };
         let folder = ModelFolder { config, scheduler, weights, about };
         folder.check().map_err(|e| Error::file(path, e))?;
@@ -150,7 +157,10 @@ impl ModelFolder {
     fn check(&self) -> Result<()> {
         let refuse = |message: String| Err(Error::Config(message));
         if self.config.in_channels != self.config.out_channels {
-            return refuse(format!("in_channels {} and out_channels {} differ: a denoiser returns what it takes (learned variances are not supported)", self.config.in_channels, self.config.out_channels));
+            return refuse(format!(
+                "in_channels {} and out_channels {} differ: a denoiser returns what it takes (learned variances are not supported)",
+                self.config.in_channels, self.config.out_channels
+            ));
         }
         if self.config.class_embed_type.is_some() {
             return refuse("class_embed_type timestep and identity have no list of classes to draw from, supported for whole models: null with num_class_embeds".into());
@@ -166,7 +176,9 @@ impl ModelFolder {
         }
         match (self.about.kind, self.about.sigma) {
             (Kind::Generator, Some(sigma)) if sigma > 0.0 && sigma.is_finite() => Ok(()),
-            (Kind::Generator, sigma) => refuse(format!("dmd.json says generator with sigma {sigma:?}, expected a positive number")),
+            (Kind::Generator, sigma) => {
+                refuse(format!("dmd.json says generator with sigma {sigma:?}, expected a positive number"))
+            }
             (Kind::Teacher, _) => Ok(()),
         }
     }
@@ -212,23 +224,37 @@ fn read_text(path: &Path) -> Result<String> {
 fn refuse_other_pipelines(path: &Path) -> Result<()> {
     for part in ["vae", "text_encoder", "transformer"] {
         if path.join(part).is_dir() {
-            return Err(Error::file(path, format!("has a {part}/ folder: only pixel-space UNet2DModel pipelines are supported, not latent or text-conditional ones")));
+            return Err(Error::file(
+                path,
+                format!(
+                    "has a {part}/ folder: only pixel-space UNet2DModel pipelines are supported, not latent or text-conditional ones"
+                ),
+            ));
         }
     }
     if !path.join("unet").is_dir() {
-        let found = if path.join("config.json").exists() { " (a bare UNet: put it into a folder unet/ beside a folder scheduler/)" } else { "" };
+        let found = if path.join("config.json").exists() {
+            " (a bare UNet: put it into a folder unet/ beside a folder scheduler/)"
+        } else {
+            ""
+        };
         return Err(Error::file(path, format!("not a diffusers folder: it has no unet/{found}")));
     }
     Ok(())
 }
 
 fn weights_file(unet: &Path) -> Result<PathBuf> {
-    let candidates = [".safetensors", ".safetensors.index.json", ".fp16.safetensors"].map(|end| unet.join(format!("{WEIGHTS}{end}")));
+    let candidates = [".safetensors", ".safetensors.index.json", ".fp16.safetensors"]
+        .map(|end| unet.join(format!("{WEIGHTS}{end}")));
     if let Some(found) = candidates.iter().find(|path| path.exists()) {
         return Ok(found.clone());
     }
     let pickle = unet.join(format!("{WEIGHTS}.bin"));
-    let remedy = if pickle.exists() { "; there is a pickled .bin, save it again with save_pretrained(…, safe_serialization=True)" } else { "" };
+    let remedy = if pickle.exists() {
+        "; there is a pickled .bin, save it again with save_pretrained(…, safe_serialization=True)"
+    } else {
+        ""
+    };
     Err(Error::file(unet, format!("has no {WEIGHTS}.safetensors{remedy}")))
 }
 

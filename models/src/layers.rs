@@ -133,7 +133,10 @@ impl<'a> Scope<'a> {
     pub fn group_norm(&mut self, name: &str, channels: usize, groups: usize, eps: f64) -> Result<GroupNorm> {
         let mut scope = self.at(name);
         if groups == 0 || !channels.is_multiple_of(groups) {
-            return Err(Error::Config(format!("{}: {channels} channels do not divide into {groups} groups (norm_num_groups)", scope.prefix)));
+            return Err(Error::Config(format!(
+                "{}: {channels} channels do not divide into {groups} groups (norm_num_groups)",
+                scope.prefix
+            )));
         }
         let weight = scope.tensor("weight", &[channels], Init::Const(1.0))?;
         let bias = scope.tensor("bias", &[channels], Init::Const(0.0))?;

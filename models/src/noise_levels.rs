@@ -31,7 +31,9 @@ impl NoiseLevels {
     /// The EDM table (Karras et al. 2022, equation 5), reversed: `(min^(1/ρ) + i/(n−1)·(max^(1/ρ) − min^(1/ρ)))^ρ`.
     pub fn karras(n: usize, sigma_min: f64, sigma_max: f64, rho: f64) -> Result<Self> {
         if !(sigma_min > 0.0 && sigma_max > sigma_min && sigma_max.is_finite() && rho > 0.0 && n >= 2) {
-            return Err(Error::Config(format!("sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}, {n} levels: expected 0 < sigma_min < sigma_max, rho > 0, at least 2 levels")));
+            return Err(Error::Config(format!(
+                "sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}, {n} levels: expected 0 < sigma_min < sigma_max, rho > 0, at least 2 levels"
+            )));
         }
         let (low, high) = (sigma_min.powf(1.0 / rho), sigma_max.powf(1.0 / rho));
         let mut sigmas: Vec<f64> = (0..n).map(|i| (low + i as f64 / (n - 1) as f64 * (high - low)).powf(rho)).collect();
@@ -64,10 +66,18 @@ impl NoiseLevels {
             Betas::Trained(betas) => betas.clone(),
         };
         if betas.len() < 2 || betas.iter().any(|b| !(0.0..1.0).contains(b)) {
-            return Err(Error::Config(format!("betas from {start} to {end} over {n} steps: expected at least two, each in [0, 1)")));
+            return Err(Error::Config(format!(
+                "betas from {start} to {end} over {n} steps: expected at least two, each in [0, 1)"
+            )));
         }
         let mut product = 1.0;
-        let mut alphas: Vec<f64> = betas.iter().map(|beta| { product *= 1.0 - beta; product }).collect();
+        let mut alphas: Vec<f64> = betas
+            .iter()
+            .map(|beta| {
+                product *= 1.0 - beta;
+                product
+            })
+            .collect();
         if zero_snr {
             rescale_zero_snr(&mut alphas);
         }
@@ -157,7 +167,17 @@ mod tests {
     fn karras_table_has_the_published_values() {
         // reference: sigma 0.002 to 80, rho 7, 1000 bins
         let table = NoiseLevels::karras(1000, 0.002, 80.0, 7.0).unwrap();
-        let expected = [(0, 0.002), (20, 0.0032316), (100, 0.0167514), (250, 0.1703123), (500, 2.5265068), (750, 17.6172694), (900, 45.5560147), (980, 72.0538987), (999, 80.0)];
+        let expected = [
+            (0, 0.002),
+            (20, 0.0032316),
+            (100, 0.0167514),
+            (250, 0.1703123),
+            (500, 2.5265068),
+            (750, 17.6172694),
+            (900, 45.5560147),
+            (980, 72.0538987),
+            (999, 80.0),
+        ];
         for (i, sigma) in expected {
             assert!((table.sigma(i) / sigma - 1.0).abs() < 1e-5, "sigma_{i} = {}", table.sigma(i));
         }
@@ -170,7 +190,15 @@ mod tests {
     fn variance_preserving_tables_have_the_published_values() {
         let linear = NoiseLevels::variance_preserving(&Betas::Linear, 1000, [1e-4, 0.02], false).unwrap();
         let scaled = NoiseLevels::variance_preserving(&Betas::ScaledLinear, 1000, [0.00085, 0.012], false).unwrap();
-        for (table, t, sigma) in [(&linear, 999, 157.4), (&linear, 980, 130.1), (&linear, 440, 2.502), (&linear, 399, 2.031), (&scaled, 999, 14.61), (&scaled, 625, 2.502), (&scaled, 399, 1.161)] {
+        for (table, t, sigma) in [
+            (&linear, 999, 157.4),
+            (&linear, 980, 130.1),
+            (&linear, 440, 2.502),
+            (&linear, 399, 2.031),
+            (&scaled, 999, 14.61),
+            (&scaled, 625, 2.502),
+            (&scaled, 399, 1.161),
+        ] {
             assert!((table.sigma(t) / sigma - 1.0).abs() < 6e-4, "sigma_{t} = {}", table.sigma(t));
         }
     }

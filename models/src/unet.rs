@@ -103,7 +103,10 @@ impl UNet {
         let time_proj = TimeProjection::build(config, &mut root)?;
         let mlp = |scope: &mut Scope, name: &str| -> Result<[Linear; 2]> {
             let mut scope = scope.at(name);
-            Ok([scope.linear("linear_1", [time_proj.width(), time_dim])?, scope.linear("linear_2", [time_dim, time_dim])?])
+            Ok([
+                scope.linear("linear_1", [time_proj.width(), time_dim])?,
+                scope.linear("linear_2", [time_dim, time_dim])?,
+            ])
         };
         let time_embedding = mlp(&mut root, "time_embedding")?;
         let class_embedding = match config.class_embedding() {
@@ -216,7 +219,11 @@ impl TimeProjection {
                 let entries = table.weight.dims()[0];
                 let ids = t.iter().map(|&t| {
                     let inside = t >= 0.0 && t < entries as f64 && t.fract() == 0.0;
-                    let refuse = || Error::Config(format!("time_embedding_type learned: timestep {t} is not an integer below {entries}"));
+                    let refuse = || {
+                        Error::Config(format!(
+                            "time_embedding_type learned: timestep {t} is not an integer below {entries}"
+                        ))
+                    };
                     inside.then_some(t as u32).ok_or_else(refuse)
                 });
                 let ids = Tensor::from_vec(ids.collect::<Result<Vec<u32>>>()?, t.len(), table.weight.device())?;
@@ -354,7 +361,9 @@ impl AttentionBlock {
         let head_dim = config.attention_head_dim.unwrap_or(channels);
         let heads = channels / head_dim;
         if heads == 0 {
-            return Err(Error::Config(format!("attention_head_dim {head_dim} is larger than a block's {channels} channels")));
+            return Err(Error::Config(format!(
+                "attention_head_dim {head_dim} is larger than a block's {channels} channels"
+            )));
         }
         // Where the head width does not divide the channels, diffusers projects to the largest multiple.
         let inner = heads * head_dim;
@@ -415,7 +424,10 @@ impl Stage {
 #[derive(Clone, Debug)]
 enum Resampler {
     /// Strided convolution, after a row and a column of zeros if `pad`.
-    DownConv { conv: Conv2d, pad: bool },
+    DownConv {
+        conv: Conv2d,
+        pad: bool,
+    },
     /// Doubling, then convolution.
     UpConv(Conv2d),
     Resnet(Box<ResnetBlock>),
@@ -459,7 +471,13 @@ impl DownBlock {
         Ok(DownBlock { stage, downsampler })
     }
 
-    fn forward<B: Backend>(&self, b: &B, mut h: B::Value, emb: &B::Value, skips: &mut Vec<B::Value>) -> Result<B::Value> {
+    fn forward<B: Backend>(
+        &self,
+        b: &B,
+        mut h: B::Value,
+        emb: &B::Value,
+        skips: &mut Vec<B::Value>,
+    ) -> Result<B::Value> {
         for i in 0..self.stage.resnets.len() {
             h = self.stage.layer(b, i, &h, emb)?;
             skips.push(h.clone());
@@ -539,7 +557,13 @@ impl UpBlock {
         Ok(UpBlock { stage, upsampler })
     }
 
-    fn forward<B: Backend>(&self, b: &B, mut h: B::Value, emb: &B::Value, skips: &mut Vec<B::Value>) -> Result<B::Value> {
+    fn forward<B: Backend>(
+        &self,
+        b: &B,
+        mut h: B::Value,
+        emb: &B::Value,
+        skips: &mut Vec<B::Value>,
+    ) -> Result<B::Value> {
         for i in 0..self.stage.resnets.len() {
             let skip = skips.pop().ok_or_else(|| Error::Config("fewer skip connections than up layers".into()))?;
             h = self.stage.layer(b, i, &b.concat(&h, &skip)?, emb)?;

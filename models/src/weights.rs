@@ -3,7 +3,7 @@
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -73,10 +73,30 @@ impl Weights {
 
     /// Writes one safetensors file (through a neighbour that is then renamed) with this metadata.
     pub fn save(&self, path: &Path, metadata: &BTreeMap<String, String>) -> Result<()> {
-        let metadata: HashMap<String, String> = metadata.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-        let bytes = safetensors::serialize(self.tensors.iter(), Some(metadata)).map_err(|e| Error::file(path, e))?;
+        let mut bytes = safetensors::serialize(self.tensors.iter(), None).map_err(|e| Error::file(path, e))?;
+        if !metadata.is_empty() {
+            put_metadata(&mut bytes, metadata).map_err(|e| Error::file(path, e))?;
+        }
         write_whole(path, &bytes)
     }
+}
+
+/// Puts metadata into the header of a safetensors file, sorted by key. The crate takes a hash map, whose order changes
+/// from run to run; here the same weights make the same bytes.
+fn put_metadata(bytes: &mut Vec<u8>, metadata: &BTreeMap<String, String>) -> std::result::Result<(), String> {
+    let (length, rest) = bytes.split_first_chunk::<8>().ok_or("no header")?;
+    let end = u64::from_le_bytes(*length) as usize;
+    let entries = rest[..end].trim_ascii().strip_prefix(b"{").ok_or("a header that is no object")?;
+    let mut header = format!("{{\"__metadata__\":{}", serde_json::json!(metadata)).into_bytes();
+    if entries != b"}" {
+        header.push(b',');
+    }
+    header.extend_from_slice(entries);
+    // Tensors begin at a multiple of eight.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let length = (header.len() as u64).to_le_bytes();
+    bytes.splice(..8 + end, length.into_iter().chain(header));
+    Ok(())
 }
 
 /// Writes a file aside, flushes it to the disk, and renames it: readers see the old one or the new one, whole.
@@ -113,7 +133,8 @@ fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
         weight_map: BTreeMap<String, String>,
     }
     let text = fs::read_to_string(index).map_err(Error::io(index))?;
-    let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::file(index, format!("not a weight index: {e}")))?;
+    let parsed: Index =
+        serde_json::from_str(&text).map_err(|e| Error::file(index, format!("not a weight index: {e}")))?;
     let folder = index.parent().unwrap_or(Path::new("."));
     let mut weights = Weights::default();
     let mut shards: BTreeMap<&str, Weights> = BTreeMap::new();
@@ -125,7 +146,9 @@ fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
             shards.insert(shard, load_file(&folder.join(shard), device)?);
         }
         let tensor = shards[shard.as_str()].get(name);
-        let tensor = tensor.ok_or_else(|| Error::file(folder.join(shard), format!("lacks tensor \"{name}\" that {} names", index.display())))?;
+        let tensor = tensor.ok_or_else(|| {
+            Error::file(folder.join(shard), format!("lacks tensor \"{name}\" that {} names", index.display()))
+        })?;
         weights.insert(name.clone(), tensor.clone());
     }
     Ok(weights)
@@ -140,11 +163,15 @@ pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     file.read_exact(&mut length).map_err(|e| Error::file(path, format!("not a safetensors file: {e}")))?;
     let header_bytes = u64::from_le_bytes(length);
     if header_bytes > file_bytes.saturating_sub(8) {
-        return Err(Error::file(path, format!("not a whole safetensors file: its header of {header_bytes} bytes does not fit in {file_bytes}")));
+        return Err(Error::file(
+            path,
+            format!("not a whole safetensors file: its header of {header_bytes} bytes does not fit in {file_bytes}"),
+        ));
     }
     let mut header = vec![0u8; header_bytes as usize];
     file.read_exact(&mut header).map_err(Error::io(path))?;
-    let header: serde_json::Value = serde_json::from_slice(&header).map_err(|e| Error::file(path, format!("broken safetensors header: {e}")))?;
+    let header: serde_json::Value =
+        serde_json::from_slice(&header).map_err(|e| Error::file(path, format!("broken safetensors header: {e}")))?;
     let entries = header.get("__metadata__").and_then(|m| m.as_object());
     Ok(entries.into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), v.as_str()?.to_string()))).collect())
 }

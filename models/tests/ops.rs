@@ -11,7 +11,12 @@ fn values(shape: &[usize], seed: f32) -> Var {
 }
 
 /// Compares two spellings of one operation: outputs, and the gradients of Σ y·w for a fixed w.
-fn check(name: &str, inputs: &[Var], fused: impl Fn(&[Tensor]) -> Result<Tensor>, plain: impl Fn(&[Tensor]) -> Result<Tensor>) {
+fn check(
+    name: &str,
+    inputs: &[Var],
+    fused: impl Fn(&[Tensor]) -> Result<Tensor>,
+    plain: impl Fn(&[Tensor]) -> Result<Tensor>,
+) {
     let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
     let (a, b) = (fused(&tensors).unwrap(), plain(&tensors).unwrap());
     close(&format!("{name}: value"), &a, &b);
@@ -59,13 +64,23 @@ fn conv2d_equals_its_composite() {
 #[test]
 fn conv2d_takes_views_that_are_not_contiguous() {
     let inputs = [values(&[4, 6, 8, 2], 0.1), values(&[3, 2, 5, 3, 3], 0.2)];
-    let run = |f: fn(&Tensor, &Tensor) -> Result<Tensor>| move |t: &[Tensor]| f(&t[0].transpose(1, 3)?.narrow(1, 0, 2)?, &t[1].get_on_dim(0, 1)?.transpose(0, 1)?.contiguous()?);
-    check("views", &inputs, run(|x, w| ops::conv2d(x, &w.transpose(0, 1)?.transpose(0, 1)?.narrow(1, 0, 2)?, None, 1, 1)), run(|x, w| ops::conv2d_composite(&x.contiguous()?, &w.narrow(1, 0, 2)?.contiguous()?, None, 1, 1)));
+    let run = |f: fn(&Tensor, &Tensor) -> Result<Tensor>| {
+        move |t: &[Tensor]| {
+            f(&t[0].transpose(1, 3)?.narrow(1, 0, 2)?, &t[1].get_on_dim(0, 1)?.transpose(0, 1)?.contiguous()?)
+        }
+    };
+    check(
+        "views",
+        &inputs,
+        run(|x, w| ops::conv2d(x, &w.transpose(0, 1)?.transpose(0, 1)?.narrow(1, 0, 2)?, None, 1, 1)),
+        run(|x, w| ops::conv2d_composite(&x.contiguous()?, &w.narrow(1, 0, 2)?.contiguous()?, None, 1, 1)),
+    );
 }
 
 #[test]
 fn group_norm_equals_its_composite() {
-    for [b, c, h, w, groups] in [[1, 4, 1, 2, 2], [2, 8, 5, 7, 4], [3, 6, 4, 4, 6], [2, 6, 3, 3, 1], [4, 32, 16, 16, 8]] {
+    for [b, c, h, w, groups] in [[1, 4, 1, 2, 2], [2, 8, 5, 7, 4], [3, 6, 4, 4, 6], [2, 6, 3, 3, 1], [4, 32, 16, 16, 8]]
+    {
         for silu in [false, true] {
             let inputs = [values(&[b, c, h, w], 0.4), values(&[c], 0.5), values(&[c], 0.6)];
             check(
@@ -95,7 +110,12 @@ fn attention_equals_its_composite() {
 fn small_operations_equal_their_composites() {
     for rows in [3, 1] {
         let inputs = [values(&[3, 4, 5, 2], 0.1), values(&[rows, 4], 0.2)];
-        check("add_per_channel", &inputs, |t| ops::add_per_channel(&t[0], &t[1]), |t| ops::add_per_channel_composite(&t[0], &t[1]));
+        check(
+            "add_per_channel",
+            &inputs,
+            |t| ops::add_per_channel(&t[0], &t[1]),
+            |t| ops::add_per_channel_composite(&t[0], &t[1]),
+        );
     }
     let x = [values(&[2, 3, 4, 6], 0.3)];
     check("upsample", &x, |t| ops::upsample_2x(&t[0]), |t| t[0].upsample_nearest2d(8, 12));
@@ -119,5 +139,15 @@ fn mismatched_shapes_are_refused() {
     let x = Tensor::zeros((1, 3, 4, 4), DType::F32, &Device::Cpu).unwrap();
     let w = Tensor::zeros((2, 4, 3, 3), DType::F32, &Device::Cpu).unwrap();
     assert!(ops::conv2d(&x, &w, None, 1, 1).unwrap_err().to_string().contains("do not go together"));
-    assert!(ops::group_norm(&x, &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(), 2, 1e-5, true).is_err());
+    assert!(
+        ops::group_norm(
+            &x,
+            &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(),
+            &Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(),
+            2,
+            1e-5,
+            true
+        )
+        .is_err()
+    );
 }

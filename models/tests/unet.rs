@@ -21,7 +21,8 @@ fn load(name: &str) -> (UNet, Weights) {
 
 #[test]
 fn outputs_equal_those_of_diffusers() {
-    let mut names: Vec<_> = std::fs::read_dir(fixtures()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> =
+        std::fs::read_dir(fixtures()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     assert!(names.len() >= 6);
     for name in names {
@@ -84,7 +85,15 @@ fn detached_networks_see_updates_and_record_nothing() {
         ..UNetConfig::default()
     };
     let mut count = 0u64;
-    let weights = UNet::init(&config, &mut |_, n| (0..n).map(|_| { count += 1; (count as f64 * 0.618).fract() }).collect()).unwrap();
+    let weights = UNet::init(&config, &mut |_, n| {
+        (0..n)
+            .map(|_| {
+                count += 1;
+                (count as f64 * 0.618).fract()
+            })
+            .collect()
+    })
+    .unwrap();
     let (view, vars) = weights.trainable().unwrap();
     let frozen = UNet::new(&config, &view.detached()).unwrap();
     let x = Tensor::ones((1, 3, 8, 8), DType::F32, &Device::Cpu).unwrap();

@@ -114,22 +114,38 @@ impl Scheduler {
         let f = &self.fields;
         let refuse = |message: String| Err(Error::Config(message));
         if !self.is_edm() && !BETA_SCHEDULERS.contains(&self.class_name.as_str()) {
-            return refuse(format!("_class_name is \"{}\", supported: {} and {}", self.class_name, BETA_SCHEDULERS.join(", "), EDM_SCHEDULERS.join(", ")));
+            return refuse(format!(
+                "_class_name is \"{}\", supported: {} and {}",
+                self.class_name,
+                BETA_SCHEDULERS.join(", "),
+                EDM_SCHEDULERS.join(", ")
+            ));
         }
         if f.use_flow_sigmas {
             return refuse("use_flow_sigmas is true: flow-matching models are not supported".into());
         }
         if f.variance_type.as_deref().is_some_and(|v| v.starts_with("learned")) {
-            return refuse(format!("variance_type is {}: learned variances are not supported", f.variance_type.as_deref().unwrap_or_default()));
+            return refuse(format!(
+                "variance_type is {}: learned variances are not supported",
+                f.variance_type.as_deref().unwrap_or_default()
+            ));
         }
         if !(2..=MAX_TIMESTEPS).contains(&f.num_train_timesteps) {
             return refuse(format!("num_train_timesteps is {}, expected 2 to {MAX_TIMESTEPS}", f.num_train_timesteps));
         }
-        let predictions: &[&str] = if self.is_edm() { &["epsilon", "v_prediction"] } else { &["epsilon", "v_prediction", "sample", "original_sample"] };
+        let predictions: &[&str] = if self.is_edm() {
+            &["epsilon", "v_prediction"]
+        } else {
+            &["epsilon", "v_prediction", "sample", "original_sample"]
+        };
         if !predictions.contains(&f.prediction_type.as_str()) {
-            return refuse(format!("prediction_type is \"{}\", supported: {}", f.prediction_type, predictions.join(", ")));
+            return refuse(format!(
+                "prediction_type is \"{}\", supported: {}",
+                f.prediction_type,
+                predictions.join(", ")
+            ));
         }
-        if self.is_edm() && !(f.sigma_data > 0.0) {
+        if self.is_edm() && (f.sigma_data.is_nan() || f.sigma_data <= 0.0) {
             return refuse(format!("sigma_data is {}, expected a positive number", f.sigma_data));
         }
         self.levels().map(|_| ())
@@ -176,9 +192,18 @@ impl Scheduler {
             (None, "linear") => Betas::Linear,
             (None, "scaled_linear") => Betas::ScaledLinear,
             (None, "squaredcos_cap_v2") => Betas::SquaredCosine,
-            (None, other) => return Err(Error::Config(format!("beta_schedule is \"{other}\", supported: linear, scaled_linear, squaredcos_cap_v2"))),
+            (None, other) => {
+                return Err(Error::Config(format!(
+                    "beta_schedule is \"{other}\", supported: linear, scaled_linear, squaredcos_cap_v2"
+                )));
+            }
         };
-        NoiseLevels::variance_preserving(&betas, f.num_train_timesteps, [f.beta_start, f.beta_end], f.rescale_betas_zero_snr)
+        NoiseLevels::variance_preserving(
+            &betas,
+            f.num_train_timesteps,
+            [f.beta_start, f.beta_end],
+            f.rescale_betas_zero_snr,
+        )
     }
 
     /// The range that diffusers' sampler clamps x0 to: on by default for DDPM and DDIM.

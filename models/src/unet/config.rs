@@ -166,7 +166,8 @@ impl UNetConfig {
     /// Reads `config.json`. An unknown key, a value of a wrong kind, or a combination that this network does not have
     /// is refused by name.
     pub fn from_json(path: &Path, text: &str) -> Result<Self> {
-        let value: serde_json::Value = serde_json::from_str(text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
+        let value: serde_json::Value =
+            serde_json::from_str(text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
         let fields = value.as_object().ok_or_else(|| Error::file(path, "not a JSON object"))?;
         let known = serde_json::to_value(UNetConfig::default()).map_err(|e| Error::file(path, e))?;
         let known: Vec<&str> = known.as_object().into_iter().flatten().map(|(k, _)| k.as_str()).collect();
@@ -176,7 +177,7 @@ impl UNetConfig {
             return Err(Error::file(path, format!("_class_name is {class}, only UNet2DModel is supported")));
         }
         // Keys that begin with an underscore are diffusers' own bookkeeping (class name, version, origin).
-        for key in fields.keys().filter(|k| !k.starts_with('_') && !known.contains(&k.as_str())) {
+        if let Some(key) = fields.keys().find(|k| !k.starts_with('_') && !known.contains(&k.as_str())) {
             return Err(Error::file(path, format!("unknown key \"{key}\"{}", nearest(key, &known))));
         }
         // One field at a time, so that the message can name it.
@@ -184,7 +185,10 @@ impl UNetConfig {
         for (key, field) in fields.iter().filter(|(k, _)| !k.starts_with('_')) {
             let kept = std::mem::replace(&mut whole[key], field.clone());
             if let Err(reason) = serde_json::from_value::<UNetConfig>(whole.clone()) {
-                return Err(Error::file(path, format!("{key} is {field}, which is not supported: {reason} (default: {kept})")));
+                return Err(Error::file(
+                    path,
+                    format!("{key} is {field}, which is not supported: {reason} (default: {kept})"),
+                ));
             }
         }
         let config: UNetConfig = serde_json::from_value(whole).map_err(|e| Error::file(path, e))?;
@@ -210,11 +214,17 @@ impl UNetConfig {
         let refuse = |message: String| Err(Error::Config(message));
         let levels = self.block_out_channels.len();
         if levels == 0 || self.block_out_channels.contains(&0) {
-            return refuse(format!("block_out_channels is {:?}, expected at least one level and no zero", self.block_out_channels));
+            return refuse(format!(
+                "block_out_channels is {:?}, expected at least one level and no zero",
+                self.block_out_channels
+            ));
         }
         for (name, types) in [("down_block_types", &self.down_block_types), ("up_block_types", &self.up_block_types)] {
             if types.len() != levels {
-                return refuse(format!("{name} has {} entries, block_out_channels {levels}: they must be as many", types.len()));
+                return refuse(format!(
+                    "{name} has {} entries, block_out_channels {levels}: they must be as many",
+                    types.len()
+                ));
             }
         }
         for i in 0..levels {
@@ -226,23 +236,41 @@ impl UNetConfig {
         {
             return refuse(format!("mid_block_type is {mid}, supported: UNetMidBlock2D or null"));
         }
-        for (name, value) in [("in_channels", self.in_channels), ("out_channels", self.out_channels), ("layers_per_block", self.layers_per_block), ("norm_num_groups", self.norm_num_groups)] {
+        for (name, value) in [
+            ("in_channels", self.in_channels),
+            ("out_channels", self.out_channels),
+            ("layers_per_block", self.layers_per_block),
+            ("norm_num_groups", self.norm_num_groups),
+        ] {
             if value == 0 {
                 return refuse(format!("{name} is 0, expected at least 1"));
             }
         }
-        if self.attention_head_dim == Some(0) || self.attn_norm_num_groups == Some(0) || self.num_class_embeds == Some(0) || self.time_embedding_dim == Some(0) {
+        if self.attention_head_dim == Some(0)
+            || self.attn_norm_num_groups == Some(0)
+            || self.num_class_embeds == Some(0)
+            || self.time_embedding_dim == Some(0)
+        {
             return refuse("attention_head_dim, attn_norm_num_groups, num_class_embeds and time_embedding_dim must not be 0 (null leaves them out)".into());
         }
         if self.downsample_padding > 1 {
-            return refuse(format!("downsample_padding is {}, supported: 0 and 1 (others do not halve the picture)", self.downsample_padding));
+            return refuse(format!(
+                "downsample_padding is {}, supported: 0 and 1 (others do not halve the picture)",
+                self.downsample_padding
+            ));
         }
         if !(self.norm_eps > 0.0 && self.mid_block_scale_factor.is_finite() && self.mid_block_scale_factor != 0.0) {
-            return refuse(format!("norm_eps is {} and mid_block_scale_factor {}, expected a positive and a non-zero number", self.norm_eps, self.mid_block_scale_factor));
+            return refuse(format!(
+                "norm_eps is {} and mid_block_scale_factor {}, expected a positive and a non-zero number",
+                self.norm_eps, self.mid_block_scale_factor
+            ));
         }
         let half = self.block_out_channels[0] / 2;
         if self.time_embedding_type == TimeEmbedding::Positional && (half == 0 || self.freq_shift >= half as f64) {
-            return refuse(format!("freq_shift is {}, expected below {half} (half of the first block's channels)", self.freq_shift));
+            return refuse(format!(
+                "freq_shift is {}, expected below {half} (half of the first block's channels)",
+                self.freq_shift
+            ));
         }
         if self.time_embedding_type == TimeEmbedding::Learned && self.num_train_timesteps.unwrap_or(0) == 0 {
             return refuse("time_embedding_type is learned, which needs num_train_timesteps".into());
@@ -300,7 +328,13 @@ impl UNetConfig {
             "DownBlock2D" => (false, Resampling::Conv),
             "AttnDownBlock2D" => (true, self.downsample_type),
             "ResnetDownsampleBlock2D" => (false, Resampling::Resnet),
-            other => return Err(unsupported_block("down_block_types", other, "DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D")),
+            other => {
+                return Err(unsupported_block(
+                    "down_block_types",
+                    other,
+                    "DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D",
+                ));
+            }
         };
         Ok(BlockKind { attention, resampling })
     }
@@ -310,7 +344,13 @@ impl UNetConfig {
             "UpBlock2D" => (false, Resampling::Conv),
             "AttnUpBlock2D" => (true, self.upsample_type),
             "ResnetUpsampleBlock2D" => (false, Resampling::Resnet),
-            other => return Err(unsupported_block("up_block_types", other, "UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D")),
+            other => {
+                return Err(unsupported_block(
+                    "up_block_types",
+                    other,
+                    "UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D",
+                ));
+            }
         };
         Ok(BlockKind { attention, resampling })
     }
