@@ -101,7 +101,14 @@ impl Default for Config {
 
 impl Default for GeneratorSettings {
     fn default() -> Self {
-        GeneratorSettings { sigma: Sigma::Value(2.5), rate: 1e-4, warmup: 10, decay: Decay::Constant, ema: 0.99, t_range: [0.02, 0.98] }
+        GeneratorSettings {
+            sigma: Sigma::Value(2.5),
+            rate: 1e-4,
+            warmup: 10,
+            decay: Decay::Constant,
+            ema: 0.99,
+            t_range: [0.02, 0.98],
+        }
     }
 }
 
@@ -139,7 +146,11 @@ pub fn optimizer(settings: &AdamW) -> Result<()> {
     }
     positive("optimizer.eps", settings.eps)?;
     positive("optimizer.clip", settings.clip)?;
-    ensure!(settings.weight_decay >= 0.0 && settings.weight_decay.is_finite(), "optimizer.weight_decay is {}, expected 0 or more", settings.weight_decay);
+    ensure!(
+        settings.weight_decay >= 0.0 && settings.weight_decay.is_finite(),
+        "optimizer.weight_decay is {}, expected 0 or more",
+        settings.weight_decay
+    );
     Ok(())
 }
 
@@ -174,10 +185,13 @@ pub fn read<T: Default + Serialize + DeserializeOwned>(path: &Path) -> Result<T>
 
 /// The same from a text.
 pub fn parse<T: Default + Serialize + DeserializeOwned>(text: &str) -> Result<T> {
-    let table: toml::Table = toml::from_str(text).map_err(|e| anyhow::anyhow!("not TOML: {}", e.to_string().trim_end()))?;
+    let table: toml::Table =
+        toml::from_str(text).map_err(|e| anyhow::anyhow!("not TOML: {}", e.to_string().trim_end()))?;
     let known = serde_json::to_value(T::default())?;
     check_keys(&serde_json::to_value(&table)?, &known, "")?;
-    toml::Value::Table(table).try_into().map_err(|e: toml::de::Error| anyhow::anyhow!("{}", e.to_string().trim_end().replace('\n', "; ")))
+    toml::Value::Table(table)
+        .try_into()
+        .map_err(|e: toml::de::Error| anyhow::anyhow!("{}", e.to_string().trim_end().replace('\n', "; ")))
 }
 
 /// The settings as TOML.

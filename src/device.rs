@@ -39,9 +39,12 @@ impl Choice {
             Choice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
             Choice::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
             Choice::Cuda(_) if !candle_core::utils::cuda_is_available() => {
-                bail!("--device cuda: this dmd was built for the CPU; build it with `--features cuda`, or use --device cpu")
+                bail!(
+                    "--device cuda: this dmd was built for the CPU; build it with `--features cuda`, or use --device cpu"
+                )
             }
-            Choice::Cuda(ordinal) => Device::new_cuda(ordinal).with_context(|| format!("--device cuda:{ordinal}: no such GPU, or its driver is missing or too old")),
+            Choice::Cuda(ordinal) => Device::new_cuda(ordinal)
+                .with_context(|| format!("--device cuda:{ordinal}: no such GPU, or its driver is missing or too old")),
         }
     }
 }

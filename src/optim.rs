@@ -1,7 +1,7 @@
 //! AdamW, gradient clipping and the exponential moving average, in place on a network's variables. On the CPU each is
 //! one pass over the memory; elsewhere, candle's own operations.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var, bail};
 use dmd_models::Weights;
@@ -52,11 +52,17 @@ impl Optimizer {
         Ok(Optimizer { settings, parameters: vars.iter().map(parameter).collect::<Result<_>>()?, n_updates: 0 })
     }
 
-    /// One update at this rate; returns the gradient's norm before clipping. Variables without a gradient stay.
+    /// One update at this rate; returns the gradient's norm before clipping. Variables without a gradient stay, and
+    /// all do where the norm is not finite, which is an error.
     pub fn update(&mut self, grads: &GradStore, rate: f64) -> Result<f64> {
         let present: Vec<(&Parameter, &Tensor)> =
             self.parameters.iter().filter_map(|p| Some((p, grads.get(&p.var)?))).collect();
         let norm = global_norm(present.iter().map(|(_, grad)| *grad))?;
+        // A loss can be finite where its gradient is not; no such weight may reach a checkpoint.
+        ensure!(
+            norm.is_finite(),
+            "the gradient's norm is {norm}; the run stops here and its last good checkpoint is kept (lower the rate and run again)"
+        );
         self.n_updates += 1;
         let AdamW { betas, weight_decay, eps, clip } = self.settings;
         let corrections = betas.map(|beta| 1.0 - beta.powf(self.n_updates as f64));
@@ -137,11 +143,22 @@ impl Update {
         let grad = grad.contiguous()?;
         let [b1, b2] = self.betas;
         if grad.device().is_cpu() {
-            p.mean.inplace_op2(&grad, &Pass { f: move |m, g| m * b1 as f32 + g * ((1.0 - b1) * self.grad_scale) as f32 })?;
-            p.square.inplace_op2(&grad, &Pass { f: move |v, g| v * b2 as f32 + g * g * ((1.0 - b2) * self.grad_scale * self.grad_scale) as f32 })?;
+            p.mean.inplace_op2(
+                &grad,
+                &Pass { f: move |m, g| m * b1 as f32 + g * ((1.0 - b1) * self.grad_scale) as f32 },
+            )?;
+            p.square.inplace_op2(
+                &grad,
+                &Pass {
+                    f: move |v, g| v * b2 as f32 + g * g * ((1.0 - b2) * self.grad_scale * self.grad_scale) as f32,
+                },
+            )?;
             // Two sources, one destination: the ratio is made in the gradient's memory, which nobody needs any more.
             grad.inplace_op2(&p.mean, &Pass { f: |_, m| m })?;
-            grad.inplace_op2(&p.square, &Pass { f: move |m, v: f32| m / (v.sqrt() * self.root_scale as f32 + self.eps as f32) })?;
+            grad.inplace_op2(
+                &p.square,
+                &Pass { f: move |m, v: f32| m / (v.sqrt() * self.root_scale as f32 + self.eps as f32) },
+            )?;
             p.var.inplace_op2(&grad, &Pass { f: move |p, d| p * self.keep as f32 - d * self.rate as f32 })?;
             return Ok(());
         }
@@ -159,7 +176,10 @@ pub fn average_into(averages: &BTreeMap<String, Var>, values: &BTreeMap<String, 
     for (name, average) in averages {
         let value = values.get(name).with_context(|| format!("no variable \"{name}\" to average"))?;
         if average.device().is_cpu() {
-            average.inplace_op2(&value.as_detached_tensor(), &Pass { f: move |a, v| a + (v - a) * (1.0 - decay) as f32 })?;
+            average.inplace_op2(
+                &value.as_detached_tensor(),
+                &Pass { f: move |a, v| a + (v - a) * (1.0 - decay) as f32 },
+            )?;
         } else {
             average.set(&((average.as_tensor() * decay)? + (value.as_tensor() * (1.0 - decay))?)?)?;
         }
@@ -183,9 +203,17 @@ impl<F: Fn(f32, f32) -> f32> InplaceOp2 for Pass<F> {
         "pass"
     }
 
-    fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, from_layout: &Layout) -> candle_core::Result<()> {
+    fn cpu_fwd(
+        &self,
+        to: &mut CpuStorage,
+        to_layout: &Layout,
+        from: &CpuStorage,
+        from_layout: &Layout,
+    ) -> candle_core::Result<()> {
         let (CpuStorage::F32(to), CpuStorage::F32(from)) = (to, from) else { bail!("pass: needs f32") };
-        let (Some((to_start, to_end)), Some((start, end))) = (to_layout.contiguous_offsets(), from_layout.contiguous_offsets()) else {
+        let (Some((to_start, to_end)), Some((start, end))) =
+            (to_layout.contiguous_offsets(), from_layout.contiguous_offsets())
+        else {
             bail!("pass: needs contiguous tensors")
         };
         let (to, from) = (&mut to[to_start..to_end], &from[start..end]);
@@ -234,7 +262,8 @@ mod tests {
                 let g = p[i] * p[i];
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.99 * v[i] + 0.01 * g * g;
-                let step_size = (m[i] / (1.0 - 0.9f64.powi(step))) / ((v[i] / (1.0 - 0.99f64.powi(step))).sqrt() + 1e-8);
+                let step_size =
+                    (m[i] / (1.0 - 0.9f64.powi(step))) / ((v[i] / (1.0 - 0.99f64.powi(step))).sqrt() + 1e-8);
                 p[i] = p[i] * (1.0 - 0.1 * 0.01) - 0.1 * step_size;
             }
             let found: Vec<f32> = var.to_vec1().unwrap();

@@ -48,7 +48,8 @@ impl Run {
             }
         }
         if config_path.exists() {
-            let before: T = config::read(&config_path).context("the run's own settings cannot be read; --force begins anew")?;
+            let before: T =
+                config::read(&config_path).context("the run's own settings cannot be read; --force begins anew")?;
             let differences = config::differences(settings, &before)?;
             ensure!(
                 differences.is_empty(),
@@ -58,7 +59,11 @@ impl Run {
             );
         } else {
             let occupied = folder.exists() && (!folder.is_dir() || fs::read_dir(folder)?.next().is_some());
-            ensure!(!occupied || force, "{}: exists and is not a run of this kind; give another --out, or --force to write into it", folder.display());
+            ensure!(
+                !occupied || force,
+                "{}: exists and is not a run of this kind; give another --out, or --force to write into it",
+                folder.display()
+            );
             let create = || -> Result<()> {
                 fs::create_dir_all(folder)?;
                 Ok(dmd_models::write_whole(&config_path, config::to_toml(settings)?.as_bytes())?)
@@ -83,7 +88,8 @@ impl Run {
         while let Some((step, folder)) = folders.pop() {
             // A folder under its final name was flushed before it was renamed; a missing state means somebody's hand.
             if let Ok(text) = fs::read_to_string(folder.join("state.json")) {
-                let state = serde_json::from_str(&text).with_context(|| folder.join("state.json").display().to_string())?;
+                let state =
+                    serde_json::from_str(&text).with_context(|| folder.join("state.json").display().to_string())?;
                 return Ok(Some(Checkpoint { step, state, folder }));
             }
         }
@@ -118,7 +124,9 @@ impl Run {
     /// Appends to metrics.jsonl.
     pub fn log(&self, line: &Value) -> Result<()> {
         let path = self.path("metrics.jsonl");
-        let append = || -> std::io::Result<()> { writeln!(fs::OpenOptions::new().create(true).append(true).open(&path)?, "{line}") };
+        let append = || -> std::io::Result<()> {
+            writeln!(fs::OpenOptions::new().create(true).append(true).open(&path)?, "{line}")
+        };
         append().with_context(|| path.display().to_string())
     }
 
@@ -157,7 +165,10 @@ impl Checkpoint {
 
     /// A counter from `state.json`.
     pub fn count(&self, name: &str) -> Result<u64> {
-        self.state.get(name).and_then(Value::as_u64).with_context(|| format!("{}: state.json lacks \"{name}\"", self.folder.display()))
+        self.state
+            .get(name)
+            .and_then(Value::as_u64)
+            .with_context(|| format!("{}: state.json lacks \"{name}\"", self.folder.display()))
     }
 }
 
@@ -202,7 +213,9 @@ pub fn asked_to_stop() -> bool {
 pub fn finite(step: u64, name: &str, loss: &candle_core::Tensor) -> Result<f64> {
     let value = f64::from(loss.to_scalar::<f32>()?);
     if !value.is_finite() {
-        bail!("step {step}: {name} is {value}; the run stops here and its last good checkpoint is kept (lower the rate and run again)");
+        bail!(
+            "step {step}: {name} is {value}; the run stops here and its last good checkpoint is kept (lower the rate and run again)"
+        );
     }
     Ok(value)
 }

@@ -28,7 +28,13 @@ impl Sampler {
 }
 
 /// noise `(B, C, H, W)`, unit normal, to x0 of the same shape, from sigma_max down to zero in `n_steps` steps.
-pub fn sample(denoiser: &Denoiser, noise: &Tensor, label: Option<&Tensor>, sampler: Sampler, n_steps: usize) -> Result<Tensor> {
+pub fn sample(
+    denoiser: &Denoiser,
+    noise: &Tensor,
+    label: Option<&Tensor>,
+    sampler: Sampler,
+    n_steps: usize,
+) -> Result<Tensor> {
     let sigmas = denoiser.levels.sampling_steps(n_steps)?;
     let denoise = |x: &Tensor, sigma: f64| -> Result<Tensor> {
         let x0 = denoiser.denoise(&Eager, x, &[sigma], label)?;
@@ -97,7 +103,9 @@ impl Model {
                 false => None,
             };
             let x = match self {
-                Model::Teacher { denoiser, sampler, n_steps } => sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps)?,
+                Model::Teacher { denoiser, sampler, n_steps } => {
+                    sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps)?
+                }
                 Model::Generator(generator) => generator.generate(&Eager, &noise, label.as_ref())?,
             };
             values.extend(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
@@ -106,7 +114,14 @@ impl Model {
     }
 
     /// The pictures of a seed: noise as the runtime draws it, labels in turn.
-    pub fn pictures_of_seed(&self, seed: u64, n: usize, [h, w]: [usize; 2], labels: &[i64], batch: usize) -> Result<Array4<f32>> {
+    pub fn pictures_of_seed(
+        &self,
+        seed: u64,
+        n: usize,
+        [h, w]: [usize; 2],
+        labels: &[i64],
+        batch: usize,
+    ) -> Result<Array4<f32>> {
         let c = self.denoiser().unet.config().in_channels;
         self.pictures(&picture_noise(seed, 0, n, [c, h, w], &Device::Cpu)?, labels, batch)
     }

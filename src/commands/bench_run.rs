@@ -33,8 +33,13 @@ pub fn run(args: &BenchRunArgs, threads: Option<usize>) -> Result<Value> {
     let (median_ms, p95_ms, engine_ms) = (median(&mut whole), percentile(&mut whole, 0.95), median(&mut bare));
     let peak = memory::peak_bytes();
     let engine = format!("{} {}", generator.engine().kind, generator.engine().version);
-    say(&format!("{engine}: {median_ms:.3} ms median, {p95_ms:.3} ms p95 for {batch} (engine alone {engine_ms:.3} ms), loaded in {load_ms:.1} ms, peak memory {}", memory::readable(peak)));
-    Ok(json!({ "engine": engine, "batch": batch, "runs": args.runs, "median_ms": median_ms, "p95_ms": p95_ms, "engine_ms": engine_ms, "load_ms": load_ms, "peak_memory_bytes": peak }))
+    say(&format!(
+        "{engine}: {median_ms:.3} ms median, {p95_ms:.3} ms p95 for {batch} (engine alone {engine_ms:.3} ms), loaded in {load_ms:.1} ms, peak memory {}",
+        memory::readable(peak)
+    ));
+    Ok(
+        json!({ "engine": engine, "batch": batch, "runs": args.runs, "median_ms": median_ms, "p95_ms": p95_ms, "engine_ms": engine_ms, "load_ms": load_ms, "peak_memory_bytes": peak }),
+    )
 }
 
 /// Passes before the clock starts.

@@ -104,6 +104,13 @@ fn random_teacher(args: &BenchTrainArgs) -> Result<ModelFolder> {
         index += 1;
         random.stream(Purpose::Init, index).uniform(n)
     })?;
-    let about = About { kind: Kind::Teacher, sigma: None, classes: Vec::new(), data: None, version: crate::VERSION.into(), run: None };
+    let about = About {
+        kind: Kind::Teacher,
+        sigma: None,
+        classes: Vec::new(),
+        data: None,
+        version: crate::VERSION.into(),
+        run: None,
+    };
     Ok(ModelFolder { config, scheduler: Scheduler::edm(0.002, 80.0, 0.5)?, weights, about })
 }

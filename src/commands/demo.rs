@@ -19,19 +19,21 @@ use std::time::Instant;
 /// Pictures shown of each model.
 const SHOWN: usize = 16;
 /// Pictures that the distances are measured on.
-const MEASURED: usize = 1024;
+const MEASURED: usize = 512;
 /// Seed of the demo's pictures, which training does not use.
 const SEED: u64 = 2024;
 
 /// Distils, exports, runs, compares.
 pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
-    let teacher = ModelFolder::load(&args.teacher, &Device::Cpu).context("the demo's teacher (run it from the project's folder)")?;
+    let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)
+        .context("the demo's teacher (run it from the project's folder)")?;
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
     let run = args.out.join("run");
     say("1/4  distilling the teacher into a one-step generator");
     let started = Instant::now();
     let config = args.out.join("demo.toml");
-    std::fs::write(&config, "log_every = 5\nsample_every = 20\ncheckpoint_every = 20\n").with_context(|| config.display().to_string())?;
+    std::fs::write(&config, "log_every = 5\nsample_every = 20\ncheckpoint_every = 20\n")
+        .with_context(|| config.display().to_string())?;
     let distill = DistillArgs {
         teacher: args.teacher.clone(),
         out: run.clone(),
@@ -47,14 +49,21 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
 
     say("2/4  exporting it as ONNX, and checking the file with every engine here");
     let onnx = args.out.join("generator.onnx");
-    let export = ExportArgs { generator: run.join("generator"), onnx: onnx.clone(), batch: 1, output: OutputKind::F32, force: true };
+    let export = ExportArgs {
+        generator: run.join("generator"),
+        onnx: onnx.clone(),
+        batch: 1,
+        output: OutputKind::F32,
+        force: true,
+    };
     let export = super::export::run(&export)?;
 
     say("3/4  making pictures");
     let after_folder = ModelFolder::load(&run.join("generator"), &Device::Cpu)?;
     let after = after_folder.generator(&Device::Cpu)?.context("the run left no generator")?;
     let before = Generator { denoiser: teacher.denoiser(&Device::Cpu)?, sigma: after.sigma };
-    let teacher_model = Model::Teacher { denoiser: teacher.denoiser(&Device::Cpu)?, sampler: Sampler::Heun, n_steps: 18 };
+    let teacher_model =
+        Model::Teacher { denoiser: teacher.denoiser(&Device::Cpu)?, sampler: Sampler::Heun, n_steps: 18 };
     let n_passes = Sampler::Heun.n_passes(18);
     let stage = Stage::new(&teacher)?;
     let (of_teacher, teacher_ms) = stage.pictures(&teacher_model)?;
@@ -86,8 +95,13 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
     let panels: Vec<(&str, _)> = captions.iter().map(String::as_str).zip(images).collect();
     let picture = args.out.join("demo.png");
     save_png(&picture, &labelled_panel(&panels))?;
-    say(&format!("distance to the teacher's pictures (sliced Wasserstein, {MEASURED} pictures): {start:.4} before, {end:.4} after, {:.0} % of it", 100.0 * end / start));
-    say(&format!("per picture: teacher {teacher_ms:.1} ms, generator {after_ms:.1} ms, ONNX file {file_ms:.1} ms by {engine}"));
+    say(&format!(
+        "distance to the teacher's pictures (sliced Wasserstein, {MEASURED} pictures): {start:.4} before, {end:.4} after, {:.0} % of it",
+        100.0 * end / start
+    ));
+    say(&format!(
+        "per picture: teacher {teacher_ms:.1} ms, generator {after_ms:.1} ms, ONNX file {file_ms:.1} ms by {engine}"
+    ));
     say(&format!("the picture: {}", picture.display()));
     Ok(json!({
         "picture": picture,

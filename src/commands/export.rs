@@ -15,7 +15,10 @@ pub fn run(args: &ExportArgs) -> Result<Value> {
     check_free(&args.onnx, args.force)?;
     let folder = ModelFolder::load(&args.generator, &Device::Cpu)?;
     let Some(generator) = folder.generator(&Device::Cpu)? else {
-        bail!("{}: is a teacher, which needs many steps; distil it first (dmd distill) and export RUN/generator", args.generator.display());
+        bail!(
+            "{}: is a teacher, which needs many steps; distil it first (dmd distill) and export RUN/generator",
+            args.generator.display()
+        );
     };
     let info = ModelInfo {
         size: folder.size()?,

@@ -35,7 +35,8 @@ pub fn run(args: &InspectArgs) -> Result<Value> {
 fn model(path: &Path) -> Result<Value> {
     let folder = ModelFolder::load(path, &Device::Cpu)?;
     let levels = folder.scheduler.levels()?;
-    let dtypes: std::collections::BTreeSet<String> = folder.weights.iter().map(|(_, t)| format!("{:?}", t.dtype())).collect();
+    let dtypes: std::collections::BTreeSet<String> =
+        folder.weights.iter().map(|(_, t)| format!("{:?}", t.dtype())).collect();
     Ok(json!({
         "kind": folder.about.kind,
         "size": folder.size()?,
@@ -61,13 +62,19 @@ fn training_run(path: &Path) -> Result<Value> {
     let metrics = std::fs::read_to_string(path.join("metrics.jsonl")).unwrap_or_default();
     let last: Option<Value> = metrics.lines().last().and_then(|line| serde_json::from_str(line).ok());
     let checkpoints = std::fs::read_dir(path.join("checkpoints")).into_iter().flatten().flatten();
-    let mut checkpoints: Vec<String> = checkpoints.map(|e| e.file_name().to_string_lossy().into_owned()).filter(|n| n.starts_with("step-")).collect();
+    let mut checkpoints: Vec<String> =
+        checkpoints.map(|e| e.file_name().to_string_lossy().into_owned()).filter(|n| n.starts_with("step-")).collect();
     checkpoints.sort();
-    Ok(json!({ "kind": "run", "config": config, "last_metrics": last, "checkpoints": checkpoints, "generator": path.join("generator").is_dir() }))
+    Ok(
+        json!({ "kind": "run", "config": config, "last_metrics": last, "checkpoints": checkpoints, "generator": path.join("generator").is_dir() }),
+    )
 }
 
 fn tensors(path: &Path) -> Result<Value> {
     let weights = Weights::load(path, &Device::Cpu)?;
-    let list: serde_json::Map<String, Value> = weights.iter().map(|(name, t)| (name.to_string(), json!(format!("{:?} {:?}", t.dims(), t.dtype())))).collect();
-    Ok(json!({ "kind": "tensors", "parameters": weights.n_parameters(), "metadata": read_metadata(path)?, "tensors": list }))
+    let list: serde_json::Map<String, Value> =
+        weights.iter().map(|(name, t)| (name.to_string(), json!(format!("{:?} {:?}", t.dims(), t.dtype())))).collect();
+    Ok(
+        json!({ "kind": "tensors", "parameters": weights.n_parameters(), "metadata": read_metadata(path)?, "tensors": list }),
+    )
 }

@@ -36,20 +36,29 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
     }
     let n = images.dim().0;
     let written: Vec<_> = args.out.iter().chain(&args.npy).map(|path| path.display().to_string()).collect();
-    say(&format!("{n} pictures by {} in {seconds:.2} s ({:.2} ms each): {}", source.name(), seconds * 1e3 / n as f64, written.join(", ")));
+    say(&format!(
+        "{n} pictures by {} in {seconds:.2} s ({:.2} ms each): {}",
+        source.name(),
+        seconds * 1e3 / n as f64,
+        written.join(", ")
+    ));
     Ok(json!({ "pictures": n, "model": source.name(), "seconds": seconds, "labels": labels, "written": written }))
 }
 
 /// What makes the pictures.
 enum Source {
-    Folder { model: Model, shape: [usize; 3], classes: Vec<String> },
+    Folder { model: Box<Model>, shape: [usize; 3], classes: Vec<String> },
     File(Box<dmd_runtime::Generator>),
 }
 
 impl Source {
     fn open(args: &SampleArgs, threads: Option<usize>) -> Result<Self> {
         if is_onnx(&args.model) {
-            ensure!(args.steps.is_none_or(|steps| steps == 1), "--steps {}: an exported generator makes a picture in one pass", args.steps.unwrap_or(1));
+            ensure!(
+                args.steps.is_none_or(|steps| steps == 1),
+                "--steps {}: an exported generator makes a picture in one pass",
+                args.steps.unwrap_or(1)
+            );
             let generator = dmd_runtime::Generator::load(&args.model, engine_options(args.engine, threads))?;
             return Ok(Source::File(Box::new(generator)));
         }
@@ -58,7 +67,11 @@ impl Source {
         let [h, w] = folder.size()?;
         let model = match folder.generator(&device)? {
             Some(generator) => {
-                ensure!(args.steps.is_none_or(|steps| steps == 1), "--steps {}: a generator makes a picture in one pass", args.steps.unwrap_or(1));
+                ensure!(
+                    args.steps.is_none_or(|steps| steps == 1),
+                    "--steps {}: a generator makes a picture in one pass",
+                    args.steps.unwrap_or(1)
+                );
                 Model::Generator(generator)
             }
             None => {
@@ -67,7 +80,11 @@ impl Source {
                 Model::Teacher { denoiser: folder.denoiser(&device)?, sampler: args.sampler, n_steps }
             }
         };
-        Ok(Source::Folder { model, shape: [folder.config.in_channels, h, w], classes: folder.classes() })
+        Ok(Source::Folder {
+            model: Box::new(model),
+            shape: [folder.config.in_channels, h, w],
+            classes: folder.classes(),
+        })
     }
 
     fn shape(&self) -> [usize; 3] {
@@ -86,10 +103,12 @@ impl Source {
 
     fn name(&self) -> String {
         match self {
-            Source::Folder { model: Model::Teacher { sampler, n_steps, .. }, .. } => {
-                format!("the teacher ({n_steps} {sampler:?} steps)").to_lowercase()
-            }
-            Source::Folder { model: Model::Generator(_), .. } => "the generator".into(),
+            Source::Folder { model, .. } => match model.as_ref() {
+                Model::Teacher { sampler, n_steps, .. } => {
+                    format!("the teacher ({n_steps} {sampler:?} steps)").to_lowercase()
+                }
+                Model::Generator(_) => "the generator".into(),
+            },
             Source::File(generator) => format!("{} {}", generator.engine().kind, generator.engine().version),
         }
     }
@@ -121,7 +140,11 @@ fn noise(args: &SampleArgs, shape: [usize; 3]) -> Result<Array4<f32>> {
     let noise = npy::read(path)?;
     let (n, c, h, w) = noise.dim();
     let [ec, eh, ew] = shape;
-    ensure!([c, h, w] == shape, "{}: noise of shape [{n}, {c}, {h}, {w}], expected [N, {ec}, {eh}, {ew}]", path.display());
+    ensure!(
+        [c, h, w] == shape,
+        "{}: noise of shape [{n}, {c}, {h}, {w}], expected [N, {ec}, {eh}, {ew}]",
+        path.display()
+    );
     ensure!(noise.iter().all(|v| v.is_finite()), "{}: holds values that are not finite", path.display());
     let wanted = args.n.unwrap_or(n);
     ensure!(wanted >= 1 && wanted <= n, "{}: holds {n} noises, -n asks for {wanted}", path.display());
@@ -140,7 +163,11 @@ pub fn labels(class: &str, classes: &[String], n: usize) -> Result<Vec<i64>> {
     let by_name = classes.iter().position(|name| name == class);
     match by_name.or_else(|| class.parse().ok().filter(|index| *index < classes.len())) {
         Some(label) => Ok(vec![label as i64; n]),
-        None => bail!("--class {class}: no such class, the model has {} (0 to {}) or all", classes.join(", "), classes.len() - 1),
+        None => bail!(
+            "--class {class}: no such class, the model has {} (0 to {}) or all",
+            classes.join(", "),
+            classes.len() - 1
+        ),
     }
 }
 
@@ -154,7 +181,10 @@ mod tests {
         assert_eq!(labels("dog", &classes, 2).unwrap(), [1, 1]);
         assert_eq!(labels("0", &classes, 1).unwrap(), [0]);
         assert_eq!(labels("all", &classes, 3).unwrap(), [0, 1, 0]);
-        assert_eq!(labels("fox", &classes, 1).unwrap_err().to_string(), "--class fox: no such class, the model has cat, dog (0 to 1) or all");
+        assert_eq!(
+            labels("fox", &classes, 1).unwrap_err().to_string(),
+            "--class fox: no such class, the model has cat, dog (0 to 1) or all"
+        );
         assert!(labels("2", &classes, 1).is_err());
         assert!(labels("cat", &[], 1).is_err() && labels("all", &[], 1).unwrap().is_empty());
     }

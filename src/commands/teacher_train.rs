@@ -16,12 +16,22 @@ pub fn run(args: &TeacherTrainArgs) -> Result<Value> {
     let settings = settings(args)?;
     settings.validate()?;
     let device = args.device.open()?;
-    let options = DataOptions { size: settings.size, grey: settings.grey, unconditional: settings.unconditional, strict: args.strict };
+    let options = DataOptions {
+        size: settings.size,
+        grey: settings.grey,
+        unconditional: settings.unconditional,
+        strict: args.strict,
+    };
     let pictures = data::load(&args.data, &options)?;
     describe(&pictures);
     let unet = unet(&settings, &pictures)?;
     let result = teacher::train(&settings, unet, &pictures, &args.out, &device, args.force)?;
-    say(&format!("teacher in {} on {}: dmd sample {} --out grid.png", args.out.display(), device::name(&device), args.out.display()));
+    say(&format!(
+        "teacher in {} on {}: dmd sample {} --out grid.png",
+        args.out.display(),
+        device::name(&device),
+        args.out.display()
+    ));
     Ok(result)
 }
 
@@ -53,12 +63,21 @@ fn describe(pictures: &Pictures) {
         0 => "no classes".to_string(),
         n => format!("{n} classes ({})", pictures.classes.join(", ")),
     };
-    say(&format!("{} pictures, {}x{}, {} channels, {classes}", pictures.len(), pictures.height, pictures.width, pictures.channels));
+    say(&format!(
+        "{} pictures, {}x{}, {} channels, {classes}",
+        pictures.len(),
+        pictures.height,
+        pictures.width,
+        pictures.channels
+    ));
     for skipped in pictures.skipped.iter().take(MAX_NAMED) {
         say(&format!("skipped {}: {}", skipped.name, skipped.reason));
     }
     if !pictures.skipped.is_empty() {
-        say(&format!("{} pictures skipped because they cannot be read (--strict refuses them)", pictures.skipped.len()));
+        say(&format!(
+            "{} pictures skipped because they cannot be read (--strict refuses them)",
+            pictures.skipped.len()
+        ));
     }
 }
 
@@ -75,12 +94,28 @@ fn unet(settings: &TeacherSettings, pictures: &Pictures) -> Result<UNetConfig> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let mut unet = UNetConfig::from_json(path, &text)?;
     for (name, value) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
-        ensure!(value == pictures.channels, "{}: {name} is {value}, the pictures have {} channels", path.display(), pictures.channels);
+        ensure!(
+            value == pictures.channels,
+            "{}: {name} is {value}, the pictures have {} channels",
+            path.display(),
+            pictures.channels
+        );
     }
-    ensure!(unet.class_embed_type.is_none(), "{}: class_embed_type must be null, classes are a table here", path.display());
+    ensure!(
+        unet.class_embed_type.is_none(),
+        "{}: class_embed_type must be null, classes are a table here",
+        path.display()
+    );
+    ensure!(
+        unet.dropout == 0.0,
+        "{}: dropout is {}, teachers are trained without it here: set it to 0",
+        path.display(),
+        unet.dropout
+    );
     let [height, width] = settings.size;
     unet.check_size(height, width)?;
-    unet.sample_size = Some(if height == width { SampleSize::Square(height) } else { SampleSize::Rectangle([height, width]) });
+    unet.sample_size =
+        Some(if height == width { SampleSize::Square(height) } else { SampleSize::Rectangle([height, width]) });
     // The data decide how many classes there are.
     unet.num_class_embeds = (n_classes > 0).then_some(n_classes);
     Ok(unet)

@@ -12,9 +12,9 @@ use crate::sample::{Model, labels_in_turn};
 use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
+use dmd_models::ModelFolder;
 use dmd_models::denoiser::Generator;
 use dmd_models::folder::{About, Kind};
-use dmd_models::{ModelFolder, Weights};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -26,11 +26,13 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
     config.validate()?;
     let teacher_folder = ModelFolder::load(teacher, device).context("the teacher")?;
     ensure!(teacher_folder.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", teacher.display());
-    let run = Run::open(out, config, force)?;
+    // First what can be refused, then what leaves a trace in `out`.
     let mut distillation = Distillation::new(config, teacher_folder, device)?;
+    let run = Run::open(out, config, force)?;
     let first = match run.last_checkpoint()? {
         Some(checkpoint) => distillation.restore(&run, &checkpoint)?,
         None => {
+            run.rewind_log(0)?;
             distillation.draw_samples(&run, 0)?;
             0
         }
@@ -89,14 +91,17 @@ struct Distillation<'a> {
 
 impl<'a> Distillation<'a> {
     fn new(config: &'a Config, teacher: ModelFolder, device: &Device) -> Result<Self> {
-        let teacher_sha256 = fingerprint(&teacher.weights)?;
+        let teacher_sha256 = fingerprint(&teacher)?;
         let levels = teacher.scheduler.levels()?;
         let sigma = match config.generator.sigma {
             Sigma::Value(sigma) => sigma,
             Sigma::Named(SigmaName::Max) => levels.sigma_max(),
         };
         let [low, high] = [levels.sigma_min(), levels.sigma_max()];
-        ensure!((low..=high).contains(&sigma), "generator.sigma is {sigma}, expected within the teacher's noise levels, {low} to {high}");
+        ensure!(
+            (low..=high).contains(&sigma),
+            "generator.sigma is {sigma}, expected within the teacher's noise levels, {low} to {high}"
+        );
         let random = Random { seed: config.seed, device: device.clone() };
         let networks = Networks::new(&teacher, sigma, config.optimizer, device)?;
         let about = About {
@@ -113,7 +118,11 @@ impl<'a> Distillation<'a> {
     /// One update of the generator, then `ratio` of the fake score.
     fn step(&mut self, step: u64) -> Result<Health> {
         let mut health = self.networks.update_generator(self.config, &self.random, step)?;
-        average_into(&self.networks.average, &self.networks.generator_vars, ramped_decay(self.config.generator.ema, step))?;
+        average_into(
+            &self.networks.average,
+            &self.networks.generator_vars,
+            ramped_decay(self.config.generator.ema, step),
+        )?;
         let mut sum = 0.0;
         for turn in 0..self.config.ratio {
             sum += self.networks.update_fake_score(self.config, &self.random, step, turn)?;
@@ -141,13 +150,18 @@ impl<'a> Distillation<'a> {
 
     fn restore(&mut self, run: &Run, checkpoint: &Checkpoint) -> Result<u64> {
         let same = checkpoint.state.get("teacher_sha256").and_then(Value::as_str) == Some(&self.teacher_sha256);
-        ensure!(same, "the run was started with another teacher (its weights differ); use that one, or --force to begin anew");
+        ensure!(
+            same,
+            "the run was started with another teacher (its weights or its configuration differ); use that one, or --force to begin anew"
+        );
         let n = &mut self.networks;
         run::restore_vars(&n.generator_vars, &checkpoint.part("generator")?)?;
         run::restore_vars(&n.average, &checkpoint.part("generator_ema")?)?;
         run::restore_vars(&n.fake_vars, &checkpoint.part("fake_score")?)?;
-        n.generator_optimizer.restore(&checkpoint.part("optimizer_generator")?, checkpoint.count("n_updates_generator")?)?;
-        n.fake_optimizer.restore(&checkpoint.part("optimizer_fake_score")?, checkpoint.count("n_updates_fake_score")?)?;
+        n.generator_optimizer
+            .restore(&checkpoint.part("optimizer_generator")?, checkpoint.count("n_updates_generator")?)?;
+        n.fake_optimizer
+            .restore(&checkpoint.part("optimizer_fake_score")?, checkpoint.count("n_updates_fake_score")?)?;
         run.rewind_log(checkpoint.step)?;
         output::say(&format!("continuing from step {}", checkpoint.step));
         Ok(checkpoint.step)
@@ -168,12 +182,14 @@ impl<'a> Distillation<'a> {
 /// Pictures in a sample grid.
 const GRID: usize = 16;
 
-/// A hash over names, shapes and values, to tell one teacher from another.
-fn fingerprint(weights: &Weights) -> Result<String> {
+/// A hash over the weights (names, shapes and values) and what gives them their meaning, to tell one teacher from another.
+fn fingerprint(teacher: &ModelFolder) -> Result<String> {
     let mut hash = Sha256::new();
-    for (name, tensor) in weights.iter() {
+    hash.update(format!("{:?} {:?}", teacher.config, teacher.scheduler));
+    for (name, tensor) in teacher.weights.iter() {
         hash.update(format!("{name} {:?}", tensor.dims()));
-        let values: Vec<f32> = Tensor::to_dtype(tensor, DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+        let values: Vec<f32> =
+            Tensor::to_dtype(tensor, DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
         values.iter().for_each(|v| hash.update(v.to_le_bytes()));
     }
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())

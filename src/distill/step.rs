@@ -14,7 +14,7 @@ use crate::loss::{denoising, distribution_matching, fake_score_weight};
 use crate::optim::{AdamW, Decay, Optimizer, rate_at};
 use crate::random::{Purpose, Random};
 use crate::run::finite;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::denoiser::Generator;
 use dmd_models::{Denoiser, Eager, ModelFolder, Prediction, Weights};
@@ -89,7 +89,9 @@ impl Networks {
         let (generator_view, generator_vars) = start.trainable()?;
         let (fake_view, fake_vars) = start.trainable()?;
         let (averaged, average) = start.trainable()?;
-        let generator = |weights: &Weights| -> Result<Generator> { Ok(Generator { denoiser: teacher.denoiser_on(weights)?, sigma }) };
+        let generator = |weights: &Weights| -> Result<Generator> {
+            Ok(Generator { denoiser: teacher.denoiser_on(weights)?, sigma })
+        };
         let [height, width] = teacher.size()?;
         Ok(Networks {
             generator: generator(&generator_view)?,
@@ -125,7 +127,10 @@ impl Networks {
         let matching = distribution_matching(&x, &x0_real, &x0_fake)?;
         let loss_dm = finite(step + 1, "loss_dm", &matching.loss)?;
         let rate = rate_at(settings.rate, settings.decay, settings.warmup, step, config.steps);
-        let grad_norm = self.generator_optimizer.update(&matching.loss.backward()?, rate)?;
+        let grad_norm = self
+            .generator_optimizer
+            .update(&matching.loss.backward()?, rate)
+            .with_context(|| format!("step {}: loss_dm", step + 1))?;
         let (sample_mean, sample_std) = mean_and_std(&x.detach())?;
         Ok(Health {
             loss_dm,
@@ -156,7 +161,7 @@ impl Networks {
         let loss = denoising(&denoised, &x, &weights)?;
         let value = finite(step + 1, "loss_fake", &loss)?;
         let rate = rate_at(settings.rate, Decay::Constant, settings.warmup, draw, config.steps * config.ratio);
-        self.fake_optimizer.update(&loss.backward()?, rate)?;
+        self.fake_optimizer.update(&loss.backward()?, rate).with_context(|| format!("step {}: loss_fake", step + 1))?;
         Ok(value)
     }
 

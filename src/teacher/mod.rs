@@ -22,14 +22,26 @@ use std::time::Instant;
 
 /// Trains on `pictures` and leaves a model folder in `out`, with the run beside it in `out/training`.
 /// Returns what a script would want to know.
-pub fn train(settings: &TeacherSettings, unet: UNetConfig, pictures: &Pictures, out: &Path, device: &Device, force: bool) -> Result<Value> {
+pub fn train(
+    settings: &TeacherSettings,
+    unet: UNetConfig,
+    pictures: &Pictures,
+    out: &Path,
+    device: &Device,
+    force: bool,
+) -> Result<Value> {
     settings.validate()?;
-    if out.join("model_index.json").exists() && !out.join("training").exists() && !force {
-        bail!("{}: holds a model; give another --out, or --force to replace it", out.display());
+    let occupied = out.exists() && (!out.is_dir() || out.read_dir()?.next().is_some());
+    if occupied && !out.join("training").exists() && !force {
+        bail!(
+            "{}: exists and is not a teacher in training; give another --out, or --force to write into it",
+            out.display()
+        );
     }
-    let run = Run::open(&out.join("training"), settings, force)?;
     let random = Random { seed: settings.seed, device: device.clone() };
+    // First what can be refused, then what leaves a trace in `out`.
     let mut trainer = Trainer::new(settings, unet, pictures, random)?;
+    let run = Run::open(&out.join("training"), settings, force)?;
     let first = trainer.resume(&run)?;
     run::stop_on_signals()?;
     let bar = run::progress(settings.steps, first)?;
@@ -64,6 +76,10 @@ pub fn train(settings: &TeacherSettings, unet: UNetConfig, pictures: &Pictures, 
         }
     }
     bar.finish_and_clear();
+    if first >= settings.steps {
+        // Killed between its last checkpoint and the model folder, a finished run would stay without its model.
+        trainer.folder.write_into(out, DType::F32).context("the model folder")?;
+    }
     let mut result = json!({ "out": out, "steps": settings.steps, "parameters": trainer.weights.n_parameters(), "seconds": started.elapsed().as_secs_f64() });
     for (name, value) in last {
         result[name] = json!(value);
@@ -106,12 +122,28 @@ impl<'a> Trainer<'a> {
         let folder = ModelFolder { config: unet, scheduler, weights: averaged.detached(), about };
         let denoiser = folder.denoiser_on(&weights)?;
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
-        Ok(Trainer { settings, pictures, train, held_out, random, weights, vars, average, averaged, folder, denoiser, optimizer })
+        Ok(Trainer {
+            settings,
+            pictures,
+            train,
+            held_out,
+            random,
+            weights,
+            vars,
+            average,
+            averaged,
+            folder,
+            denoiser,
+            optimizer,
+        })
     }
 
     /// Takes up the last checkpoint; returns the step to go on from.
     fn resume(&mut self, run: &Run) -> Result<u64> {
-        let Some(checkpoint) = run.last_checkpoint()? else { return Ok(0) };
+        let Some(checkpoint) = run.last_checkpoint()? else {
+            run.rewind_log(0)?;
+            return Ok(0);
+        };
         run::restore_vars(&self.vars, &checkpoint.part("weights")?)?;
         run::restore_vars(&self.average, &checkpoint.part("average")?)?;
         self.optimizer.restore(&checkpoint.part("optimizer")?, checkpoint.count("n_updates")?)?;
@@ -133,13 +165,21 @@ impl<'a> Trainer<'a> {
         let loss = self.loss(&self.denoiser, &picks, &flips, &sigma, &noise)?;
         let value = run::finite(step + 1, "loss", &loss)?;
         let rate = rate_at(s.rate, s.decay, s.warmup, step, s.steps);
-        let norm = self.optimizer.update(&loss.backward()?, rate)?;
+        let norm =
+            self.optimizer.update(&loss.backward()?, rate).with_context(|| format!("step {}: loss", step + 1))?;
         average_into(&self.average, &self.vars, ramped_decay(s.ema, step))?;
         Ok((value, norm))
     }
 
     /// EDM's loss of these pictures.
-    fn loss(&self, denoiser: &Denoiser, picks: &[usize], flips: &[bool], sigma: &[f64], noise: &Tensor) -> Result<Tensor> {
+    fn loss(
+        &self,
+        denoiser: &Denoiser,
+        picks: &[usize],
+        flips: &[bool],
+        sigma: &[f64],
+        noise: &Tensor,
+    ) -> Result<Tensor> {
         let device = &self.random.device;
         let (pixels, labels) = self.pictures.batch(picks, flips);
         let x0 = Tensor::from_vec(pixels, &self.shape(picks.len())[..], device)?;
@@ -163,7 +203,10 @@ impl<'a> Trainer<'a> {
         let denoiser = self.folder.denoiser_on(&self.averaged.detached())?;
         let (mut sum, mut n) = (0.0, 0);
         for (i, picks) in picks.chunks(VALIDATION_BATCH).enumerate() {
-            let draws = self.random.stream(Purpose::Validation, i as u64).normal(picks.len() * (1 + self.shape(1).iter().product::<usize>()));
+            let draws = self
+                .random
+                .stream(Purpose::Validation, i as u64)
+                .normal(picks.len() * (1 + self.shape(1).iter().product::<usize>()));
             let (sigma, noise) = draws.split_at(picks.len());
             let noise = Tensor::from_slice(noise, &self.shape(picks.len())[..], &self.random.device)?;
             let loss = self.loss(&denoiser, picks, &vec![false; picks.len()], &self.log_normal(sigma), &noise)?;

@@ -103,7 +103,12 @@ impl TeacherSettings {
         positive("p_std", self.p_std)?;
         positive("sigma_data", self.sigma_data)?;
         positive("sigma_min", self.sigma_min)?;
-        ensure!(self.sigma_max > self.sigma_min && self.sigma_max.is_finite(), "sigma_max is {}, expected above sigma_min ({})", self.sigma_max, self.sigma_min);
+        ensure!(
+            self.sigma_max > self.sigma_min && self.sigma_max.is_finite(),
+            "sigma_max is {}, expected above sigma_min ({})",
+            self.sigma_max,
+            self.sigma_min
+        );
         ensure!(self.p_mean.is_finite(), "p_mean is {}, expected a number", self.p_mean);
         optimizer(&self.optimizer)
     }

@@ -12,7 +12,7 @@ use crate::setup::{self, Environment};
 
 pub fn demo(args: &[OsString]) -> Result<ExitCode> {
     let mut command = cargo(&setup::everything()?);
-    become_program(command.args(["run", "--release", "-p", "dmd", "--bin", "dmd", "--", "demo"]).args(args))
+    become_program(command.args(["run", "--release", "--bin", "dmd", "--", "demo"]).args(args))
 }
 
 /// One profile for every crate, tests and programs alike, so that nothing is compiled twice.
@@ -49,7 +49,7 @@ pub fn dmd(args: &[OsString]) -> Result<ExitCode> {
     let mut environment = setup::as_it_is();
     if !program.is_file() {
         environment = setup::everything()?;
-        let status = run(cargo(&environment).args(["build", "--release", "-p", "dmd", "--bin", "dmd"]))?;
+        let status = run(cargo(&environment).args(["build", "--release", "--bin", "dmd"]))?;
         if !status.success() {
             return Ok(exit_code(status));
         }
