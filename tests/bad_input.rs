@@ -1,0 +1,353 @@
+//! Bad input ends in a clear message and an exit code, and leaves everything as it was.
+
+mod common;
+use common::{Workplace, check_failure};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde_json::json;
+use std::collections::BTreeMap;
+
+const TEACH: &str = "teacher train --out teacher --size 8 --unet unet.json --steps 1 --batch 2 --data";
+const DISTILL: &str = "distill --teacher teacher --out run --steps 1 --batch 2";
+const WEIGHTS: &str = "teacher/unet/diffusion_pytorch_model.safetensors";
+
+/// A generator in `run/generator`, without training.
+fn generator() -> Workplace {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    w.copy("teacher", "run/generator");
+    w.write(
+        "run/generator/dmd.json",
+        r#"{"kind": "generator", "sigma": 2.5, "version": "0.1.0", "classes": ["a", "b", "c"]}"#,
+    );
+    w
+}
+
+#[test]
+fn a_data_folder_without_pictures_is_refused() {
+    let w = Workplace::new().with_pictures();
+    w.refuses(&format!("{TEACH} nowhere"), 1, &["nowhere: cannot read"]);
+    std::fs::create_dir(w.path("empty")).unwrap();
+    w.refuses(&format!("{TEACH} empty"), 1, &["empty: no pictures; expected png, jpg", "found nothing"]);
+    w.write("texts/a.txt", "no picture");
+    w.refuses(&format!("{TEACH} texts"), 1, &["texts: no pictures", "found only other files, such as a.txt"]);
+    w.write("data.zip", "this is no zip");
+    w.refuses(
+        &format!("{TEACH} data.zip"),
+        1,
+        &["data.zip: expected a folder or a zip of pictures, found a file that is no zip"],
+    );
+}
+
+#[test]
+fn a_corrupt_picture_is_named_and_skipped_or_refused() {
+    let w = Workplace::new().with_pictures();
+    let mut bytes = std::fs::read(w.path("pictures/red/12.png")).unwrap();
+    bytes.truncate(60);
+    w.write("pictures/red/broken.png", bytes);
+    w.refuses(
+        &format!("{TEACH} pictures --strict"),
+        1,
+        &["1 of 25 pictures cannot be read; the first is red/broken.png: "],
+    );
+    let output = w.run(&format!("{TEACH} pictures"));
+    let message = common::stderr(&output);
+    assert!(output.status.success(), "{message}");
+    for part in
+        ["24 pictures, 8x8, 3 channels, 2 classes (blue, red)", "skipped red/broken.png: ", "1 pictures skipped"]
+    {
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn broken_weights_are_named() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    let whole = std::fs::read(w.path(WEIGHTS)).unwrap();
+    for n_bytes in [0, 5, 4000, whole.len() - 1] {
+        w.write(WEIGHTS, &whole[..n_bytes]);
+        let size = format!("not a whole safetensors file ({n_bytes} bytes)");
+        w.refuses(DISTILL, 1, &["the teacher: ", WEIGHTS, &size]);
+    }
+    // A header that promises more memory than there is costs nothing.
+    w.write(WEIGHTS, [&u64::MAX.to_le_bytes()[..], b"{}"].concat());
+    w.refuses(DISTILL, 1, &["not a whole safetensors file"]);
+    w.refuses(&format!("inspect {WEIGHTS}"), 1, &["not a whole safetensors file"]);
+
+    let replace = |shape: &[usize], name: &str| {
+        let parsed = SafeTensors::deserialize(&whole).unwrap();
+        let mut tensors: BTreeMap<String, TensorView> = parsed.tensors().into_iter().collect();
+        let bytes = vec![0u8; 4 * shape.iter().product::<usize>()];
+        tensors.remove("conv_in.weight");
+        tensors.insert(name.into(), TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &bytes).unwrap());
+        w.write(WEIGHTS, safetensors::serialize(tensors, None).unwrap());
+    };
+    replace(&[8, 4, 3, 3], "conv_in.weight");
+    w.refuses(DISTILL, 1, &[WEIGHTS, "\"conv_in.weight\"", "[8, 4, 3, 3]", "[8, 3, 3, 3]"]);
+    replace(&[8, 3, 3, 3], "conv_inn.weight");
+    w.refuses(DISTILL, 1, &["missing", "\"conv_in.weight\"", "\"conv_inn.weight\""]);
+    std::fs::remove_file(w.path(WEIGHTS)).unwrap();
+    w.refuses(DISTILL, 1, &["has no diffusion_pytorch_model.safetensors"]);
+}
+
+/// The run stops at the step and the loss that are not finite, before a weight is touched.
+#[test]
+fn weights_that_are_not_numbers_stop_the_run() {
+    // Half floats: not a number, infinity.
+    for value in [0x7e00_u16, 0x7c00] {
+        let w = Workplace::new().with_fixture("edm-tiny");
+        let mut bytes = std::fs::read(w.path(WEIGHTS)).unwrap();
+        let last = bytes.len() - 2;
+        bytes[last..].copy_from_slice(&value.to_le_bytes());
+        w.write(WEIGHTS, bytes);
+        w.fails(DISTILL, 1, &["step 1: loss_", "the run stops here"]);
+        assert!(w.snapshot("run/checkpoints").is_empty() && !w.path("run/generator").exists());
+    }
+}
+
+/// A rate far too high ends the run, and what is left on the disk is finite and can be taken up again.
+#[test]
+fn a_diverging_run_stops_and_keeps_a_good_checkpoint() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    w.write("wild.toml", "ratio = 1\ncheckpoint_every = 1\n[generator]\nrate = 1e6\nwarmup = 20\n[fake_score]\nrate = 1e6\nwarmup = 20\n");
+    let message = w.fails(
+        "distill --teacher teacher --out run --steps 100 --batch 2 --config wild.toml",
+        1,
+        &["step ", "loss_", "the run stops here"],
+    );
+    assert!(!message.contains("step 1: "), "{message}");
+    let mut n_checked = 0;
+    for path in w.snapshot("run/checkpoints").keys().filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+    {
+        let weights =
+            dmd_models::Weights::load(&w.path("run/checkpoints").join(path), &candle_core::Device::Cpu).unwrap();
+        for (name, tensor) in weights.iter() {
+            let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+            assert!(values.iter().all(|v| v.is_finite()), "{}: {name}", path.display());
+            n_checked += values.len();
+        }
+    }
+    assert!(n_checked > 0, "no checkpoint was kept");
+}
+
+#[test]
+fn wrong_settings_are_named_with_what_is_allowed() {
+    let w = Workplace::new().with_fixture("edm-tiny").with_pictures();
+    w.write("a.toml", "step = 3\n");
+    w.refuses(&format!("{DISTILL} --config a.toml"), 1, &["a.toml: unknown key \"step\", did you mean \"steps\"?"]);
+    w.write("a.toml", "[generator]\nsigmma = 3\n");
+    w.refuses(&format!("{DISTILL} --config a.toml"), 1, &["did you mean \"generator.sigma\"?"]);
+    w.write("a.toml", "batch = many\n");
+    w.refuses(&format!("{DISTILL} --config a.toml"), 1, &["a.toml: not TOML"]);
+    w.write("a.toml", "[generator]\nsigma = 500.0\n");
+    w.refuses(
+        &format!("{DISTILL} --config a.toml"),
+        1,
+        &["generator.sigma is 500, expected within the teacher's noise levels, 0.002 to 80"],
+    );
+    w.refuses(&format!("{DISTILL} --config none.toml"), 1, &["none.toml: "]);
+    w.write("a.toml", "[optimiser]\n");
+    w.refuses(
+        &format!("{TEACH} pictures --config a.toml").replace("--out teacher", "--out new"),
+        1,
+        &["unknown key \"optimiser\", did you mean \"optimizer\"?"],
+    );
+
+    w.refuses("distill --teacher teacher --out run --batch 0", 1, &["batch is 0, expected at least 1"]);
+    w.refuses("teacher train --data pictures --out new --batch 0", 1, &["batch is 0, expected at least 1"]);
+    w.refuses("sample teacher --npy a.npy --batch 0", 1, &["batch is 0, expected at least 1"]);
+    w.refuses("distill --teacher teacher --out run --steps 0", 1, &["steps is 0, expected at least 1"]);
+
+    w.edit_json("unet.json", |unet| unet["block_out_chanels"] = json!([8]));
+    w.refuses(
+        "bench train --unet unet.json",
+        1,
+        &["unet.json: unknown key \"block_out_chanels\", did you mean \"block_out_channels\"?"],
+    );
+}
+
+#[test]
+fn a_size_that_the_network_cannot_halve_is_refused() {
+    let w = Workplace::new().with_fixture("edm-tiny").with_pictures();
+    let line = "teacher train --data pictures --out new --unet unet.json --steps 1 --size 9";
+    w.refuses(line, 1, &["9x9 cannot be halved 1 times", "multiples of 2"]);
+    w.edit_json("teacher/unet/config.json", |unet| unet["sample_size"] = json!([8, 7]));
+    w.refuses(DISTILL, 1, &["unet/config.json: ", "8x7 cannot be halved"]);
+}
+
+#[test]
+fn a_class_that_does_not_exist_is_refused_with_those_that_do() {
+    let w = generator();
+    w.refuses(
+        "sample run/generator --npy a.npy --class fox",
+        1,
+        &["--class fox: no such class, the model has a, b, c (0 to 2) or all"],
+    );
+    w.refuses("sample run/generator --npy a.npy --class 3", 1, &["--class 3: no such class"]);
+    w.ok("export run/generator --onnx g.onnx");
+    w.refuses("sample g.onnx --npy a.npy --class -1", 2, &["unexpected argument"]);
+    w.refuses("sample g.onnx --npy a.npy --class fox", 1, &["--class fox: no such class"]);
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    w.refuses("sample teacher --npy a.npy --class fox", 1, &["--class fox: the model has no classes"]);
+}
+
+#[test]
+fn nothing_is_overwritten_unless_forced() {
+    let w = generator().with_pictures();
+    for file in ["a.png", "a.npy", "a.onnx", "out/note.txt"] {
+        w.write(file, "mine");
+    }
+    w.refuses("sample run/generator --out a.png", 1, &["a.png: exists already, and is only replaced with --force"]);
+    w.refuses("sample run/generator --out b.png --npy a.npy", 1, &["a.npy: exists already"]);
+    w.refuses("export run/generator --onnx a.onnx", 1, &["a.onnx: exists already, and is only replaced with --force"]);
+    w.refuses("distill --teacher teacher --out out", 1, &["out: exists and is not a run of this kind", "--force"]);
+    w.refuses("distill --teacher teacher --out a.png", 1, &["a.png: exists and is not a run"]);
+    for out in ["teacher", "out", "a.png"] {
+        w.refuses(
+            &format!("teacher train --data pictures --unet unet.json --size 8 --steps 1 --out {out}"),
+            1,
+            &["exists and is not", "--force"],
+        );
+    }
+    w.ok("sample run/generator --out a.png -n 1 --force");
+    w.ok("export run/generator --onnx a.onnx --force");
+    w.ok("distill --teacher teacher --out out --steps 1 --batch 1 --force");
+    assert_eq!(w.text("out/note.txt"), "mine");
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_named() {
+    let w = generator().with_pictures();
+    w.write("file", "in the way");
+    w.refuses("distill --teacher teacher --out file/run --steps 1", 1, &["file/run"]);
+    w.refuses(&format!("{TEACH} pictures").replace("--out teacher", "--out file/teacher"), 1, &["file/teacher"]);
+    w.refuses("export run/generator --onnx file/a.onnx", 1, &["file"]);
+    w.refuses("sample run/generator --out file/a.png", 1, &["file"]);
+    std::fs::create_dir(w.path("folder.onnx")).unwrap();
+    w.refuses("export run/generator --onnx folder.onnx --force", 1, &["folder.onnx"]);
+    w.refuses("sample run/generator --out folder.onnx --force", 1, &["folder.onnx"]);
+}
+
+#[test]
+fn the_wrong_kind_of_model_is_refused() {
+    let w = generator();
+    w.refuses("export teacher --onnx a.onnx", 1, &["teacher: is a teacher", "distil it first"]);
+    w.refuses("distill --teacher run/generator --out new", 1, &["run/generator: is a generator, expected a teacher"]);
+    w.refuses("distill --teacher nowhere --out new", 1, &["the teacher: nowhere: no such folder"]);
+    w.refuses("sample nowhere --npy a.npy", 1, &["nowhere: no such folder"]);
+    w.refuses("sample run/generator --npy a.npy --steps 4", 1, &["--steps 4: a generator makes a picture in one pass"]);
+    w.refuses("inspect nowhere", 1, &["nowhere: no such file or folder"]);
+    w.write("a.txt", "text");
+    w.refuses("inspect a.txt", 1, &["a.txt: not a model folder, a run, an .onnx or a .safetensors file"]);
+}
+
+#[test]
+fn noise_that_does_not_fit_is_refused() {
+    let w = generator();
+    let noise =
+        |shape: [usize; 3]| dmd::npy::write(&w.path("noise.npy"), &dmd_runtime::picture_noise(0, 0, 2, shape)).unwrap();
+    noise([1, 8, 8]);
+    w.refuses(
+        "sample run/generator --npy a.npy --noise noise.npy",
+        1,
+        &["noise.npy: noise of shape [2, 1, 8, 8], expected [N, 3, 8, 8]"],
+    );
+    noise([3, 8, 8]);
+    w.refuses(
+        "sample run/generator --npy a.npy --noise noise.npy -n 3",
+        1,
+        &["noise.npy: holds 2 noises, -n asks for 3"],
+    );
+    w.write("noise.npy", "no array");
+    w.refuses("sample run/generator --npy a.npy --noise noise.npy", 1, &["noise.npy: not the .npy file expected"]);
+}
+
+#[test]
+fn a_file_that_is_not_one_of_ours_is_refused() {
+    let w = generator();
+    // An empty graph as another program would write it: ir_version 8, producer "pytorch", opset 17.
+    w.write("theirs.onnx", b"\x08\x08\x12\x07pytorch\x3a\x00\x42\x02\x10\x11");
+    w.write("text.onnx", "this is no model");
+    w.ok("export run/generator --onnx ours.onnx");
+    let ours = std::fs::read(w.path("ours.onnx")).unwrap();
+    w.write("half.onnx", &ours[..ours.len() / 2]);
+    for command in ["sample FILE --npy a.npy", "inspect FILE", "bench run FILE"] {
+        let check = |file: &str, part: &str| w.refuses(&command.replace("FILE", file), 1, &[file, part]);
+        check("theirs.onnx", "not one of ours");
+        check("text.onnx", "not a whole ONNX file");
+        check("half.onnx", "not a whole ONNX file");
+        check("missing.onnx", "");
+    }
+}
+
+/// Asked for by name, ONNX Runtime must be there; left to choose, the program takes tract and says so once.
+#[test]
+fn a_missing_onnx_runtime_is_an_error_or_one_warning() {
+    let w = generator();
+    w.ok("export run/generator --onnx g.onnx");
+    w.write("library.so", "no library");
+    let run = |engine: &str| {
+        let mut command = w.command(&format!("sample g.onnx --npy {engine}.npy -n 1 --engine {engine}"));
+        command.env_clear().env("ORT_DYLIB_PATH", w.path("library.so")).env("DMD_CACHE", w.path("cache"));
+        command.output().unwrap()
+    };
+    let named = run("onnxruntime");
+    if named.status.success() {
+        return; // this machine has a library where the system or Python keeps it
+    }
+    check_failure(
+        "sample",
+        &named,
+        1,
+        &["no usable ONNX Runtime library; tried", "ORT_DYLIB_PATH", "library.so", "cache folder"],
+    );
+    assert!(!w.path("onnxruntime.npy").exists());
+    let chosen = run("auto");
+    let message = common::stderr(&chosen);
+    assert!(chosen.status.success(), "{message}");
+    assert_eq!(message.matches("warning: ").count(), 1, "{message}");
+    assert!(message.contains("tract"), "{message}");
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn cuda_in_a_cpu_build_is_refused() {
+    let w = generator().with_pictures();
+    for line in [
+        DISTILL.to_string(),
+        format!("{TEACH} pictures").replace("--out teacher", "--out new"),
+        "sample teacher --npy a.npy".into(),
+    ] {
+        w.refuses(
+            &format!("{line} --device cuda"),
+            1,
+            &["--device cuda: this dmd was built for the CPU", "--features cuda"],
+        );
+    }
+    w.refuses("distill --teacher teacher --out run2 --device tpu", 2, &["expected auto, cpu, cuda or cuda:N"]);
+}
+
+#[test]
+fn wrong_usage_has_exit_code_2() {
+    let w = generator();
+    for line in [
+        "",
+        "distil",
+        "distill --teacher teacher",
+        "sample run/generator",
+        "sample run/generator --npy a.npy --seed x",
+        "teacher train --data a --out b --size 8x",
+    ] {
+        w.refuses(line, 2, &[]);
+    }
+    w.refuses("sample run/generator", 2, &["nothing to write: give --out GRID.png, --npy FILE.npy or both"]);
+}
+
+/// A script finds the error where it looks for the result.
+#[test]
+fn an_error_is_an_object_too() {
+    let w = Workplace::new();
+    let output = w.run("--json inspect nowhere");
+    assert_eq!(output.status.code(), Some(1));
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(value["error"].as_str().unwrap().contains("nowhere: no such file or folder"));
+}

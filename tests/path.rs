@@ -1,0 +1,121 @@
+//! From pictures to an exported file, through the program that a user holds.
+
+mod common;
+use common::{Workplace, max_difference};
+use ndarray::Array4;
+use serde_json::json;
+
+/// The picture of a seed is the same in the generator's folder and in the file (in [-1, 1]).
+const TOLERANCE: f32 = 1e-3;
+
+#[test]
+fn pictures_become_a_teacher_a_generator_and_a_file_that_agree() {
+    let w = Workplace::new().with_pictures();
+    let taught =
+        w.ok("teacher train --data pictures --out teacher --size 8 --unet unet.json --steps 6 --batch 4 --device cpu");
+    assert!(taught["loss"].as_f64().unwrap().is_finite() && taught["parameters"].as_u64().unwrap() > 5_000, "{taught}");
+    w.write("distill.toml", "ratio = 2\nlog_every = 1\n[generator]\nwarmup = 1\n");
+    let distilled =
+        w.ok("distill --teacher teacher --out run --config distill.toml --steps 4 --batch 4 --device cpu --seed 3");
+    for number in ["loss_dm", "loss_fake", "sample_mean", "sample_std", "real_error", "score_gap"] {
+        assert!(distilled[number].as_f64().unwrap().is_finite(), "{number} in {distilled}");
+    }
+    assert_eq!(w.text("run/metrics.jsonl").lines().count(), 4);
+    for grid in
+        ["run/samples/step-00000000.png", "run/samples/step-00000004.png", "teacher/training/samples/step-00000006.png"]
+    {
+        assert!(image::open(w.path(grid)).unwrap().width() >= 128, "{grid}");
+    }
+
+    let exported = w.ok("export run/generator --onnx generator.onnx");
+    let engines = exported["engines"].as_array().unwrap();
+    assert!(!engines.is_empty(), "{exported}");
+    w.ok("export run/generator --onnx bytes.onnx --output u8 --batch 2");
+    assert!(!w.path("generator.onnx.partial").exists());
+
+    samples_agree(&w);
+    noise_goes_round(&w);
+    everything_can_be_inspected(&w);
+    let timed = w.ok("bench run generator.onnx --runs 3");
+    for number in ["median_ms", "p95_ms", "load_ms"] {
+        assert!(timed[number].as_f64().unwrap() > 0.0, "{timed}");
+    }
+    let timed = w.run("--json bench train --unet unet.json --batch 2 --steps 1 --ratio 1 --device cpu");
+    assert!(timed.status.success(), "{}", common::stderr(&timed));
+    let stdout = String::from_utf8(timed.stdout).unwrap();
+    for key in ["one_step_sample", "generator_update", "critic_update", "iteration_ratio_1", "images_per_s"] {
+        assert!(stdout.contains(key), "{stdout}");
+    }
+}
+
+fn samples_agree(w: &Workplace) {
+    let of_teacher = w.ok("sample teacher --out teacher.png --npy teacher.npy -n 5 --steps 3 --seed 7");
+    assert_eq!((&of_teacher["pictures"], &of_teacher["labels"]), (&json!(5), &json!([0, 1, 0, 1, 0])));
+    assert_eq!(w.npy("teacher.npy").dim(), (5, 3, 8, 8));
+    image::open(w.path("teacher.png")).unwrap();
+    w.ok("sample teacher --npy euler.npy -n 5 --steps 3 --seed 7 --sampler euler");
+    assert!(max_difference(&w.npy("teacher.npy"), &w.npy("euler.npy")) > 0.0);
+
+    w.ok("sample run/generator --npy generator.npy -n 5 --seed 7 --batch 2");
+    let generator = w.npy("generator.npy");
+    for (file, options) in [("onnx", ""), ("tract", "--engine tract")] {
+        w.ok(&format!("sample generator.onnx --out {file}.png --npy {file}.npy -n 5 --seed 7 {options}"));
+        let difference = max_difference(&w.npy(&format!("{file}.npy")), &generator);
+        assert!(difference <= TOLERANCE, "{file}: {difference}");
+    }
+    // Bytes are half a step off at most, a step where the floats fall on either side of a half.
+    w.ok("sample bytes.onnx --npy bytes.npy -n 5 --seed 7");
+    let clipped = generator.mapv(|v| v.clamp(-1.0, 1.0));
+    assert!(max_difference(&w.npy("bytes.npy"), &clipped) <= 1.01 / 127.5);
+
+    // One class only, by name and by number, and it is another picture than the other class's.
+    w.ok("sample run/generator --npy red.npy -n 2 --seed 7 --class red");
+    w.ok("sample run/generator --npy one.npy -n 2 --seed 7 --class 1");
+    w.ok("sample run/generator --npy blue.npy -n 2 --seed 7 --class blue");
+    assert_eq!(w.npy("red.npy"), w.npy("one.npy"));
+    assert!(max_difference(&w.npy("red.npy"), &w.npy("blue.npy")) > 0.0);
+}
+
+/// The noise of a seed, given as a file, makes the seed's pictures; and a part of it makes the first of them.
+fn noise_goes_round(w: &Workplace) {
+    let noise: Array4<f32> = dmd_runtime::picture_noise(7, 0, 5, [3, 8, 8]);
+    dmd::npy::write(&w.path("noise.npy"), &noise).unwrap();
+    for (model, as_of_seed) in [("run/generator", "generator.npy"), ("generator.onnx", "onnx.npy")] {
+        w.ok(&format!("sample {model} --noise noise.npy --npy again.npy --force"));
+        assert!(max_difference(&w.npy("again.npy"), &w.npy(as_of_seed)) <= 1e-5, "{model}");
+    }
+    let part = w.ok("sample run/generator --noise noise.npy -n 2 --npy part.npy");
+    assert_eq!(part["pictures"], 2);
+    assert_eq!(w.npy("part.npy").dim().0, 2);
+}
+
+fn everything_can_be_inspected(w: &Workplace) {
+    let teacher = w.ok("inspect teacher");
+    assert_eq!((&teacher["kind"], &teacher["classes"]), (&json!("teacher"), &json!(["blue", "red"])));
+    let generator = w.ok("inspect run/generator");
+    assert_eq!((&generator["kind"], &generator["sigma"]), (&json!("generator"), &json!(2.5)));
+    assert_eq!(generator["run"]["seed"], 3);
+    let run = w.ok("inspect run");
+    assert_eq!((&run["config"]["batch"], &run["last_metrics"]["step"]), (&json!(4), &json!(4)));
+    let file = w.ok("inspect generator.onnx");
+    assert_eq!((&file["classes"], &file["width"]), (&json!(["blue", "red"]), &json!(8)));
+    assert_eq!(w.ok("inspect bytes.onnx")["batch"], 2);
+    let tensors = w.ok("inspect run/generator/unet/diffusion_pytorch_model.safetensors");
+    assert_eq!(tensors["parameters"], teacher["parameters"]);
+    // Without --json, stdout stays empty for whoever pipes it.
+    let output = w.run("inspect teacher");
+    assert!(output.status.success() && output.stdout.is_empty() && !output.stderr.is_empty());
+}
+
+#[test]
+fn grey_pictures_without_classes_go_the_same_way() {
+    let w = Workplace::new().with_pictures();
+    w.edit_json("unet.json", |unet| (unet["in_channels"], unet["out_channels"]) = (json!(1), json!(1)));
+    w.ok("teacher train --data pictures --out teacher --size 8x12 --grey --unconditional --flip --unet unet.json --steps 2 --batch 2");
+    w.ok("distill --teacher teacher --out run --steps 1 --batch 2");
+    w.ok("export run/generator --onnx generator.onnx");
+    w.ok("sample run/generator --npy generator.npy -n 3");
+    w.ok("sample generator.onnx --npy file.npy -n 3");
+    assert_eq!(w.npy("file.npy").dim(), (3, 1, 8, 12));
+    assert!(max_difference(&w.npy("generator.npy"), &w.npy("file.npy")) <= TOLERANCE);
+}

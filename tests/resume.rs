@@ -1,0 +1,225 @@
+//! A run that was interrupted ends with the same bytes as one that was not, however it was interrupted.
+#![cfg(unix)] // signals, and a shell that limits the size of files
+
+mod common;
+use common::{Workplace, check_failure, stderr};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+const DISTILL: &str = "distill --teacher teacher --config distill.toml --batch 2 --device cpu --out";
+const TEACH: &str = "teacher train --data pictures --config teacher.toml --batch 2 --device cpu --out";
+
+fn distillation(steps: u64) -> Workplace {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    w.write(
+        "distill.toml",
+        format!("steps = {steps}\nratio = 2\nlog_every = 1\nsample_every = 50\ncheckpoint_every = 16\n"),
+    );
+    w
+}
+
+/// Everything that a run left, but for the time that lines took.
+fn outcome(w: &Workplace, run: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = w.snapshot(run);
+    // Which earlier checkpoint is kept beside the last one depends on where a run stopped.
+    let mut kept: Vec<PathBuf> =
+        files.keys().filter(|p| p.parent().is_some_and(|f| f.ends_with("checkpoints"))).cloned().collect();
+    let last = kept.pop().unwrap();
+    files.retain(|path, _| !kept.iter().any(|old| *old != last && path.starts_with(old)));
+    for (path, bytes) in &mut files {
+        if path.ends_with("metrics.jsonl") {
+            *bytes = without_times(&String::from_utf8(bytes.clone()).unwrap()).into();
+        }
+    }
+    files
+}
+
+fn without_times(metrics: &str) -> String {
+    let line = |line| {
+        let mut value: Value = serde_json::from_str(line).unwrap();
+        value.as_object_mut().unwrap().remove("elapsed_s");
+        format!("{value}\n")
+    };
+    metrics.lines().map(line).collect()
+}
+
+fn assert_same(w: &Workplace, run: &str, whole: &str) {
+    let (found, expected) = (outcome(w, run), outcome(w, whole));
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    for (path, bytes) in &expected {
+        assert!(found[path] == *bytes, "{run}: {} differs from the run in one go", path.display());
+    }
+}
+
+/// Runs a line until its metrics have `lines` more lines than now, then sends the signal.
+fn interrupt(w: &Workplace, line: &str, metrics: &str, lines: usize, signal: &str) -> Output {
+    let n_lines = || std::fs::read(w.path(metrics)).map_or(0, |bytes| bytes.iter().filter(|b| **b == b'\n').count());
+    let (goal, started) = (n_lines() + lines, Instant::now());
+    let mut child = w.command(line).spawn().unwrap();
+    // A resumed run first takes back the lines after its checkpoint.
+    while n_lines() < goal {
+        if child.try_wait().unwrap().is_some() {
+            return child.wait_with_output().unwrap(); // over already
+        }
+        assert!(started.elapsed() < Duration::from_secs(60), "dmd {line}: no progress");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Not yet waited for, so the number is still its own, even where it has just ended.
+    Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).output().unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_distillation_in_pieces_equals_one_in_one_go() {
+    let w = distillation(70);
+    w.ok(&format!("{DISTILL} whole"));
+
+    // Asked to stop, it saves where it stands and says how to go on.
+    let output = interrupt(&w, &format!("{DISTILL} term"), "term/metrics.jsonl", 5, "TERM");
+    check_failure("distill", &output, 1, &["interrupted at step", "run the same command again to continue"]);
+    let message = common::stderr(&w.run(&format!("{DISTILL} term")));
+    assert!(message.contains("continuing from step"), "{message}");
+    assert_same(&w, "term", "whole");
+
+    // Killed, it goes back to the last checkpoint: once before the first, then after one.
+    for lines in [3, 20] {
+        let output = interrupt(&w, &format!("{DISTILL} kill"), "kill/metrics.jsonl", lines, "KILL");
+        assert_eq!(output.status.code(), None, "{}", stderr(&output));
+    }
+    w.ok(&format!("{DISTILL} kill"));
+    assert_same(&w, "kill", "whole");
+
+    // In many small pieces, stopped and killed in turn.
+    let mut n_pieces = 1;
+    while !interrupt(&w, &format!("{DISTILL} pieces"), "pieces/metrics.jsonl", 18, ["KILL", "TERM"][n_pieces % 2])
+        .status
+        .success()
+    {
+        n_pieces += 1;
+        assert!(n_pieces < 100, "no progress in {n_pieces} pieces");
+    }
+    assert!(n_pieces > 2, "the run was over before it could be interrupted");
+    assert_same(&w, "pieces", "whole");
+
+    // A finished run is finished: the same command changes nothing.
+    w.ok(&format!("{DISTILL} whole"));
+    assert_same(&w, "term", "whole");
+}
+
+#[test]
+fn a_teacher_in_pieces_equals_one_in_one_go() {
+    let w = Workplace::new().with_pictures();
+    w.write("teacher.toml", "steps = 40\nsize = [8, 8]\nunet = \"unet.json\"\nlog_every = 1\ncheckpoint_every = 16\nwarmup = 5\nflip = true\n");
+    w.ok(&format!("{TEACH} whole"));
+    let output = interrupt(&w, &format!("{TEACH} pieces"), "pieces/training/metrics.jsonl", 4, "TERM");
+    check_failure("teacher train", &output, 1, &["interrupted at step"]);
+    let output = interrupt(&w, &format!("{TEACH} pieces"), "pieces/training/metrics.jsonl", 20, "KILL");
+    assert_eq!(output.status.code(), None, "{}", stderr(&output));
+    w.ok(&format!("{TEACH} pieces"));
+    let only_whole = |files: BTreeMap<PathBuf, Vec<u8>>| -> BTreeMap<PathBuf, Vec<u8>> {
+        // Where it was interrupted there is a grid and a checkpoint more.
+        files
+            .into_iter()
+            .filter(|(path, _)| path.starts_with("unet") || path.to_string_lossy().contains("step-00000040"))
+            .collect()
+    };
+    let (found, expected) = (only_whole(w.snapshot("pieces")), only_whole(w.snapshot("whole")));
+    assert!(expected.len() > 5);
+    assert!(found == expected, "the interrupted teacher differs");
+    assert_eq!(
+        without_times(&w.text("pieces/training/metrics.jsonl")),
+        without_times(&w.text("whole/training/metrics.jsonl"))
+    );
+}
+
+/// Killed between its last checkpoint and the model folder, a finished run still ends with its model.
+#[test]
+fn a_finished_run_writes_its_model_again_where_it_is_missing() {
+    let w = Workplace::new().with_pictures();
+    w.write("teacher.toml", "steps = 2\nsize = [8, 8]\nunet = \"unet.json\"\n");
+    w.write("distill.toml", "steps = 1\nratio = 1\n");
+    for (line, model) in [(format!("{TEACH} teacher"), "teacher/unet"), (format!("{DISTILL} run"), "run/generator")] {
+        w.ok(&line);
+        let before = w.snapshot(model);
+        std::fs::remove_dir_all(w.path(model)).unwrap();
+        w.ok(&line);
+        assert!(w.snapshot(model) == before, "{model}");
+    }
+}
+
+#[test]
+fn another_seed_gives_other_weights() {
+    let w = distillation(2);
+    w.ok(&format!("{DISTILL} a"));
+    w.ok(&format!("{DISTILL} b --seed 1"));
+    let weights = "generator/unet/diffusion_pytorch_model.safetensors";
+    assert!(std::fs::read(w.path("a").join(weights)).unwrap() != std::fs::read(w.path("b").join(weights)).unwrap());
+}
+
+#[test]
+fn a_run_is_not_continued_with_other_settings_or_another_teacher() {
+    let w = distillation(2);
+    w.ok(&format!("{DISTILL} run"));
+    w.refuses(
+        &format!("{DISTILL} run --seed 1"),
+        1,
+        &["run: holds a run with other settings (seed is 1, was 0)", "--force"],
+    );
+    w.refuses(&format!("{DISTILL} run --steps 3 --seed 1"), 1, &["seed is 1, was 0", "steps is 3, was 2"]);
+    w.write(
+        "distill.toml",
+        "steps = 2\nratio = 2\nlog_every = 1\nsample_every = 50\ncheckpoint_every = 16\n[generator]\nsigma = \"max\"\n",
+    );
+    w.refuses(&format!("{DISTILL} run"), 1, &["generator.sigma is \"max\", was 2.5"]);
+
+    // The teacher may move; it may not change, neither in its weights nor in what they mean.
+    let w = distillation(2);
+    w.ok(&format!("{DISTILL} run"));
+    w.copy("teacher", "moved");
+    w.ok(&format!("{DISTILL} run --teacher moved").replace("--teacher teacher ", ""));
+    w.edit_json("teacher/scheduler/scheduler_config.json", |scheduler| scheduler["sigma_data"] = json!(0.6));
+    w.refuses(&format!("{DISTILL} run"), 1, &["another teacher", "--force"]);
+    let weights = "teacher/unet/diffusion_pytorch_model.safetensors";
+    let mut bytes = std::fs::read(w.path("moved/unet/diffusion_pytorch_model.safetensors")).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    w.copy("moved", "teacher");
+    w.write(weights, bytes);
+    w.refuses(&format!("{DISTILL} run"), 1, &["another teacher"]);
+    w.ok(&format!("{DISTILL} run --force"));
+}
+
+/// A shell's limit on the size of a file stands for the full disk: the write of a checkpoint fails in the middle.
+#[test]
+fn a_full_disk_during_a_checkpoint_costs_only_the_steps_since_the_last_one() {
+    let w = distillation(40);
+    w.ok(&format!("{DISTILL} whole"));
+    let output = interrupt(&w, &format!("{DISTILL} run"), "run/metrics.jsonl", 2, "TERM");
+    check_failure("distill", &output, 1, &["interrupted"]);
+    let before = w.snapshot("run/checkpoints");
+
+    // The generator's own part still fits, the optimiser's, twice as large, does not. 512 bytes a block.
+    let part = |name: &str| w.path("whole/checkpoints/step-00000040").join(name).metadata().unwrap().len();
+    let blocks = (part("generator.safetensors") + part("optimizer_generator.safetensors")) / 2 / 512;
+    let line = format!("{DISTILL} run");
+    let output = Command::new("sh")
+        .current_dir(w.path(""))
+        .args([
+            "-c",
+            &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\""),
+            "sh",
+            env!("CARGO_BIN_EXE_dmd"),
+            "--threads",
+            "1",
+        ])
+        .args(line.split_whitespace())
+        .output()
+        .unwrap();
+    check_failure(&line, &output, 1, &["the checkpoint of step", "could not be written; the one before it is whole"]);
+    assert!(w.snapshot("run/checkpoints") == before, "the checkpoint before was touched, or a broken one was left");
+    w.ok(&line);
+    assert_same(&w, "run", "whole");
+}
