@@ -49,14 +49,16 @@ impl Choice {
     }
 }
 
-/// Sets the number of CPU threads of this process; call once, before the first tensor.
+/// Sets the number of CPU threads of this process (all cores where none is given); call once, before the first tensor,
+/// from the thread that will do the work: it becomes one of them, so that a parallel operation need not wake another
+/// thread to begin.
 pub fn use_threads(n: Option<usize>) -> Result<()> {
-    let Some(n) = n else { return Ok(()) };
+    let n = n.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     anyhow::ensure!(n > 0, "--threads is 0, expected at least 1");
     // Some operations of candle ask num_cpus, which reads this.
     // SAFETY: called at the start of main, before any other thread exists.
     unsafe { std::env::set_var("RAYON_NUM_THREADS", n.to_string()) };
-    rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("--threads")
+    rayon::ThreadPoolBuilder::new().num_threads(n).use_current_thread().build_global().context("--threads")
 }
 
 /// What the device is called in results.

@@ -49,7 +49,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let peak = memory::peak_bytes();
     say(&format!("{:<20} {}", "peak_memory", memory::readable(peak)));
     rows.push(json!({ "what": "peak_memory", "mib": peak.map(|bytes| bytes >> 20) }));
-    Ok(Value::Array(rows))
+    Ok(json!({ "results": rows }))
 }
 
 struct Timer<'a> {

@@ -1,6 +1,6 @@
 //! `dmd export`: a generator's folder to a verified ONNX file.
 
-use super::check_free;
+use super::{check_free, make_parent};
 use crate::cli::{ExportArgs, OutputKind};
 use crate::output::say;
 use anyhow::{Result, bail};
@@ -30,6 +30,7 @@ pub fn run(args: &ExportArgs) -> Result<Value> {
         OutputKind::U8 => Output::U8,
     };
     let options = ExportOptions { batch: args.batch, output, force: args.force, ..ExportOptions::default() };
+    make_parent(&args.onnx)?;
     let report = dmd_export::export(&generator, &info, &options, &args.onnx)?;
     for verdict in &report.engines {
         say(&verdict.to_string());

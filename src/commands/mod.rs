@@ -49,9 +49,13 @@ fn is_onnx(path: &Path) -> bool {
 /// Refuses to write over a file unless forced, before any work is done.
 fn check_free(path: &Path, force: bool) -> Result<()> {
     ensure!(force || !path.exists(), "{}: exists already, and is only replaced with --force", path.display());
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if let Some(folder) = folder {
-        std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot be made", folder.display()))?;
-    }
     Ok(())
+}
+
+/// Makes the folder that a file goes into, once it is known that there will be a file.
+fn make_parent(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder.map_or(Ok(()), |folder| {
+        std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot be made", folder.display()))
+    })
 }

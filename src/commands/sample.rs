@@ -1,6 +1,6 @@
 //! `dmd sample`: pictures of a teacher, a generator or an exported file, from a seed or from given noise.
 
-use super::{check_free, engine_options, is_onnx};
+use super::{check_free, engine_options, is_onnx, make_parent};
 use crate::cli::{SampleArgs, WrongUsage};
 use crate::output::say;
 use crate::sample::Model;
@@ -24,6 +24,7 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
     let mut source = Source::open(args, threads)?;
     let noise = noise(args, source.shape())?;
     let labels = labels(&args.class, source.classes(), noise.dim().0)?;
+    args.out.iter().chain(&args.npy).try_for_each(|path| make_parent(path))?;
     let started = Instant::now();
     let images = source.pictures(args, &noise, &labels)?;
     let seconds = started.elapsed().as_secs_f64();
