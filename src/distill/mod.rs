@@ -11,7 +11,7 @@ use crate::run::{self, Checkpoint, Run};
 use crate::sample::{Model, labels_in_turn};
 use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use dmd_models::ModelFolder;
 use dmd_models::denoiser::Generator;
 use dmd_models::folder::{About, Kind};
@@ -182,15 +182,9 @@ impl<'a> Distillation<'a> {
 /// Pictures in a sample grid.
 const GRID: usize = 16;
 
-/// A hash over the weights (names, shapes and values) and what gives them their meaning, to tell one teacher from another.
+/// A hash over the weights and what gives them their meaning, to tell one teacher from another.
 fn fingerprint(teacher: &ModelFolder) -> Result<String> {
-    let mut hash = Sha256::new();
-    hash.update(format!("{:?} {:?}", teacher.config, teacher.scheduler));
-    for (name, tensor) in teacher.weights.iter() {
-        hash.update(format!("{name} {:?}", tensor.dims()));
-        let values: Vec<f32> =
-            Tensor::to_dtype(tensor, DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
-        values.iter().for_each(|v| hash.update(v.to_le_bytes()));
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    let weights = dmd_export::weights_sha256(&teacher.weights.to(DType::F32, &Device::Cpu)?)?;
+    let hash = Sha256::digest(format!("{:?} {:?} {weights}", teacher.config, teacher.scheduler));
+    Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
 }
