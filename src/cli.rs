@@ -141,7 +141,7 @@ pub struct ExportArgs {
     /// Pictures per pass, fixed in the file.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub batch: usize,
-    /// f32: [B,C,H,W] in [-1,1]; u8: [B,H,W,C] bytes.
+    /// f32: (B, C, H, W) around ±1; u8: (B, H, W, C) bytes.
     #[arg(long, default_value = "f32", value_name = "f32|u8")]
     pub output: OutputKind,
     /// Replace an existing file.
@@ -181,10 +181,10 @@ pub struct SampleArgs {
     /// Steps of a teacher's sampler [default: 18].
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Noise to start from instead of a seed: [N,C,H,W] f32, unit normal.
+    /// Noise to start from instead of a seed: f32 (N, C, H, W), unit normal.
     #[arg(long, value_name = "FILE.npy", conflicts_with = "seed")]
     pub noise: Option<PathBuf>,
-    /// Write the raw samples, f32 [N,C,H,W].
+    /// Write the raw samples, f32 (N, C, H, W).
     #[arg(long, value_name = "FILE.npy")]
     pub npy: Option<PathBuf>,
     /// Pictures per pass on candle.
