@@ -75,7 +75,7 @@ fn the_gradient_is_that_of_the_divergence_between_gaussians() {
     let x_t = (x.detach() + (eps * sigma).unwrap()).unwrap();
     let x0_real = denoise(&x_t, &scalar(m), &scalar(s), &scalar(sigma * sigma));
     let x0_fake = denoise(&x_t, &student.a.detach(), &student.b.detach(), &scalar(sigma * sigma));
-    let matching = distribution_matching(&x, &x0_real, &x0_fake).unwrap();
+    let matching = distribution_matching(&x, &x0_real, &x0_fake, None).unwrap();
     let normaliser = number(&matching.real_error);
     assert!((normaliser - 0.6274691445).abs() < 2e-3, "{normaliser}");
     let grads = matching.loss.backward().unwrap();
@@ -93,7 +93,8 @@ fn the_gradient_vanishes_at_the_optimum_for_every_sample() {
         let x = student.generate(&z);
         let x_t = (x.detach() + (eps * sigma).unwrap()).unwrap();
         let of = |mean: &Tensor, spread: &Tensor| denoise(&x_t, mean, spread, &scalar(sigma * sigma));
-        let matching = distribution_matching(&x, &of(&scalar(0.3), &scalar(0.5)), &of(&student.a, &student.b)).unwrap();
+        let matching =
+            distribution_matching(&x, &of(&scalar(0.3), &scalar(0.5)), &of(&student.a, &student.b), None).unwrap();
         assert_eq!(number(&matching.score_gap), 0.0);
         assert_eq!(number(&matching.loss), 0.0);
         let expected = (2.0 / std::f64::consts::PI).sqrt() * 0.5 * sigma / (0.25 + sigma * sigma).sqrt();
@@ -145,7 +146,7 @@ fn an_affine_student_finds_the_target() {
         let x_t = (x.detach() + normal(Purpose::GeneratorEps).broadcast_mul(&sigma).unwrap()).unwrap();
         let of = |mean: &Tensor, spread: &Tensor| denoise(&x_t, mean, spread, &sigma.sqr().unwrap());
         let x0_fake = of(&student.a.detach(), &student.b.detach());
-        let matching = distribution_matching(&x, &of(&scalar(0.3), &scalar(0.5)), &x0_fake).unwrap();
+        let matching = distribution_matching(&x, &of(&scalar(0.3), &scalar(0.5)), &x0_fake, None).unwrap();
         optimizer.update(&matching.loss.backward().unwrap(), 0.01).unwrap();
     }
     let (a, b) = (number(&student.a), number(&student.b));

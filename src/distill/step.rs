@@ -124,7 +124,7 @@ impl Networks {
         let x0_real = self.real_score.denoise(&Eager, &x_t, &sigma, label.as_ref())?;
         let x0_fake = self.fake_score_still.denoise(&Eager, &x_t, &sigma, label.as_ref())?;
 
-        let matching = distribution_matching(&x, &x0_real, &x0_fake)?;
+        let matching = distribution_matching(&x, &x0_real, &x0_fake, None)?;
         let loss_dm = finite(step + 1, "loss_dm", &matching.loss)?;
         let rate = rate_at(settings.rate, settings.decay, settings.warmup, step, config.steps);
         let grad_norm = self

@@ -18,14 +18,24 @@ pub struct DistributionMatching {
 }
 
 /// Distribution-matching loss in x0 space. All inputs f32 `(B, C, H, W)` around [-1, 1]: the generator's sample x and
-/// what the two scores make of its noised version. The gradient reaches `x` only.
-pub fn distribution_matching(x: &Tensor, x0_real: &Tensor, x0_fake: &Tensor) -> Result<DistributionMatching> {
+/// what the two scores make of its noised version. `h`: a weight per sample, for divergences other than reverse KL
+/// (Xu et al. 2025, theorem 1); none means 1. The gradient reaches `x` only.
+pub fn distribution_matching(
+    x: &Tensor,
+    x0_real: &Tensor,
+    x0_fake: &Tensor,
+    h: Option<&[f64]>,
+) -> Result<DistributionMatching> {
     // The target is a constant: the KL gradient has been taken by hand and enters through it.
     let (still, x0_real, x0_fake) = (x.detach(), x0_real.detach(), x0_fake.detach());
     // Mean error of the teacher per sample, so that every noise level pulls equally hard.
     let error = (&still - &x0_real)?.abs()?.mean_keepdim((1, 2, 3))?;
     let gap = (&x0_fake - &x0_real)?;
-    let grad = gap.broadcast_div(&(&error + EPS)?)?;
+    let mut grad = gap.broadcast_div(&(&error + EPS)?)?;
+    if let Some(h) = h {
+        let h: Vec<f32> = h.iter().map(|&h| h as f32).collect();
+        grad = grad.broadcast_mul(&Tensor::from_vec(h, (x.dim(0)?, 1, 1, 1), x.device())?)?;
+    }
     let target = (&still - &grad)?;
     Ok(DistributionMatching {
         loss: ((x - target)?.sqr()?.mean_all()? * 0.5)?,
@@ -42,7 +52,7 @@ mod tests {
     fn gradient(x: &[f32], real: &[f32], fake: &[f32], shape: (usize, usize, usize, usize)) -> (f32, Vec<f32>) {
         let var = Var::from_tensor(&Tensor::from_slice(x, shape, &Device::Cpu).unwrap()).unwrap();
         let still = |v: &[f32]| Tensor::from_slice(v, shape, &Device::Cpu).unwrap();
-        let loss = distribution_matching(&var, &still(real), &still(fake)).unwrap().loss;
+        let loss = distribution_matching(&var, &still(real), &still(fake), None).unwrap().loss;
         let grads = loss.backward().unwrap();
         (loss.to_scalar().unwrap(), grads.get(&var).unwrap().flatten_all().unwrap().to_vec1().unwrap())
     }
@@ -67,6 +77,23 @@ mod tests {
         assert_eq!(grad[..2], other[..2]);
     }
 
+    /// Weights scale each sample's own gradient; weights of 1 are the plain loss, bit for bit.
+    #[test]
+    fn weights_scale_the_gradient_per_sample() {
+        let still = |v: &[f32]| Tensor::from_slice(v, (2, 1, 1, 2), &Device::Cpu).unwrap();
+        let (x, real, fake) = ([0.1, -0.4, 0.3, 0.9], [0.3, -0.1, 0.2, 0.5], [0.2, 0.1, -0.3, 0.4]);
+        let gradient = |h: Option<&[f64]>| -> Vec<f32> {
+            let var = Var::from_tensor(&still(&x)).unwrap();
+            let loss = distribution_matching(&var, &still(&real), &still(&fake), h).unwrap().loss;
+            loss.backward().unwrap().get(&var).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let plain = gradient(None);
+        assert_eq!(plain, gradient(Some(&[1.0, 1.0])));
+        let weighted = gradient(Some(&[0.5, 3.0]));
+        let close = |i: usize, h: f32| (weighted[i] - h * plain[i]).abs() < 1e-6;
+        assert!(close(0, 0.5) && close(1, 0.5) && close(2, 3.0) && close(3, 3.0), "{plain:?} {weighted:?}");
+    }
+
     #[test]
     fn a_perfect_match_gives_zero_and_no_nan() {
         let (loss, grad) = gradient(&[0.3, 0.4], &[0.3, 0.4], &[0.3, 0.4], (1, 1, 1, 2));
@@ -85,7 +112,7 @@ mod tests {
     fn no_gradient_reaches_the_scores() {
         let var = |v: f32| Var::from_tensor(&Tensor::full(v, (1, 1, 1, 1), &Device::Cpu).unwrap()).unwrap();
         let (x, real, fake) = (var(0.1), var(0.2), var(0.3));
-        let grads = distribution_matching(&x, &real, &fake).unwrap().loss.backward().unwrap();
+        let grads = distribution_matching(&x, &real, &fake, None).unwrap().loss.backward().unwrap();
         assert!(grads.get(&x).is_some() && grads.get(&real).is_none() && grads.get(&fake).is_none());
     }
 }

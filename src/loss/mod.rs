@@ -1,7 +1,15 @@
 //! Losses: functions from tensors to a scalar, one file each. They call no network, draw no noise and log nothing.
 
+mod adversarial;
 mod denoising;
 mod distribution_matching;
+mod f_divergence;
+mod regression;
+mod score_identity;
 
+pub use adversarial::{approximate_r1, discriminator, generator_adversarial, softplus};
 pub use denoising::{denoising, edm_weight, fake_score_weight};
 pub use distribution_matching::{DistributionMatching, distribution_matching};
+pub use f_divergence::{Divergence, RatioBins, density_ratio};
+pub use regression::{l2, perceptual, pseudo_huber};
+pub use score_identity::score_identity;
