@@ -1,5 +1,6 @@
 //! Command-line types only; what they do is under `commands`.
 
+use crate::config::Recipe;
 use crate::device::Choice;
 use crate::sample::Sampler;
 use clap::{Args, Parser, Subcommand};
@@ -28,6 +29,11 @@ pub enum Command {
     Teacher(TeacherCommand),
     /// Distil a teacher into a one-step generator.
     Distill(DistillArgs),
+    /// Make noise-picture pairs of a teacher, for the regression term.
+    Pairs(PairsArgs),
+    /// The settings of a distillation.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Write a generator as an ONNX file and verify it.
     Export(ExportArgs),
     /// Make pictures with a teacher, a generator or an ONNX file.
@@ -87,6 +93,9 @@ pub struct TeacherTrainArgs {
     /// Mirror half of the pictures.
     #[arg(long)]
     pub flip: bool,
+    /// Fraction of pictures shown without their class, so that the teacher can be guided [default: 0].
+    #[arg(long, value_name = "P")]
+    pub label_dropout: Option<f64>,
     /// Refuse the data when one picture cannot be read, instead of leaving it out.
     #[arg(long)]
     pub strict: bool,
@@ -110,24 +119,92 @@ pub struct DistillArgs {
     /// The run's folder; running the same command again continues.
     #[arg(long, value_name = "RUN")]
     pub out: PathBuf,
-    /// Settings as TOML; options here override it.
+    /// What to change of the defaults.
+    #[command(flatten)]
+    pub settings: SettingsArgs,
+    /// Where to train.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
+    /// Begin anew over what is in --out.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// The settings of a distillation: a recipe, a file and single settings, each on top of the one before.
+#[derive(Clone, Debug, Default, Args)]
+pub struct SettingsArgs {
+    /// Settings that belong together: dmd (with regression), dmd2 (adversarial), f-js (Jensen-Shannon), sid (score
+    /// identity), fast (plain, for a first look).
+    #[arg(long, value_name = "NAME")]
+    pub recipe: Option<Recipe>,
+    /// Settings as TOML, on top of the recipe; options here override it.
     #[arg(long, value_name = "FILE.toml")]
     pub config: Option<PathBuf>,
+    /// One setting, such as loss.gan.weight=1e-3; `dmd config show` lists them all. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
     /// Updates of the generator [default: 1000].
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
     /// Samples per update [default: 32].
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// Where to train.
-    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
-    pub device: Choice,
     /// Seed of everything random [default: 0].
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
+    /// Pictures for the adversarial term: a folder or a zip.
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Pairs for the regression term, made by `dmd pairs`.
+    #[arg(long, value_name = "PAIRS")]
+    pub pairs: Option<PathBuf>,
+    /// Another run, or its generator, to go on from.
+    #[arg(long, value_name = "RUN")]
+    pub start: Option<PathBuf>,
+    /// Guidance of the real score: uncond + SCALE·(cond − uncond); 1 is none [default: 1].
+    #[arg(long, value_name = "SCALE")]
+    pub guidance: Option<f64>,
+}
+
+/// `dmd pairs`.
+#[derive(Debug, Args)]
+pub struct PairsArgs {
+    /// The teacher.
+    pub teacher: PathBuf,
+    /// The folder to write; running the same command again goes on.
+    #[arg(long, value_name = "PAIRS")]
+    pub out: PathBuf,
+    /// Number of pairs.
+    #[arg(short, default_value_t = 10_000, value_name = "N")]
+    pub n: usize,
+    /// Steps of Heun's sampler.
+    #[arg(long, default_value_t = 18, value_name = "N")]
+    pub steps: usize,
+    /// Guidance, as the distillation's will be; 1 is none.
+    #[arg(long, default_value_t = 1.0, value_name = "SCALE")]
+    pub guidance: f64,
+    /// Seed of the noise and the labels.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub seed: u64,
+    /// Pictures per pass.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub batch: usize,
+    /// Pairs per file.
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub per_shard: usize,
+    /// Where the teacher runs.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
     /// Begin anew over what is in --out.
     #[arg(long)]
     pub force: bool,
+}
+
+/// What can be done with settings.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print them as TOML: every setting with its value, ready to be edited and given to --config.
+    Show(SettingsArgs),
 }
 
 /// `dmd export`.
@@ -181,6 +258,9 @@ pub struct SampleArgs {
     /// Steps of a teacher's sampler [default: 18].
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
+    /// Classifier-free guidance of a teacher trained with label dropout: uncond + SCALE·(cond − uncond); 1 is none.
+    #[arg(long, default_value_t = 1.0, value_name = "SCALE")]
+    pub guidance: f64,
     /// Noise to start from instead of a seed: f32 (N, C, H, W), unit normal.
     #[arg(long, value_name = "FILE.npy", conflicts_with = "seed")]
     pub noise: Option<PathBuf>,

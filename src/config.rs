@@ -1,5 +1,6 @@
 //! Settings: TOML files with every key checked, and the whole resolved configuration of a distillation.
 
+use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
 use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
@@ -7,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
 
-/// A distillation, whole: what `--config` may hold and what `config.toml` in the run records.
+/// A distillation, whole: what `--config` may hold and what `config.toml` in the run records. The defaults are plain
+/// distribution matching, which needs nothing but a teacher.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -15,10 +17,16 @@ pub struct Config {
     pub steps: u64,
     /// Samples per update.
     pub batch: usize,
+    /// Parts that an update's batch is run in, to save memory; the gradient is that of the whole batch.
+    pub accumulate: usize,
     /// Everything random follows from it.
     pub seed: u64,
     /// Updates of the fake score per update of the generator (two-time-scale rule, DMD2 section 4.2).
     pub ratio: u64,
+    /// Where the fake score's samples come from.
+    pub samples: Samples,
+    /// Pictures for the adversarial term: a folder or a zip, as for `teacher train`; empty for none.
+    pub data: String,
     /// Steps between lines of metrics.jsonl.
     pub log_every: u64,
     /// Steps between sample grids.
@@ -27,8 +35,14 @@ pub struct Config {
     pub checkpoint_every: u64,
     /// The student.
     pub generator: GeneratorSettings,
+    /// The teacher.
+    pub real_score: RealScoreSettings,
     /// The critic that learns the generator's distribution.
     pub fake_score: FakeScoreSettings,
+    /// What the generator learns from.
+    pub loss: LossSettings,
+    /// What happens when a run goes astray.
+    pub guards: GuardSettings,
     /// Both networks' optimiser.
     pub optimizer: AdamW,
 }
@@ -39,16 +53,30 @@ pub struct Config {
 pub struct GeneratorSettings {
     /// The noise level it is held at: a number, or "max" for the teacher's last, T − 1.
     pub sigma: Sigma,
+    /// Noise levels of a generator of few steps, descending, in the place of `sigma`: each pass but the first noises the
+    /// picture before it to its level and cleans it again. Trained by backward simulation (DMD2, section 4.5). Empty:
+    /// one step.
+    pub steps: Vec<f64>,
+    /// Another run, or its generator's folder, to go on from instead of the teacher; empty for the teacher.
+    pub start: String,
     /// Learning rate.
     pub rate: f64,
     /// Steps of linear warm-up.
     pub warmup: u64,
     /// How the rate goes on.
     pub decay: Decay,
-    /// Decay of the average of its weights that is exported.
-    pub ema: f64,
+    /// Decay of the average of its weights: a number, or several, of which the first is the one exported.
+    pub ema: Ema,
     /// Range of noise levels of the distribution-matching loss, as fractions of T.
     pub t_range: [f64; 2],
+}
+
+/// Settings of the real score.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RealScoreSettings {
+    /// Classifier-free guidance: uncond + scale·(cond − uncond). 1 is none. Pairs must be made with the same.
+    pub guidance_scale: f64,
 }
 
 /// Settings of the fake score.
@@ -59,8 +87,68 @@ pub struct FakeScoreSettings {
     pub rate: f64,
     /// Updates of linear warm-up.
     pub warmup: u64,
+    /// How the rate goes on.
+    pub decay: Decay,
+    /// Weight of a noise level in its loss.
+    pub weight: CriticWeight,
     /// Range of noise levels it is trained at, as fractions of T.
     pub t_range: [f64; 2],
+}
+
+/// What the generator learns from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossSettings {
+    /// What is made of the two scores.
+    pub scores: ScoreLoss,
+    /// The divergence that distribution matching brings down; all but reverse-kl need `loss.gan`.
+    pub divergence: Divergence,
+    /// What a batch leaves of the mean density ratio of its range of noise levels, for those divergences.
+    pub ratio_memory: f64,
+    /// The regression term (DMD, equation 9).
+    pub regression: RegressionSettings,
+    /// The adversarial term (DMD2, section 4.3).
+    pub gan: GanSettings,
+}
+
+/// Settings of the regression term.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RegressionSettings {
+    /// Weight; 0 leaves the term out.
+    pub weight: f64,
+    /// How far two pictures are apart.
+    pub distance: Distance,
+    /// What `dmd pairs` wrote.
+    pub pairs: String,
+}
+
+/// Settings of the adversarial term.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GanSettings {
+    /// Weight in the generator's loss.
+    pub weight: f64,
+    /// Weight of the discriminator's loss beside the fake score's, which share an encoder; 0 leaves the term out.
+    pub critic_weight: f64,
+    /// Weight of the approximate R1 penalty within the discriminator's loss.
+    pub r1: f64,
+    /// Updates of the generator before the term joins.
+    pub start_step: u64,
+    /// Resolutions of the fake score's encoder that get a head, from the bottleneck upwards.
+    pub resolutions: usize,
+    /// Range of noise levels of the discriminator's inputs, as fractions of T.
+    pub t_range: [f64; 2],
+}
+
+/// What happens when a run goes astray.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GuardSettings {
+    /// Updates in a row that may be skipped because a loss or a gradient is not finite.
+    pub skip: u64,
+    /// Times that a run with more of them goes back to its last checkpoint and on at half the rates, before it stops.
+    pub returns: u64,
 }
 
 /// A noise level by number or by name.
@@ -81,18 +169,106 @@ pub enum SigmaName {
     Max,
 }
 
+/// Decay of a moving average, or of several.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Ema {
+    /// One average.
+    One(f64),
+    /// Several, the first of which is exported.
+    Several(Vec<f64>),
+}
+
+impl Ema {
+    /// All decays.
+    pub fn decays(&self) -> &[f64] {
+        match self {
+            Ema::One(decay) => std::slice::from_ref(decay),
+            Ema::Several(decays) => decays,
+        }
+    }
+}
+
+/// Where the fake score's samples come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Samples {
+    /// New ones for every update.
+    Fresh,
+    /// Its first update takes those of the generator's update, as DMD2's loop does; saves one pass of the generator.
+    Shared,
+}
+
+/// Weight of a noise level in the fake score's loss, on x0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CriticWeight {
+    /// 1/σ² + 1/σ_data² (DMD, algorithm 3, for EDM).
+    Edm,
+    /// 1, as in FastGen.
+    Uniform,
+    /// 1/σ² (DMD, algorithm 3, for Stable Diffusion): the plain loss on epsilon.
+    Snr,
+}
+
+impl CriticWeight {
+    /// The weight at this noise level.
+    pub fn at(self, sigma: f64, sigma_data: f64) -> f64 {
+        match self {
+            CriticWeight::Edm => fake_score_weight(sigma, sigma_data),
+            CriticWeight::Uniform => 1.0,
+            CriticWeight::Snr => 1.0 / (sigma * sigma),
+        }
+    }
+}
+
+/// What the generator's loss makes of the two scores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ScoreLoss {
+    /// Distribution matching (DMD).
+    #[default]
+    DistributionMatching,
+    /// The score-identity loss (SiD).
+    ScoreIdentity {
+        /// Its alpha: 1.2 in the paper for one step at low resolution, 1 elsewhere.
+        alpha: f64,
+    },
+}
+
+/// How far two pictures are apart.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Distance {
+    /// Mean square.
+    L2,
+    /// Between square and absolute value.
+    PseudoHuber,
+    /// Features of the teacher's own encoder at a low noise level: perceptual, with nothing to download.
+    #[default]
+    TeacherFeatures,
+    /// Features of this ONNX network: one picture input (B, C, H, W) in [-1, 1], feature maps as outputs.
+    Onnx(String),
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
             steps: 1000,
             batch: 32,
+            accumulate: 1,
             seed: 0,
             ratio: 5,
+            samples: Samples::Fresh,
+            data: String::new(),
             log_every: 10,
             sample_every: 50,
             checkpoint_every: 50,
             generator: GeneratorSettings::default(),
+            real_score: RealScoreSettings::default(),
             fake_score: FakeScoreSettings::default(),
+            loss: LossSettings::default(),
+            guards: GuardSettings::default(),
             // The first beta of 0 is what SiD, Diff-Instruct and Self-Forcing use for this two-player game.
             optimizer: AdamW { betas: [0.0, 0.999], ..AdamW::default() },
         }
@@ -103,39 +279,166 @@ impl Default for GeneratorSettings {
     fn default() -> Self {
         GeneratorSettings {
             sigma: Sigma::Value(2.5),
+            steps: Vec::new(),
+            start: String::new(),
             rate: 1e-4,
             warmup: 10,
             decay: Decay::Constant,
-            ema: 0.99,
+            ema: Ema::One(0.99),
             t_range: [0.02, 0.98],
         }
     }
 }
 
+impl Default for RealScoreSettings {
+    fn default() -> Self {
+        RealScoreSettings { guidance_scale: 1.0 }
+    }
+}
+
 impl Default for FakeScoreSettings {
     fn default() -> Self {
-        FakeScoreSettings { rate: 1e-4, warmup: 10, t_range: [0.0, 1.0] }
+        FakeScoreSettings {
+            rate: 1e-4,
+            warmup: 10,
+            decay: Decay::Constant,
+            weight: CriticWeight::Edm,
+            t_range: [0.0, 1.0],
+        }
+    }
+}
+
+impl Default for RegressionSettings {
+    fn default() -> Self {
+        RegressionSettings { weight: 0.0, distance: Distance::default(), pairs: String::new() }
+    }
+}
+
+impl Default for GanSettings {
+    fn default() -> Self {
+        GanSettings { weight: 0.0, critic_weight: 0.0, r1: 0.0, start_step: 0, resolutions: 1, t_range: [0.0, 1.0] }
+    }
+}
+
+impl GanSettings {
+    /// Whether there is a discriminator.
+    pub fn on(&self) -> bool {
+        self.critic_weight > 0.0
+    }
+}
+
+impl Default for GuardSettings {
+    fn default() -> Self {
+        GuardSettings { skip: 5, returns: 0 }
     }
 }
 
 impl Config {
-    /// Checks every field; the error names it, its value and what is allowed.
+    /// Checks every field that can be checked without the teacher; the error names it, its value and what is allowed.
     pub fn validate(&self) -> Result<()> {
         at_least_one("steps", self.steps)?;
         at_least_one("batch", self.batch as u64)?;
+        at_least_one("accumulate", self.accumulate as u64)?;
+        ensure!(
+            self.batch.is_multiple_of(self.accumulate),
+            "accumulate is {}, expected a divisor of batch ({})",
+            self.accumulate,
+            self.batch
+        );
         at_least_one("ratio", self.ratio)?;
         at_least_one("log_every", self.log_every)?;
         at_least_one("sample_every", self.sample_every)?;
         at_least_one("checkpoint_every", self.checkpoint_every)?;
-        positive("generator.rate", self.generator.rate)?;
+        self.generator.validate()?;
         positive("fake_score.rate", self.fake_score.rate)?;
-        fraction("generator.ema", self.generator.ema)?;
-        t_range("generator.t_range", self.generator.t_range)?;
         t_range("fake_score.t_range", self.fake_score.t_range)?;
-        if let Sigma::Value(sigma) = self.generator.sigma {
+        not_negative("real_score.guidance_scale", self.real_score.guidance_scale)?;
+        self.loss.validate(&self.data)?;
+        optimizer(&self.optimizer)
+    }
+}
+
+impl GeneratorSettings {
+    fn validate(&self) -> Result<()> {
+        positive("generator.rate", self.rate)?;
+        ensure!(!self.ema.decays().is_empty(), "generator.ema is [], expected at least one decay");
+        for decay in self.ema.decays() {
+            fraction("generator.ema", *decay)?;
+        }
+        t_range("generator.t_range", self.t_range)?;
+        if let Sigma::Value(sigma) = self.sigma {
             positive("generator.sigma", sigma)?;
         }
-        optimizer(&self.optimizer)
+        let descending = self.steps.windows(2).all(|pair| pair[0] > pair[1]);
+        ensure!(descending, "generator.steps is {:?}, expected descending noise levels", self.steps);
+        self.steps.iter().try_for_each(|sigma| positive("generator.steps", *sigma))
+    }
+}
+
+impl LossSettings {
+    fn validate(&self, data: &str) -> Result<()> {
+        fraction("loss.ratio_memory", self.ratio_memory)?;
+        if let ScoreLoss::ScoreIdentity { alpha } = self.scores {
+            positive("loss.scores.score-identity.alpha", alpha)?;
+            ensure!(
+                self.divergence == Divergence::ReverseKl,
+                "loss.divergence weighs distribution matching, not the score-identity loss: leave one of them out"
+            );
+        }
+        not_negative("loss.regression.weight", self.regression.weight)?;
+        ensure!(
+            self.regression.weight == 0.0 || !self.regression.pairs.is_empty(),
+            "loss.regression.weight is {} and there are no pairs: make them with `dmd pairs TEACHER --out PAIRS` and give --pairs PAIRS",
+            self.regression.weight
+        );
+        let gan = &self.gan;
+        not_negative("loss.gan.weight", gan.weight)?;
+        not_negative("loss.gan.critic_weight", gan.critic_weight)?;
+        not_negative("loss.gan.r1", gan.r1)?;
+        at_least_one("loss.gan.resolutions", gan.resolutions as u64)?;
+        t_range("loss.gan.t_range", gan.t_range)?;
+        ensure!(
+            gan.on() || (gan.weight == 0.0 && gan.r1 == 0.0),
+            "loss.gan.weight is {} without a discriminator: loss.gan.critic_weight must be above 0 (0.01 in DMD2)",
+            gan.weight
+        );
+        ensure!(
+            gan.on() || !self.divergence.needs_discriminator(),
+            "loss.divergence needs a discriminator, which tells the density ratio: set loss.gan.critic_weight (0.01 in DMD2) and --data"
+        );
+        ensure!(
+            !gan.on() || !data.is_empty(),
+            "loss.gan needs real pictures: give --data PATH, the folder or zip that the teacher was trained on"
+        );
+        Ok(())
+    }
+}
+
+/// Settings that belong together, as committed files under `src/recipes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Recipe {
+    /// Distribution matching with the regression term (Yin et al. 2024, DMD).
+    Dmd,
+    /// Distribution matching with the adversarial term (Yin et al. 2024, DMD2).
+    Dmd2,
+    /// The same for the Jensen-Shannon divergence (Xu et al. 2025, f-distill).
+    FJs,
+    /// Score identity (Zhou et al. 2024, SiD).
+    Sid,
+    /// Plain distribution matching at a low noise level, for a first look.
+    Fast,
+}
+
+impl Recipe {
+    /// The file.
+    pub fn text(self) -> &'static str {
+        match self {
+            Recipe::Dmd => include_str!("recipes/dmd.toml"),
+            Recipe::Dmd2 => include_str!("recipes/dmd2.toml"),
+            Recipe::FJs => include_str!("recipes/f-js.toml"),
+            Recipe::Sid => include_str!("recipes/sid.toml"),
+            Recipe::Fast => include_str!("recipes/fast.toml"),
+        }
     }
 }
 
@@ -146,12 +449,7 @@ pub fn optimizer(settings: &AdamW) -> Result<()> {
     }
     positive("optimizer.eps", settings.eps)?;
     positive("optimizer.clip", settings.clip)?;
-    ensure!(
-        settings.weight_decay >= 0.0 && settings.weight_decay.is_finite(),
-        "optimizer.weight_decay is {}, expected 0 or more",
-        settings.weight_decay
-    );
-    Ok(())
+    not_negative("optimizer.weight_decay", settings.weight_decay)
 }
 
 /// A count that must not be zero.
@@ -163,6 +461,12 @@ pub fn at_least_one(field: &str, value: u64) -> Result<()> {
 /// A positive, finite number.
 pub fn positive(field: &str, value: f64) -> Result<()> {
     ensure!(value > 0.0 && value.is_finite(), "{field} is {value}, expected a positive number");
+    Ok(())
+}
+
+/// Zero or a positive, finite number.
+pub fn not_negative(field: &str, value: f64) -> Result<()> {
+    ensure!(value >= 0.0 && value.is_finite(), "{field} is {value}, expected 0 or more");
     Ok(())
 }
 
@@ -185,13 +489,49 @@ pub fn read<T: Default + Serialize + DeserializeOwned>(path: &Path) -> Result<T>
 
 /// The same from a text.
 pub fn parse<T: Default + Serialize + DeserializeOwned>(text: &str) -> Result<T> {
+    from_table(table::<T>(text)?)
+}
+
+/// Texts on top of the defaults, each on top of the one before.
+pub fn layered<T: Default + Serialize + DeserializeOwned>(texts: &[(String, String)]) -> Result<T> {
+    let mut whole = toml::Table::new();
+    for (name, text) in texts {
+        overlay(&mut whole, table::<T>(text).with_context(|| name.clone())?);
+        from_table::<T>(whole.clone()).with_context(|| name.clone())?;
+    }
+    from_table(whole)
+}
+
+fn table<T: Default + Serialize>(text: &str) -> Result<toml::Table> {
     let table: toml::Table =
         toml::from_str(text).map_err(|e| anyhow::anyhow!("not TOML: {}", e.to_string().trim_end()))?;
-    let known = serde_json::to_value(T::default())?;
-    check_keys(&serde_json::to_value(&table)?, &known, "")?;
+    check_keys(&serde_json::to_value(&table)?, &serde_json::to_value(T::default())?, "")?;
+    Ok(table)
+}
+
+fn from_table<T: DeserializeOwned>(table: toml::Table) -> Result<T> {
     toml::Value::Table(table)
         .try_into()
         .map_err(|e: toml::de::Error| anyhow::anyhow!("{}", e.to_string().trim_end().replace('\n', "; ")))
+}
+
+fn overlay(below: &mut toml::Table, above: toml::Table) {
+    for (key, value) in above {
+        match (below.get_mut(&key), value) {
+            (Some(toml::Value::Table(below)), toml::Value::Table(above)) => overlay(below, above),
+            (_, value) => _ = below.insert(key, value),
+        }
+    }
+}
+
+/// `loss.gan.weight=1e-3`, as `--set` takes it, as a line of TOML. What is no TOML value is taken as a string.
+pub fn assignment(text: &str) -> Result<String> {
+    let (key, value) = text.split_once('=').with_context(|| format!("--set {text}: expected KEY=VALUE"))?;
+    let line = format!("{} = {}", key.trim(), value.trim());
+    Ok(match toml::from_str::<toml::Table>(&line) {
+        Ok(_) => line,
+        Err(_) => format!("{} = {}", key.trim(), toml::Value::from(value.trim())),
+    })
 }
 
 /// The settings as TOML.
@@ -261,7 +601,7 @@ mod tests {
             assert_eq!(config.validate().unwrap_err().to_string(), expected);
         };
         check(|c| c.batch = 0, "batch is 0, expected at least 1");
-        check(|c| c.generator.ema = 1.0, "generator.ema is 1, expected 0 or more and below 1");
+        check(|c| c.generator.ema = Ema::One(1.0), "generator.ema is 1, expected 0 or more and below 1");
         check(|c| c.generator.t_range = [0.9, 0.1], "generator.t_range is [0.9, 0.1], expected 0 <= low < high <= 1");
         check(|c| c.generator.sigma = Sigma::Value(-1.0), "generator.sigma is -1, expected a positive number");
         assert!(Config::default().validate().is_ok());

@@ -52,17 +52,19 @@ impl Optimizer {
         Ok(Optimizer { settings, parameters: vars.iter().map(parameter).collect::<Result<_>>()?, n_updates: 0 })
     }
 
+    /// This network's part of what a backward pass found.
+    pub fn gradients(&self, grads: &GradStore) -> Gradients {
+        Gradients(self.parameters.iter().map(|p| grads.get(&p.var).cloned()).collect())
+    }
+
     /// One update at this rate; returns the gradient's norm before clipping. Variables without a gradient stay, and
-    /// all do where the norm is not finite, which is an error.
-    pub fn update(&mut self, grads: &GradStore, rate: f64) -> Result<f64> {
-        let present: Vec<(&Parameter, &Tensor)> =
-            self.parameters.iter().filter_map(|p| Some((p, grads.get(&p.var)?))).collect();
+    /// all do where the norm is not finite, which is an error ([`NotFinite`]).
+    pub fn update(&mut self, Gradients(grads): &Gradients, rate: f64) -> Result<f64> {
+        let pairs = self.parameters.iter().zip(grads);
+        let present: Vec<(&Parameter, &Tensor)> = pairs.filter_map(|(p, grad)| Some((p, grad.as_ref()?))).collect();
         let norm = global_norm(present.iter().map(|(_, grad)| *grad))?;
         // A loss can be finite where its gradient is not; no such weight may reach a checkpoint.
-        ensure!(
-            norm.is_finite(),
-            "the gradient's norm is {norm}; the run stops here and its last good checkpoint is kept (lower the rate and run again)"
-        );
+        ensure!(norm.is_finite(), NotFinite { name: "the gradient's norm", value: norm });
         self.n_updates += 1;
         let AdamW { betas, weight_decay, eps, clip } = self.settings;
         let corrections = betas.map(|beta| 1.0 - beta.powf(self.n_updates as f64));
@@ -107,6 +109,32 @@ impl Optimizer {
     pub fn n_updates(&self) -> u64 {
         self.n_updates
     }
+}
+
+/// Gradients of one network, which parts of a batch add up in.
+pub struct Gradients(Vec<Option<Tensor>>);
+
+impl Gradients {
+    /// The sum of both.
+    pub fn add(self, other: Gradients) -> Result<Gradients> {
+        let sum = |(a, b): (Option<Tensor>, Option<Tensor>)| -> Result<Option<Tensor>> {
+            Ok(match (a, b) {
+                (Some(a), Some(b)) => Some((a + b)?),
+                (a, b) => a.or(b),
+            })
+        };
+        Ok(Gradients(self.0.into_iter().zip(other.0).map(sum).collect::<Result<_>>()?))
+    }
+}
+
+/// A loss or a gradient that is no number: the one error that a run may survive.
+#[derive(Debug, thiserror::Error)]
+#[error("{name} is {value}")]
+pub struct NotFinite {
+    /// What it is of.
+    pub name: &'static str,
+    /// Infinite or NaN.
+    pub value: f64,
 }
 
 /// L2 norm over all tensors together.
@@ -230,6 +258,8 @@ pub enum Decay {
     Constant,
     /// Half a cosine down to zero at the last step.
     Cosine,
+    /// A straight line down to zero at the last step.
+    Linear,
 }
 
 /// The rate at `step` (from 0) of `n_steps`.
@@ -237,6 +267,7 @@ pub fn rate_at(rate: f64, decay: Decay, warmup: u64, step: u64, n_steps: u64) ->
     let ramp = if warmup == 0 { 1.0 } else { ((step + 1) as f64 / warmup as f64).min(1.0) };
     let left = match decay {
         Decay::Constant => 1.0,
+        Decay::Linear => 1.0 - step as f64 / n_steps.max(1) as f64,
         Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / n_steps.max(1) as f64).cos()),
     };
     rate * ramp * left
@@ -257,7 +288,8 @@ mod tests {
         let (mut p, mut m, mut v) = ([1f64, -2.0], [0f64; 2], [0f64; 2]);
         for step in 1..=3 {
             let loss = (var.powf(3.0).unwrap() / 3.0).unwrap().sum_all().unwrap();
-            optimizer.update(&loss.backward().unwrap(), 0.1).unwrap();
+            let grads = optimizer.gradients(&loss.backward().unwrap());
+            optimizer.update(&grads, 0.1).unwrap();
             for i in 0..2 {
                 let g = p[i] * p[i];
                 m[i] = 0.9 * m[i] + 0.1 * g;
@@ -277,6 +309,7 @@ mod tests {
         let vars = BTreeMap::from([("p".to_string(), var.clone())]);
         let mut optimizer = Optimizer::new(&vars, AdamW { clip: 1.0, ..AdamW::default() }).unwrap();
         let grads = (var.sqr().unwrap() * 0.5).unwrap().sum_all().unwrap().backward().unwrap();
+        let grads = optimizer.gradients(&grads);
         assert!((optimizer.update(&grads, 0.0).unwrap() - 5.0).abs() < 1e-6);
         let mean: Vec<f32> = optimizer.state().get("mean.p").unwrap().to_vec1().unwrap();
         assert!((mean[0] - 0.06).abs() < 1e-6 && (mean[1] - 0.08).abs() < 1e-6);
@@ -287,5 +320,6 @@ mod tests {
         assert_eq!(rate_at(1.0, Decay::Constant, 10, 4, 100), 0.5);
         assert_eq!(rate_at(1.0, Decay::Constant, 0, 99, 100), 1.0);
         assert!((rate_at(1.0, Decay::Cosine, 0, 50, 100) - 0.5).abs() < 1e-12);
+        assert!((rate_at(1.0, Decay::Linear, 0, 75, 100) - 0.25).abs() < 1e-12);
     }
 }

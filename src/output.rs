@@ -7,6 +7,11 @@ pub fn say(text: &str) {
     eprintln!("{text}");
 }
 
+/// Something that a person should look at, while the work goes on.
+pub fn warn(text: &str) {
+    eprintln!("warning: {text}");
+}
+
 /// A line for a log file; a terminal has the progress bar instead.
 pub fn line_without_terminal(text: &str) {
     if !std::io::stderr().is_terminal() {

@@ -21,6 +21,8 @@ pub enum Purpose {
     TeacherNoise = 5,
     /// Noise levels and noise of the validation loss.
     Validation = 6,
+    /// Which pictures lose their class in the teacher's training.
+    LabelDropout = 7,
     /// The generator's input in its own update.
     GeneratorNoise = 16,
     /// Labels in the generator's update.
@@ -37,8 +39,30 @@ pub enum Purpose {
     CriticLevel = 22,
     /// Noise of the fake score's loss.
     CriticEps = 23,
+    /// How many passes of a few-step generator an update simulates.
+    Pass = 24,
+    /// Noise between the passes of a few-step generator; the pass is part of the step.
+    PassEps = 25,
+    /// Noise levels of the discriminator's inputs: the generator's turn.
+    AdversaryLevel = 26,
+    /// Noise of the discriminator's inputs: the generator's turn.
+    AdversaryEps = 27,
+    /// Which real pictures the discriminator sees.
+    RealBatch = 28,
+    /// Noise levels of the discriminator's inputs: its own turn.
+    DiscriminatorLevel = 29,
+    /// Noise of the discriminator's inputs: its own turn.
+    DiscriminatorEps = 30,
+    /// Which noise–picture pairs the regression term sees.
+    PairBatch = 31,
     /// Directions of the sliced Wasserstein distance.
     Directions = 32,
+    /// Noise levels of the discriminator's view of generated pictures: its own turn.
+    FakeLevel = 34,
+    /// Noise of the discriminator's view of generated pictures: its own turn.
+    FakeEps = 35,
+    /// Labels of noise–picture pairs.
+    PairLabel = 33,
 }
 
 /// A source of random tensors for one run on one device.

@@ -3,7 +3,8 @@
 //! the steps since the last one.
 
 use crate::config;
-use anyhow::{Context, Result, bail, ensure};
+use crate::optim::NotFinite;
+use anyhow::{Context, Result, ensure};
 use dmd_models::Weights;
 use dmd_models::folder::replace_dir;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -84,7 +85,12 @@ impl Run {
 
     /// The newest checkpoint that can be read whole.
     pub fn last_checkpoint(&self) -> Result<Option<Checkpoint>> {
-        let mut folders = self.checkpoints()?;
+        Self::last_checkpoint_in(&self.folder)
+    }
+
+    /// The same of a run that is only read.
+    pub fn last_checkpoint_in(folder: &Path) -> Result<Option<Checkpoint>> {
+        let mut folders = checkpoints(&folder.join("checkpoints"))?;
         while let Some((step, folder)) = folders.pop() {
             // A folder under its final name was flushed before it was renamed; a missing state means somebody's hand.
             if let Ok(text) = fs::read_to_string(folder.join("state.json")) {
@@ -97,14 +103,14 @@ impl Run {
     }
 
     /// Writes `checkpoints/step-N` with one safetensors file per part and `state.json`, then removes old ones.
-    pub fn checkpoint(&self, step: u64, parts: &[(&str, Weights)], state: &Value) -> Result<()> {
+    pub fn checkpoint(&self, step: u64, parts: &[(impl AsRef<str>, Weights)], state: &Value) -> Result<()> {
         let folder = self.path(format!("checkpoints/step-{step:08}"));
         let aside = self.path(format!("checkpoints/.step-{step:08}.partial"));
         let write = || -> Result<()> {
             _ = fs::remove_dir_all(&aside);
             fs::create_dir_all(&aside)?;
             for (name, weights) in parts {
-                weights.save(&aside.join(format!("{name}.safetensors")), &BTreeMap::new())?;
+                weights.save(&aside.join(format!("{}.safetensors", name.as_ref())), &BTreeMap::new())?;
             }
             dmd_models::write_whole(&aside.join("state.json"), state.to_string().as_bytes())?;
             Ok(replace_dir(&aside, &folder)?)
@@ -113,7 +119,7 @@ impl Run {
             _ = fs::remove_dir_all(&aside);
             error.context(format!("the checkpoint of step {step} could not be written; the one before it is whole"))
         })?;
-        let mut old = self.checkpoints()?;
+        let mut old = checkpoints(&self.path("checkpoints"))?;
         old.truncate(old.len().saturating_sub(KEPT));
         for (_, folder) in old {
             _ = fs::remove_dir_all(folder);
@@ -141,23 +147,30 @@ impl Run {
         let kept: String = text.lines().filter(early).flat_map(|line| [line, "\n"]).collect();
         Ok(dmd_models::write_whole(&path, kept.as_bytes())?)
     }
+}
 
-    fn checkpoints(&self) -> Result<Vec<(u64, PathBuf)>> {
-        let folder = self.path("checkpoints");
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            if let Some(step) = name.strip_prefix("step-").and_then(|s| s.parse().ok()) {
-                found.push((step, path));
-            }
+/// The checkpoints in a folder, oldest first.
+fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if let Some(step) = name.strip_prefix("step-").and_then(|s| s.parse().ok()) {
+            found.push((step, path));
         }
-        found.sort();
-        Ok(found)
     }
+    found.sort();
+    Ok(found)
 }
 
 impl Checkpoint {
+    /// A list of numbers from `state.json`.
+    pub fn numbers(&self, name: &str) -> Result<Vec<f64>> {
+        let list = self.state.get(name).and_then(Value::as_array);
+        let numbers = list.and_then(|list| list.iter().map(Value::as_f64).collect());
+        numbers.with_context(|| format!("{}: state.json lacks \"{name}\"", self.folder.display()))
+    }
+
     /// One of its parts, on the CPU.
     pub fn part(&self, name: &str) -> Result<Weights> {
         Ok(Weights::load(&self.folder.join(format!("{name}.safetensors")), &candle_core::Device::Cpu)?)
@@ -209,15 +222,16 @@ pub fn asked_to_stop() -> bool {
     STOP.load(Ordering::SeqCst)
 }
 
-/// A loss as a number; one that is not finite stops the run and says which.
-pub fn finite(step: u64, name: &str, loss: &candle_core::Tensor) -> Result<f64> {
+/// A loss as a number; one that is not finite is [`NotFinite`].
+pub fn finite(name: &'static str, loss: &candle_core::Tensor) -> Result<f64> {
     let value = f64::from(loss.to_scalar::<f32>()?);
-    if !value.is_finite() {
-        bail!(
-            "step {step}: {name} is {value}; the run stops here and its last good checkpoint is kept (lower the rate and run again)"
-        );
-    }
+    ensure!(value.is_finite(), NotFinite { name, value });
     Ok(value)
+}
+
+/// What to say of a loss or gradient that is not finite.
+pub fn stopped_at(step: u64) -> String {
+    format!("step {step}: the run stops here and its last good checkpoint is kept (lower the rate and run again)")
 }
 
 /// A progress bar on stderr with rate and time left; plain lines where stderr is not a terminal.

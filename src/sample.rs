@@ -27,17 +27,19 @@ impl Sampler {
     }
 }
 
-/// noise `(B, C, H, W)`, unit normal, to x0 of the same shape, from sigma_max down to zero in `n_steps` steps.
+/// noise `(B, C, H, W)`, unit normal, to x0 of the same shape, from sigma_max down to zero in `n_steps` steps,
+/// guided where `guidance_scale` is not 1 ([`Denoiser::denoise_guided`]).
 pub fn sample(
     denoiser: &Denoiser,
     noise: &Tensor,
     label: Option<&Tensor>,
     sampler: Sampler,
     n_steps: usize,
+    guidance_scale: f64,
 ) -> Result<Tensor> {
     let sigmas = denoiser.levels.sampling_steps(n_steps)?;
     let denoise = |x: &Tensor, sigma: f64| -> Result<Tensor> {
-        let x0 = denoiser.denoise(&Eager, x, &[sigma], label)?;
+        let x0 = denoiser.denoise_guided(&Eager, x, &[sigma], label, guidance_scale)?;
         Ok(match denoiser.clip {
             Some(range) => x0.clamp(-range, range)?,
             None => x0,
@@ -64,6 +66,23 @@ pub fn sample(
     Ok(x)
 }
 
+/// What the last pass of a few-step generator gets: `generate(input, sigma)` is one pass, `sigmas` are the noise levels up to and with that pass, `eps(i)` the
+/// unit noise before pass i. For one level that is sigma·noise, untouched by any network; for more, what the passes
+/// before made of it, noised to the next level each time (Yin et al. 2024, DMD2, section 4.5). No clipping in between.
+pub fn input_of_pass(
+    generate: impl Fn(&Tensor, f64) -> Result<Tensor>,
+    sigmas: &[f64],
+    noise: &Tensor,
+    eps: impl Fn(usize) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let mut input = (noise * sigmas[0])?;
+    for pass in 1..sigmas.len() {
+        let x = generate(&input, sigmas[pass - 1])?;
+        input = (x + (eps(pass)? * sigmas[pass])?)?;
+    }
+    Ok(input)
+}
+
 /// A model that makes pictures, on candle.
 pub enum Model {
     /// Many steps.
@@ -74,15 +93,34 @@ pub enum Model {
         sampler: Sampler,
         /// In how many steps.
         n_steps: usize,
+        /// Classifier-free guidance; 1 for none.
+        guidance_scale: f64,
     },
     /// One pass.
     Generator(Generator),
+    /// A few passes, each at its own noise level.
+    FewSteps {
+        /// The model.
+        denoiser: Denoiser,
+        /// Noise levels, descending.
+        sigmas: Vec<f64>,
+        /// Seed of the noise between passes.
+        seed: u64,
+    },
 }
 
 impl Model {
+    /// A generator of as many passes as there are noise levels; `seed` is that of the noise between them.
+    pub fn of_steps(denoiser: Denoiser, sigmas: &[f64], seed: u64) -> Self {
+        match sigmas {
+            [sigma] => Model::Generator(Generator { denoiser, sigma: *sigma }),
+            _ => Model::FewSteps { denoiser, sigmas: sigmas.to_vec(), seed },
+        }
+    }
+
     fn denoiser(&self) -> &Denoiser {
         match self {
-            Model::Teacher { denoiser, .. } => denoiser,
+            Model::Teacher { denoiser, .. } | Model::FewSteps { denoiser, .. } => denoiser,
             Model::Generator(generator) => &generator.denoiser,
         }
     }
@@ -103,10 +141,20 @@ impl Model {
                 false => None,
             };
             let x = match self {
-                Model::Teacher { denoiser, sampler, n_steps } => {
-                    sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps)?
+                Model::Teacher { denoiser, sampler, n_steps, guidance_scale } => {
+                    sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps, *guidance_scale)?
                 }
                 Model::Generator(generator) => generator.generate(&Eager, &noise, label.as_ref())?,
+                Model::FewSteps { denoiser, sigmas, seed } => {
+                    let eps = |pass: usize| {
+                        let noise = dmd_runtime::noise::refining_noise(*seed, pass, first as u64, len, [c, h, w]);
+                        Ok(Tensor::from_vec(noise.into_raw_vec_and_offset().0, (len, c, h, w), device)?)
+                    };
+                    let pass = |input: &Tensor, sigma: f64| -> Result<Tensor> {
+                        Ok(denoiser.denoise(&Eager, input, &[sigma], label.as_ref())?)
+                    };
+                    pass(&input_of_pass(pass, sigmas, &noise, eps)?, sigmas[sigmas.len() - 1])?
+                }
             };
             values.extend(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
         }
@@ -132,5 +180,30 @@ pub fn labels_in_turn(n: usize, n_classes: Option<usize>) -> Vec<i64> {
     match n_classes {
         Some(classes) => (0..n).map(|i| (i % classes) as i64).collect(),
         None => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reference 7.8: with no pass before it the input is the scaled noise, and no network is asked; a generator that
+    /// returns a constant c is found as c + sigma·eps before every later pass.
+    #[test]
+    fn backward_simulation_noises_what_the_pass_before_made() {
+        let t = |values: [f32; 2]| Tensor::new(&values, &Device::Cpu).unwrap();
+        let noise = t([0.5, -2.0]);
+        let eps = |pass: usize| Ok(t([pass as f32, 1.0]));
+        let never = |_: &Tensor, _: f64| -> Result<Tensor> { anyhow::bail!("asked") };
+        let input = input_of_pass(never, &[80.0], &noise, eps).unwrap();
+        assert_eq!(input.to_vec1::<f32>().unwrap(), [40.0, -160.0]);
+        let seen = std::cell::RefCell::new(Vec::new());
+        let constant = |_: &Tensor, sigma: f64| {
+            seen.borrow_mut().push(sigma);
+            Ok(t([0.25, 0.25]))
+        };
+        let input = input_of_pass(constant, &[80.0, 5.0, 0.5], &noise, eps).unwrap();
+        assert_eq!(input.to_vec1::<f32>().unwrap(), [0.25 + 0.5 * 2.0, 0.25 + 0.5]);
+        assert_eq!(seen.into_inner(), [80.0, 5.0]);
     }
 }

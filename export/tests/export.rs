@@ -64,6 +64,7 @@ fn edm(config: &UNetConfig, weights: &Weights, sigma: f64) -> Generator {
         prediction: Prediction::Edm { sigma_data: 0.5, negative: false },
         levels: NoiseLevels::karras(1000, 0.002, 80.0, 7.0).unwrap(),
         clip: None,
+        null_class: false,
     };
     Generator { denoiser, sigma }
 }

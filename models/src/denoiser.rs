@@ -3,6 +3,7 @@
 //! epsilon.
 
 use crate::{Backend, Error, NoiseLevels, Result, UNet};
+use candle_core::Tensor;
 
 /// What the network's output means.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,6 +72,8 @@ pub struct Denoiser {
     pub levels: NoiseLevels,
     /// Samplers clamp x0 to ± this after every step (diffusers' `clip_sample`); training never does.
     pub clip: Option<f64>,
+    /// The last row of the class table stands for "no class", as label dropout leaves it.
+    pub null_class: bool,
 }
 
 impl Denoiser {
@@ -83,12 +86,7 @@ impl Denoiser {
         sigma: &[f64],
         label: Option<&B::Value>,
     ) -> Result<B::Value> {
-        if sigma.is_empty() || sigma.iter().any(|s| !(*s > 0.0 && s.is_finite())) {
-            return Err(Error::Config(format!("sigma {sigma:?}: expected positive numbers, one or one per sample")));
-        }
-        // One level for the whole batch is one coefficient and one time embedding.
-        let sigma = if sigma.windows(2).all(|pair| pair[0] == pair[1]) { &sigma[..1] } else { sigma };
-        let all: Vec<Coefficients> = sigma.iter().map(|&s| self.prediction.coefficients(s, &self.levels)).collect();
+        let all = self.coefficients(sigma)?;
         let each = |f: fn(&Coefficients) -> f64| all.iter().map(f).collect::<Vec<f64>>();
         let f = self.unet.forward(b, &b.affine(x, &each(|c| c.c_in), 0.0)?, &each(|c| c.c_noise), label)?;
         let scaled = b.affine(&f, &each(|c| c.c_out), 0.0)?;
@@ -96,9 +94,60 @@ impl Denoiser {
         if c_skip.iter().all(|c| *c == 0.0) { Ok(scaled) } else { b.add(&b.affine(x, &c_skip, 0.0)?, &scaled) }
     }
 
-    /// Number of classes, or none for an unconditional model.
+    /// The clean picture under classifier-free guidance (Ho and Salimans 2022): uncond + scale·(cond − uncond), in x0
+    /// space, where it equals their equation 6 in epsilon's. Scale 1 is the class's own answer, 0 the answer without a
+    /// class; their paper's w, and the "extra" scale of some tools, is scale − 1. Shapes as in [`Denoiser::denoise`].
+    /// Fails where the model was not trained without labels too.
+    pub fn denoise_guided<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        sigma: &[f64],
+        label: Option<&B::Value>,
+        scale: f64,
+    ) -> Result<B::Value> {
+        if scale == 1.0 {
+            return self.denoise(b, x, sigma, label);
+        }
+        let Some(null) = self.n_classes().filter(|_| self.null_class) else {
+            return Err(Error::Config(
+                "guidance needs a teacher that also knows pictures without a class: train it with label dropout".into(),
+            ));
+        };
+        let null = Tensor::full(null as i64, b.dims(x)[0], self.unet.device())?;
+        let cond = self.denoise(b, x, sigma, label)?;
+        let uncond = self.denoise(b, x, sigma, Some(&b.constant(&null)?))?;
+        b.add(&b.affine(&cond, &[scale], 0.0)?, &b.affine(&uncond, &[1.0 - scale], 0.0)?)
+    }
+
+    /// What the network's encoder sees in x: one map per resolution, finest first, the last from the bottleneck
+    /// ([`UNet::features`]). Arguments as in [`Denoiser::denoise`].
+    pub fn features<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        sigma: &[f64],
+        label: Option<&B::Value>,
+    ) -> Result<Vec<B::Value>> {
+        let all = self.coefficients(sigma)?;
+        let each = |f: fn(&Coefficients) -> f64| all.iter().map(f).collect::<Vec<f64>>();
+        self.unet.features(b, &b.affine(x, &each(|c| c.c_in), 0.0)?, &each(|c| c.c_noise), label)
+    }
+
+    /// The coefficients of every sample, or of one where all have the same level: one coefficient and one time
+    /// embedding then serve the whole batch.
+    fn coefficients(&self, sigma: &[f64]) -> Result<Vec<Coefficients>> {
+        if sigma.is_empty() || sigma.iter().any(|s| !(*s > 0.0 && s.is_finite())) {
+            return Err(Error::Config(format!("sigma {sigma:?}: expected positive numbers, one or one per sample")));
+        }
+        let sigma = if sigma.windows(2).all(|pair| pair[0] == pair[1]) { &sigma[..1] } else { sigma };
+        Ok(sigma.iter().map(|&s| self.prediction.coefficients(s, &self.levels)).collect())
+    }
+
+    /// Number of classes, "no class" aside; none for an unconditional model.
     pub fn n_classes(&self) -> Option<usize> {
-        self.unet.config().num_class_embeds.filter(|_| self.unet.config().class_embed_type.is_none())
+        let rows = self.unet.config().num_class_embeds.filter(|_| self.unet.config().class_embed_type.is_none());
+        rows.map(|n| n - usize::from(self.null_class))
     }
 }
 

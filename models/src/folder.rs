@@ -33,9 +33,15 @@ pub struct About {
     /// The noise level a generator is held at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sigma: Option<f64>,
+    /// All noise levels of a generator of several steps, descending; empty for one step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<f64>,
     /// Names of the classes in the order of their labels.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
+    /// The last row of the class table stands for "no class": the model can be guided.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub null_class: bool,
     /// Where the pictures came from and under which licence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<String>,
@@ -78,7 +84,9 @@ impl ModelFolder {
             false => About {
                 kind: Kind::Teacher,
                 sigma: None,
+                steps: Vec::new(),
                 classes: Vec::new(),
+                null_class: false,
                 data: None,
                 version: String::new(),
                 run: None,
@@ -129,6 +137,7 @@ impl ModelFolder {
             prediction: self.scheduler.prediction(),
             levels: self.scheduler.levels()?,
             clip: self.scheduler.clip(),
+            null_class: self.about.null_class,
         })
     }
 
@@ -147,11 +156,16 @@ impl ModelFolder {
 
     /// Class names; their numbers where the folder names none; empty for an unconditional model.
     pub fn classes(&self) -> Vec<String> {
-        match self.config.num_class_embeds {
+        match self.n_classes() {
             Some(n) if self.about.classes.is_empty() => (0..n).map(|i| i.to_string()).collect(),
             Some(_) => self.about.classes.clone(),
             None => Vec::new(),
         }
+    }
+
+    /// Number of classes, "no class" aside; none for an unconditional model.
+    pub fn n_classes(&self) -> Option<usize> {
+        self.config.num_class_embeds.map(|n| n.saturating_sub(usize::from(self.about.null_class)))
     }
 
     fn check(&self) -> Result<()> {
@@ -168,14 +182,24 @@ impl ModelFolder {
         if self.config.sample_size.is_none() {
             return refuse("unet/config.json has no sample_size, which tells the size of the pictures".into());
         }
-        if let Some(n) = self.config.num_class_embeds
+        if let Some(n) = self.n_classes()
             && !self.about.classes.is_empty()
             && self.about.classes.len() != n
         {
             return refuse(format!("dmd.json names {} classes, num_class_embeds is {n}", self.about.classes.len()));
         }
+        if self.about.null_class && self.n_classes().is_none_or(|n| n == 0) {
+            return refuse("dmd.json says null_class, but the model has no classes to leave out".into());
+        }
         match (self.about.kind, self.about.sigma) {
-            (Kind::Generator, Some(sigma)) if sigma > 0.0 && sigma.is_finite() => Ok(()),
+            (Kind::Generator, Some(sigma)) if sigma > 0.0 && sigma.is_finite() => {
+                let steps = &self.about.steps;
+                let whole = steps.windows(2).all(|pair| pair[0] > pair[1]) && steps.iter().all(|s| *s > 0.0);
+                if !steps.is_empty() && (steps[0] != sigma || !whole) {
+                    return refuse(format!("dmd.json says steps {steps:?}, expected descending from sigma ({sigma})"));
+                }
+                Ok(())
+            }
             (Kind::Generator, sigma) => {
                 refuse(format!("dmd.json says generator with sigma {sigma:?}, expected a positive number"))
             }

@@ -59,16 +59,7 @@ impl UNet {
     /// Runs the network. x `(B, C, H, W)`; `t`: one timestep for all or one per sample; `label`: ids `(B,)` i64, or
     /// vectors `(B, time_embedding_dim)` for `class_embed_type` identity. Returns `(B, C', H, W)`.
     pub fn forward<B: Backend>(&self, b: &B, x: &B::Value, t: &[f64], label: Option<&B::Value>) -> Result<B::Value> {
-        let mut h = if self.config.center_input_sample { b.affine(x, &[2.0], -1.0)? } else { x.clone() };
-        let emb = self.embed(b, t, label)?;
-        h = b.conv2d(&h, &self.conv_in)?;
-        let mut skips = vec![h.clone()];
-        for block in &self.down_blocks {
-            h = block.forward(b, h, &emb, &mut skips)?;
-        }
-        if let Some(block) = &self.mid_block {
-            h = block.forward(b, &h, &emb)?;
-        }
+        let Encoded { bottleneck: mut h, emb, mut skips, .. } = self.encode(b, x, t, label)?;
         for block in &self.up_blocks {
             h = block.forward(b, h, &emb, &mut skips)?;
         }
@@ -79,6 +70,45 @@ impl UNet {
             TimeEmbedding::Fourier => b.affine(&h, &t.iter().map(|t| 1.0 / t).collect::<Vec<_>>(), 0.0),
             _ => Ok(h),
         }
+    }
+
+    /// What the encoder sees: its last map of every resolution, finest first; the last one is the bottleneck, after the
+    /// middle block. Arguments as in [`UNet::forward`].
+    pub fn features<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        t: &[f64],
+        label: Option<&B::Value>,
+    ) -> Result<Vec<B::Value>> {
+        let Encoded { bottleneck, mut maps, .. } = self.encode(b, x, t, label)?;
+        maps.pop();
+        maps.push(bottleneck);
+        Ok(maps)
+    }
+
+    /// The way down and the middle.
+    fn encode<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        t: &[f64],
+        label: Option<&B::Value>,
+    ) -> Result<Encoded<B::Value>> {
+        let centred = if self.config.center_input_sample { b.affine(x, &[2.0], -1.0)? } else { x.clone() };
+        let emb = self.embed(b, t, label)?;
+        let mut h = b.conv2d(&centred, &self.conv_in)?;
+        let mut skips = vec![h.clone()];
+        let mut maps = Vec::new();
+        for block in &self.down_blocks {
+            h = block.forward(b, h, &emb, &mut skips)?;
+            // The last skip, or the one before where the block went on to shrink it.
+            maps.push(skips[skips.len() - 1 - usize::from(block.downsampler.is_some())].clone());
+        }
+        if let Some(block) = &self.mid_block {
+            h = block.forward(b, &h, &emb)?;
+        }
+        Ok(Encoded { bottleneck: h, emb, skips, maps })
     }
 
     /// Time and class as one vector per sample, `(B or 1, time_embedding_dim)`.
@@ -148,6 +178,15 @@ impl UNet {
             up_blocks,
         })
     }
+}
+
+/// What the decoder and the readers of features need of the encoder.
+struct Encoded<V> {
+    bottleneck: V,
+    emb: V,
+    skips: Vec<V>,
+    /// Last map of every resolution, before it is shrunk.
+    maps: Vec<V>,
 }
 
 /// Timesteps to vectors, before any learned layer. f32 throughout, as diffusers does it.

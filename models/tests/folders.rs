@@ -78,7 +78,9 @@ fn a_generator() -> ModelFolder {
     folder.about = About {
         kind: Kind::Generator,
         sigma: Some(2.5),
-        classes: ["cat", "dog", "näive \"quote\""].map(String::from).to_vec(),
+        steps: vec![2.5, 0.8],
+        classes: ["cat", "näive \"quote\""].map(String::from).to_vec(),
+        null_class: true,
         data: Some("drawn by hand, CC0".into()),
         version: "0.1.0".into(),
         run: Some(json!({ "steps": 3, "learning_rate": 1e-4 })),

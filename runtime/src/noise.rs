@@ -11,6 +11,9 @@ use ndarray::Array4;
 /// `Stream::new(s, PICTURE_NOISE, i).normal(C * H * W)`.
 pub const PICTURE_NOISE: u32 = 0;
 
+/// The purpose of the noise between the passes of a few-step generator, plus the number of the pass.
+pub const REFINING_NOISE: u32 = 0x100;
+
 /// A sequence of random numbers, named by what it is for. Every method starts at its beginning.
 ///
 /// The key is `seed`; the counter is `[block, purpose, low half of index, high half of index]`, where `block` counts
@@ -89,6 +92,18 @@ pub fn picture_noise(seed: u64, first: u64, batch: usize, shape: [usize; 3]) -> 
     for (i, mut picture) in noise.outer_iter_mut().enumerate() {
         let values = picture.as_slice_mut().expect("a fresh array is contiguous");
         Stream::new(seed, PICTURE_NOISE, first.wrapping_add(i as u64)).fill_normal(values);
+    }
+    noise
+}
+
+/// The unit normal noise `(batch, C, H, W)` that a few-step generator adds before its pass number `pass` (from 1; the
+/// first pass, 0, starts from [`picture_noise`]), for the pictures `first .. first + batch` of a seed.
+pub fn refining_noise(seed: u64, pass: usize, first: u64, batch: usize, shape: [usize; 3]) -> Array4<f32> {
+    let [channels, height, width] = shape;
+    let mut noise = Array4::zeros((batch, channels, height, width));
+    for (i, mut picture) in noise.outer_iter_mut().enumerate() {
+        let values = picture.as_slice_mut().expect("a fresh array is contiguous");
+        Stream::new(seed, REFINING_NOISE + pass as u32, first.wrapping_add(i as u64)).fill_normal(values);
     }
     noise
 }

@@ -3,7 +3,7 @@
 
 use crate::cli::BenchTrainArgs;
 use crate::config::Config;
-use crate::distill::step::Networks;
+use crate::distill::step::{Beginning, Networks};
 use crate::eval::median;
 use crate::output::say;
 use crate::random::{Purpose, Random};
@@ -25,7 +25,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let folder = random_teacher(args)?;
     let n_parameters = folder.weights.n_parameters();
     let random = Random { seed: 0, device: on.clone() };
-    let mut networks = Networks::new(&folder, 2.5, config.optimizer, &on)?;
+    let mut networks = Networks::new(&folder, &[2.5], &config, Beginning::default(), &random)?;
     let mut timer = Timer { args, device: &on, n_parameters, rows: Vec::new() };
     let mut step = 0;
     timer.time("one_step_sample", || {
@@ -107,7 +107,9 @@ fn random_teacher(args: &BenchTrainArgs) -> Result<ModelFolder> {
     let about = About {
         kind: Kind::Teacher,
         sigma: None,
+        steps: Vec::new(),
         classes: Vec::new(),
+        null_class: false,
         data: None,
         version: crate::VERSION.into(),
         run: None,

@@ -2,7 +2,7 @@
 //! generator before and after, and the exported file in the runtime.
 
 use super::engine_options;
-use crate::cli::{DemoArgs, DistillArgs, Engine, ExportArgs, OutputKind};
+use crate::cli::{DemoArgs, DistillArgs, Engine, ExportArgs, OutputKind, SettingsArgs};
 use crate::device::Choice;
 use crate::eval::distance;
 use crate::output::say;
@@ -37,11 +37,8 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
     let distill = DistillArgs {
         teacher: args.teacher.clone(),
         out: run.clone(),
-        config: Some(config),
-        steps: Some(args.steps),
-        batch: None,
+        settings: SettingsArgs { config: Some(config), steps: Some(args.steps), ..SettingsArgs::default() },
         device: Choice::Cpu,
-        seed: None,
         force: run.exists(),
     };
     super::distill::run(&distill)?;
@@ -62,8 +59,12 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
     let after_folder = ModelFolder::load(&run.join("generator"), &Device::Cpu)?;
     let after = after_folder.generator(&Device::Cpu)?.context("the run left no generator")?;
     let before = Generator { denoiser: teacher.denoiser(&Device::Cpu)?, sigma: after.sigma };
-    let teacher_model =
-        Model::Teacher { denoiser: teacher.denoiser(&Device::Cpu)?, sampler: Sampler::Heun, n_steps: 18 };
+    let teacher_model = Model::Teacher {
+        denoiser: teacher.denoiser(&Device::Cpu)?,
+        sampler: Sampler::Heun,
+        n_steps: 18,
+        guidance_scale: 1.0,
+    };
     let n_passes = Sampler::Heun.n_passes(18);
     let stage = Stage::new(&teacher)?;
     let (of_teacher, teacher_ms) = stage.pictures(&teacher_model)?;
@@ -128,7 +129,7 @@ impl Stage {
     fn new(teacher: &ModelFolder) -> Result<Self> {
         let [h, w] = teacher.size()?;
         let noise = picture_noise(SEED, 0, MEASURED, [teacher.config.in_channels, h, w], &Device::Cpu)?;
-        Ok(Stage { noise, labels: labels_in_turn(MEASURED, teacher.config.num_class_embeds) })
+        Ok(Stage { noise, labels: labels_in_turn(MEASURED, teacher.n_classes()) })
     }
 
     /// The pictures, and milliseconds for each.

@@ -2,14 +2,16 @@
 
 mod bench_run;
 mod bench_train;
+mod config_show;
 mod demo;
 mod distill;
 mod export;
 mod inspect;
+mod pairs;
 mod sample;
 mod teacher_train;
 
-use crate::cli::{BenchCommand, Cli, Command, Engine, TeacherCommand};
+use crate::cli::{BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand};
 use crate::device;
 use anyhow::{Context, Result, ensure};
 use dmd_runtime::EngineChoice;
@@ -22,6 +24,8 @@ pub fn run(cli: &Cli) -> Result<Value> {
     match &cli.command {
         Command::Teacher(TeacherCommand::Train(args)) => teacher_train::run(args),
         Command::Distill(args) => distill::run(args),
+        Command::Pairs(args) => pairs::run(args),
+        Command::Config(ConfigCommand::Show(args)) => config_show::run(args, cli.json),
         Command::Export(args) => export::run(args),
         Command::Sample(args) => sample::run(args, cli.threads),
         Command::Inspect(args) => inspect::run(args),

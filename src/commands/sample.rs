@@ -67,6 +67,16 @@ impl Source {
         let folder = ModelFolder::load(&args.model, &device)?;
         let [h, w] = folder.size()?;
         let model = match folder.generator(&device)? {
+            Some(generator) if folder.about.steps.len() > 1 => {
+                let sigmas = &folder.about.steps;
+                ensure!(
+                    args.steps.is_none_or(|steps| steps == sigmas.len()),
+                    "--steps {}: this generator makes a picture in {} passes",
+                    args.steps.unwrap_or(1),
+                    sigmas.len()
+                );
+                Model::of_steps(generator.denoiser, sigmas, args.seed)
+            }
             Some(generator) => {
                 ensure!(
                     args.steps.is_none_or(|steps| steps == 1),
@@ -78,7 +88,8 @@ impl Source {
             None => {
                 let n_steps = args.steps.unwrap_or(STEPS);
                 crate::config::at_least_one("--steps", n_steps as u64)?;
-                Model::Teacher { denoiser: folder.denoiser(&device)?, sampler: args.sampler, n_steps }
+                let denoiser = folder.denoiser(&device)?;
+                Model::Teacher { denoiser, sampler: args.sampler, n_steps, guidance_scale: args.guidance }
             }
         };
         Ok(Source::Folder {
@@ -109,6 +120,7 @@ impl Source {
                     format!("the teacher ({n_steps} {sampler:?} steps)").to_lowercase()
                 }
                 Model::Generator(_) => "the generator".into(),
+                Model::FewSteps { sigmas, .. } => format!("the generator ({} steps)", sigmas.len()),
             },
             Source::File(generator) => format!("{} {}", generator.engine().kind, generator.engine().version),
         }

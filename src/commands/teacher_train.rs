@@ -45,6 +45,7 @@ fn settings(args: &TeacherTrainArgs) -> Result<TeacherSettings> {
     s.grey |= args.grey;
     s.unconditional |= args.unconditional;
     s.flip |= args.flip;
+    s.label_dropout = args.label_dropout.unwrap_or(s.label_dropout);
     s.steps = args.steps.unwrap_or(s.steps);
     s.batch = args.batch.unwrap_or(s.batch);
     s.seed = args.seed.unwrap_or(s.seed);
@@ -86,9 +87,15 @@ const MAX_NAMED: usize = 20;
 
 /// The network that the settings name, fitted to the pictures.
 fn unet(settings: &TeacherSettings, pictures: &Pictures) -> Result<UNetConfig> {
-    let n_classes = pictures.classes.len();
+    ensure!(
+        settings.label_dropout == 0.0 || !pictures.classes.is_empty(),
+        "label_dropout is {}, but the pictures have no classes to drop",
+        settings.label_dropout
+    );
+    // One row more for "no class", which dropped labels teach.
+    let n_rows = pictures.classes.len() + usize::from(settings.label_dropout > 0.0);
     if settings.unet.is_empty() {
-        return Ok(default_unet(settings.size, pictures.channels, n_classes));
+        return Ok(default_unet(settings.size, pictures.channels, n_rows));
     }
     let path = Path::new(&settings.unet);
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
@@ -117,6 +124,6 @@ fn unet(settings: &TeacherSettings, pictures: &Pictures) -> Result<UNetConfig> {
     unet.sample_size =
         Some(if height == width { SampleSize::Square(height) } else { SampleSize::Rectangle([height, width]) });
     // The data decide how many classes there are.
-    unet.num_class_embeds = (n_classes > 0).then_some(n_classes);
+    unet.num_class_embeds = (n_rows > 0).then_some(n_rows);
     Ok(unet)
 }

@@ -1,20 +1,25 @@
 //! Distribution Matching Distillation (Yin et al. 2024): the loop around [`step`], with its checkpoints, samples and
 //! metrics. Begins from a teacher's folder and ends with a generator's.
 
+mod discriminator;
+mod draw;
+mod monitor;
 pub mod step;
-use step::{Health, Networks};
+use monitor::Monitor;
+use step::{Beginning, Health, Networks, Reality};
 
 use crate::config::{Config, Sigma, SigmaName};
-use crate::optim::{average_into, ramped_decay};
+use crate::data::{self, DataOptions};
+use crate::optim::NotFinite;
+use crate::pairs::Pairs;
 use crate::random::{Random, picture_noise};
 use crate::run::{self, Checkpoint, Run};
 use crate::sample::{Model, labels_in_turn};
 use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use dmd_models::ModelFolder;
-use dmd_models::denoiser::Generator;
 use dmd_models::folder::{About, Kind};
+use dmd_models::{ModelFolder, Weights};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -40,37 +45,52 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
     run::stop_on_signals()?;
     let bar = run::progress(config.steps, first)?;
     let started = Instant::now();
-    let mut health = None;
-    for step in first..config.steps {
-        let measured = distillation.step(step)?;
+    let (mut health, mut monitor) = (None, Monitor::default());
+    let mut step = first;
+    while step < config.steps {
+        let measured = match distillation.step(step) {
+            Err(error) if error.is::<NotFinite>() => match distillation.recover(&run, step, error)? {
+                Recovery::Skip => None,
+                Recovery::Return(earlier) => {
+                    step = earlier;
+                    bar.set_position(step);
+                    continue;
+                }
+            },
+            measured => Some(measured?),
+        };
+        step += 1;
         bar.inc(1);
-        let done = step + 1;
-        let last = done == config.steps;
-        if done % config.log_every == 0 || last {
-            let values = measured.values();
-            bar.set_message(run::readable(&values));
-            run.log(&run::as_json(done, started.elapsed().as_secs_f64(), &values))?;
-            output::line_without_terminal(&format!("step {done}/{}  {}", config.steps, run::readable(&values)));
+        let last = step == config.steps;
+        if let Some(measured) = measured {
+            monitor.observe(&measured).into_iter().for_each(|warning| bar.suspend(|| output::warn(&warning)));
+            if step.is_multiple_of(config.log_every) || last {
+                let values = measured.values();
+                bar.set_message(run::readable(&values));
+                run.log(&run::as_json(step, started.elapsed().as_secs_f64(), &values))?;
+                output::line_without_terminal(&format!("step {step}/{}  {}", config.steps, run::readable(&values)));
+            }
+            health = Some(measured);
         }
-        if done % config.sample_every == 0 || last {
-            distillation.draw_samples(&run, done)?;
+        if step.is_multiple_of(config.sample_every) || last {
+            distillation.draw_samples(&run, step)?;
         }
-        if done % config.checkpoint_every == 0 || last || run::asked_to_stop() {
-            distillation.checkpoint(&run, done)?;
+        if step.is_multiple_of(config.checkpoint_every) || last || run::asked_to_stop() {
+            distillation.checkpoint(&run, step)?;
         }
         if run::asked_to_stop() && !last {
             bar.abandon();
-            bail!("interrupted at step {done} of {}; run the same command again to continue", config.steps);
+            bail!("interrupted at step {step} of {}; run the same command again to continue", config.steps);
         }
-        health = Some(measured);
     }
     bar.finish_and_clear();
-    distillation.folder.save(&out.join("generator"), DType::F32).context("the generator")?;
+    distillation.save_generators(out)?;
     let mut result = json!({
         "out": out,
         "generator": out.join("generator"),
         "steps": config.steps,
-        "sigma": distillation.sigma,
+        "sigma": distillation.networks.sigmas[0],
+        "skipped": distillation.n_skipped,
         "seconds": started.elapsed().as_secs_f64(),
     });
     for (name, value) in health.iter().flat_map(Health::values) {
@@ -83,68 +103,111 @@ struct Distillation<'a> {
     config: &'a Config,
     networks: Networks,
     random: Random,
-    sigma: f64,
-    /// The generator's folder; its weights are the moving average.
+    /// The generator's folder, but for its weights.
     folder: ModelFolder,
     teacher_sha256: String,
+    /// Updates skipped so far, and how many of them in a row.
+    n_skipped: u64,
+    skipped_in_a_row: u64,
+    /// Times that the run went back to a checkpoint.
+    n_returns: u64,
+}
+
+/// What becomes of a run after an update that was no number.
+enum Recovery {
+    /// On with the next update.
+    Skip,
+    /// Back to this step.
+    Return(u64),
 }
 
 impl<'a> Distillation<'a> {
     fn new(config: &'a Config, teacher: ModelFolder, device: &Device) -> Result<Self> {
         let teacher_sha256 = fingerprint(&teacher)?;
-        let levels = teacher.scheduler.levels()?;
-        let sigma = match config.generator.sigma {
-            Sigma::Value(sigma) => sigma,
-            Sigma::Named(SigmaName::Max) => levels.sigma_max(),
-        };
-        let [low, high] = [levels.sigma_min(), levels.sigma_max()];
+        let sigmas = noise_levels(config, &teacher)?;
         ensure!(
-            (low..=high).contains(&sigma),
-            "generator.sigma is {sigma}, expected within the teacher's noise levels, {low} to {high}"
+            config.real_score.guidance_scale == 1.0 || teacher.about.null_class,
+            "real_score.guidance_scale is {}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1",
+            config.real_score.guidance_scale
         );
         let random = Random { seed: config.seed, device: device.clone() };
-        let networks = Networks::new(&teacher, sigma, config.optimizer, device)?;
+        let beginning = beginning(config, &teacher)?;
+        let networks = Networks::new(&teacher, &sigmas, config, beginning, &random)?;
         let about = About {
             kind: Kind::Generator,
-            sigma: Some(sigma),
+            sigma: Some(sigmas[0]),
+            steps: if sigmas.len() > 1 { sigmas } else { Vec::new() },
             run: Some(serde_json::to_value(config)?),
             version: crate::VERSION.into(),
             ..teacher.about
         };
-        let folder = ModelFolder { about, weights: networks.averaged.detached(), ..teacher };
-        Ok(Distillation { config, networks, random, sigma, folder, teacher_sha256 })
+        let folder = ModelFolder { about, ..teacher };
+        let (n_skipped, skipped_in_a_row, n_returns) = (0, 0, 0);
+        Ok(Distillation { config, networks, random, folder, teacher_sha256, n_skipped, skipped_in_a_row, n_returns })
     }
 
     /// One update of the generator, then `ratio` of the fake score.
     fn step(&mut self, step: u64) -> Result<Health> {
         let mut health = self.networks.update_generator(self.config, &self.random, step)?;
-        average_into(
-            &self.networks.average,
-            &self.networks.generator_vars,
-            ramped_decay(self.config.generator.ema, step),
-        )?;
-        let mut sum = 0.0;
         for turn in 0..self.config.ratio {
-            sum += self.networks.update_fake_score(self.config, &self.random, step, turn)?;
+            let measured = self.networks.update_fake_score(self.config, &self.random, step, turn)?;
+            health.add(&measured, 1.0 / self.config.ratio as f64);
         }
-        health.loss_fake = sum / self.config.ratio as f64;
+        self.skipped_in_a_row = 0;
         Ok(health)
+    }
+
+    /// After a loss or gradient that is no number: skips the update, goes back to the last checkpoint, or gives up.
+    fn recover(&mut self, run: &Run, step: u64, error: anyhow::Error) -> Result<Recovery> {
+        let guards = &self.config.guards;
+        // A first update that fails is no bad luck: the teacher or the settings are at fault.
+        let began = self.networks.fake_optimizer.n_updates() > 0;
+        if began && self.skipped_in_a_row < guards.skip {
+            self.n_skipped += 1;
+            self.skipped_in_a_row += 1;
+            output::warn(&format!("step {}: {error:#}; this update is skipped", step + 1));
+            return Ok(Recovery::Skip);
+        }
+        let checkpoint = run.last_checkpoint()?;
+        match checkpoint {
+            Some(checkpoint) if self.n_returns < guards.returns => {
+                let n_returns = self.n_returns + 1;
+                let step = self.restore(run, &checkpoint)?;
+                self.n_returns = n_returns;
+                self.networks.rate_factor = 0.5f64.powi(n_returns as i32);
+                output::warn(&format!(
+                    "{error:#}; going on from step {step} at {} of the rates",
+                    self.networks.rate_factor
+                ));
+                Ok(Recovery::Return(step))
+            }
+            _ => Err(error.context(run::stopped_at(step + 1))),
+        }
     }
 
     fn checkpoint(&self, run: &Run, step: u64) -> Result<()> {
         let n = &self.networks;
-        let parts = [
-            ("generator", run::vars_as_weights(&n.generator_vars)),
-            ("generator_ema", run::vars_as_weights(&n.average)),
-            ("fake_score", run::vars_as_weights(&n.fake_vars)),
-            ("optimizer_generator", n.generator_optimizer.state()),
-            ("optimizer_fake_score", n.fake_optimizer.state()),
+        let mut parts = vec![
+            ("generator".to_string(), run::vars_as_weights(&n.generator_vars)),
+            ("fake_score".to_string(), run::vars_as_weights(&n.fake_vars)),
+            ("optimizer_generator".to_string(), n.generator_optimizer.state()),
+            ("optimizer_fake_score".to_string(), n.fake_optimizer.state()),
         ];
-        let state = json!({
+        let mut state = json!({
             "n_updates_generator": n.generator_optimizer.n_updates(),
             "n_updates_fake_score": n.fake_optimizer.n_updates(),
             "teacher_sha256": self.teacher_sha256,
+            "n_skipped": self.n_skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "n_returns": self.n_returns,
         });
+        parts.extend((0..n.averages.len()).map(|i| (average_part(i), run::vars_as_weights(&n.averages[i].vars))));
+        if let Some(d) = &n.discriminator {
+            parts.push(("discriminator".into(), run::vars_as_weights(&d.vars)));
+            parts.push(("optimizer_discriminator".into(), d.optimizer.state()));
+            state["n_updates_discriminator"] = json!(d.optimizer.n_updates());
+            state["ratio_means"] = json!(n.ratio_bins.means);
+        }
         run.checkpoint(step, &parts, &state)
     }
 
@@ -156,24 +219,47 @@ impl<'a> Distillation<'a> {
         );
         let n = &mut self.networks;
         run::restore_vars(&n.generator_vars, &checkpoint.part("generator")?)?;
-        run::restore_vars(&n.average, &checkpoint.part("generator_ema")?)?;
         run::restore_vars(&n.fake_vars, &checkpoint.part("fake_score")?)?;
+        for (i, average) in n.averages.iter().enumerate() {
+            run::restore_vars(&average.vars, &checkpoint.part(&average_part(i))?)?;
+        }
         n.generator_optimizer
             .restore(&checkpoint.part("optimizer_generator")?, checkpoint.count("n_updates_generator")?)?;
         n.fake_optimizer
             .restore(&checkpoint.part("optimizer_fake_score")?, checkpoint.count("n_updates_fake_score")?)?;
+        if let Some(d) = &mut n.discriminator {
+            run::restore_vars(&d.vars, &checkpoint.part("discriminator")?)?;
+            d.optimizer
+                .restore(&checkpoint.part("optimizer_discriminator")?, checkpoint.count("n_updates_discriminator")?)?;
+            n.ratio_bins.means = checkpoint.numbers("ratio_means")?.into_iter().map(|mean| mean as f32).collect();
+        }
+        self.n_skipped = checkpoint.count("n_skipped")?;
+        self.skipped_in_a_row = checkpoint.count("skipped_in_a_row")?;
+        self.n_returns = checkpoint.count("n_returns")?;
+        n.rate_factor = 0.5f64.powi(self.n_returns as i32);
         run.rewind_log(checkpoint.step)?;
         output::say(&format!("continuing from step {}", checkpoint.step));
         Ok(checkpoint.step)
     }
 
+    /// The exported average as `generator`, the others beside it under their decay.
+    fn save_generators(&mut self, out: &Path) -> Result<()> {
+        for (i, average) in self.networks.averages.iter().enumerate() {
+            let name = if i == 0 { "generator".to_string() } else { format!("generator-ema-{}", average.decay) };
+            self.folder.weights = average.view.detached();
+            self.folder.save(&out.join(&name), DType::F32).with_context(|| name)?;
+        }
+        Ok(())
+    }
+
     /// A grid of the averaged generator's pictures, from the same noise every time.
     fn draw_samples(&self, run: &Run, step: u64) -> Result<()> {
-        let denoiser = self.folder.denoiser_on(&self.networks.averaged.detached())?;
+        let denoiser = self.folder.denoiser_on(&self.networks.averages[0].view.detached())?;
         let [h, w] = self.folder.size()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let noise = picture_noise(self.config.seed, 0, GRID, [self.folder.config.in_channels, h, w], &Device::Cpu)?;
-        let images = Model::Generator(Generator { denoiser, sigma: self.sigma }).pictures(&noise, &labels, GRID)?;
+        let model = Model::of_steps(denoiser, &self.networks.sigmas, self.config.seed);
+        let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
         picture::save_png(&run.path(format!("samples/step-{step:08}.png")), &grid)
     }
@@ -182,8 +268,74 @@ impl<'a> Distillation<'a> {
 /// Pictures in a sample grid.
 const GRID: usize = 16;
 
+fn average_part(i: usize) -> String {
+    if i == 0 { "generator_ema".into() } else { format!("generator_ema_{}", i + 1) }
+}
+
+/// The generator's noise levels, one per pass.
+fn noise_levels(config: &Config, teacher: &ModelFolder) -> Result<Vec<f64>> {
+    let levels = teacher.scheduler.levels()?;
+    let (name, sigmas) = match (&config.generator.steps[..], config.generator.sigma) {
+        ([], Sigma::Value(sigma)) => ("sigma", vec![sigma]),
+        ([], Sigma::Named(SigmaName::Max)) => ("sigma", vec![levels.sigma_max()]),
+        (steps, _) => ("steps", steps.to_vec()),
+    };
+    let [low, high] = [levels.sigma_min(), levels.sigma_max()];
+    for sigma in &sigmas {
+        ensure!(
+            (low..=high).contains(sigma),
+            "generator.{name} is {sigma}, expected within the teacher's noise levels, {low} to {high}"
+        );
+    }
+    Ok(sigmas)
+}
+
+/// What the networks begin as, and the pairs and pictures they learn from; each refused where it does not go with the
+/// teacher.
+fn beginning(config: &Config, teacher: &ModelFolder) -> Result<Beginning> {
+    let pairs = &config.loss.regression;
+    let pairs = match pairs.weight > 0.0 {
+        true => Some(Pairs::load(Path::new(&pairs.pairs), teacher, config.real_score.guidance_scale)?),
+        false => None,
+    };
+    let reality = match config.loss.gan.on() {
+        true => {
+            let options = DataOptions {
+                size: teacher.size()?,
+                grey: teacher.config.in_channels == 1,
+                unconditional: teacher.n_classes().is_none(),
+                strict: false,
+            };
+            Some(Reality::new(data::load(Path::new(&config.data), &options)?, teacher)?)
+        }
+        false => None,
+    };
+    let (generator, fake_score) = match config.generator.start.is_empty() {
+        true => (None, None),
+        false => start_of(Path::new(&config.generator.start), teacher)?,
+    };
+    Ok(Beginning { generator, fake_score, reality, pairs })
+}
+
+/// Generator and, where `path` is a run with a checkpoint, fake score to go on from.
+fn start_of(path: &Path, teacher: &ModelFolder) -> Result<(Option<Weights>, Option<Weights>)> {
+    let inner = path.join("generator");
+    let is_run = inner.is_dir();
+    let folder = ModelFolder::load(if is_run { &inner } else { path }, &Device::Cpu).context("generator.start")?;
+    ensure!(
+        folder.config == teacher.config && folder.scheduler.json() == teacher.scheduler.json(),
+        "generator.start: {} is another network than the teacher's (its unet/config.json or its scheduler differ)",
+        path.display()
+    );
+    let fake_score = match is_run {
+        true => Run::last_checkpoint_in(path)?.map(|checkpoint| checkpoint.part("fake_score")).transpose()?,
+        false => None,
+    };
+    Ok((Some(folder.weights), fake_score))
+}
+
 /// A hash over the weights and what gives them their meaning, to tell one teacher from another.
-fn fingerprint(teacher: &ModelFolder) -> Result<String> {
+pub fn fingerprint(teacher: &ModelFolder) -> Result<String> {
     let weights = dmd_export::weights_sha256(&teacher.weights.to(DType::F32, &Device::Cpu)?)?;
     let hash = Sha256::digest(format!("{:?} {:?} {weights}", teacher.config, teacher.scheduler));
     Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())

@@ -16,6 +16,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::folder::{About, Kind, Scheduler};
 use dmd_models::{Denoiser, Eager, ModelFolder, UNet, UNetConfig, Weights};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
@@ -100,6 +101,8 @@ struct Trainer<'a> {
     folder: ModelFolder,
     denoiser: Denoiser,
     optimizer: Optimizer,
+    /// Of the pictures and the network's description.
+    data_sha256: String,
 }
 
 impl<'a> Trainer<'a> {
@@ -113,12 +116,15 @@ impl<'a> Trainer<'a> {
         let about = About {
             kind: Kind::Teacher,
             sigma: None,
+            steps: Vec::new(),
             classes: pictures.classes.clone(),
+            null_class: settings.label_dropout > 0.0,
             data: Some(settings.about_data.clone()).filter(|text| !text.is_empty()),
             version: crate::VERSION.into(),
             run: Some(serde_json::to_value(settings)?),
         };
         let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
+        let data_sha256 = fingerprint(pictures, &unet);
         let folder = ModelFolder { config: unet, scheduler, weights: averaged.detached(), about };
         let denoiser = folder.denoiser_on(&weights)?;
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
@@ -135,6 +141,7 @@ impl<'a> Trainer<'a> {
             folder,
             denoiser,
             optimizer,
+            data_sha256,
         })
     }
 
@@ -144,6 +151,11 @@ impl<'a> Trainer<'a> {
             run.rewind_log(0)?;
             return Ok(0);
         };
+        let before = checkpoint.state.get("data_sha256").and_then(Value::as_str);
+        ensure!(
+            before.is_none_or(|before| before == self.data_sha256),
+            "the run was started on other pictures or another network (the files under --data or --unet have changed); give it the same, another --out, or --force to begin anew"
+        );
         run::restore_vars(&self.vars, &checkpoint.part("weights")?)?;
         run::restore_vars(&self.average, &checkpoint.part("average")?)?;
         self.optimizer.restore(&checkpoint.part("optimizer")?, checkpoint.count("n_updates")?)?;
@@ -160,28 +172,39 @@ impl<'a> Trainer<'a> {
         let picks: Vec<usize> = picks.into_iter().map(|i| self.train[i as usize]).collect();
         let flips = self.random.stream(Purpose::Flip, step).below(n, 2);
         let flips: Vec<bool> = flips.into_iter().map(|f| s.flip && f == 1).collect();
+        let dropped: Vec<bool> = match s.label_dropout > 0.0 {
+            true => self.random.stream(Purpose::LabelDropout, step).uniform(n),
+            false => Vec::new(),
+        }
+        .into_iter()
+        .map(|u| u < s.label_dropout)
+        .collect();
         let sigma = self.log_normal(&self.random.stream(Purpose::TeacherSigma, step).normal(n));
         let noise = self.random.normal(Purpose::TeacherNoise, step, &self.shape(n))?;
-        let loss = self.loss(&self.denoiser, &picks, &flips, &sigma, &noise)?;
-        let value = run::finite(step + 1, "loss", &loss)?;
+        let loss = self.loss(&self.denoiser, &picks, &flips, &dropped, &sigma, &noise)?;
+        let value = run::finite("loss", &loss).with_context(|| run::stopped_at(step + 1))?;
         let rate = rate_at(s.rate, s.decay, s.warmup, step, s.steps);
-        let norm =
-            self.optimizer.update(&loss.backward()?, rate).with_context(|| format!("step {}: loss", step + 1))?;
+        let gradients = self.optimizer.gradients(&loss.backward()?);
+        let norm = self.optimizer.update(&gradients, rate).with_context(|| run::stopped_at(step + 1))?;
         average_into(&self.average, &self.vars, ramped_decay(s.ema, step))?;
         Ok((value, norm))
     }
 
-    /// EDM's loss of these pictures.
+    /// EDM's loss of these pictures, some mirrored, some without their class.
     fn loss(
         &self,
         denoiser: &Denoiser,
         picks: &[usize],
         flips: &[bool],
+        dropped: &[bool],
         sigma: &[f64],
         noise: &Tensor,
     ) -> Result<Tensor> {
         let device = &self.random.device;
-        let (pixels, labels) = self.pictures.batch(picks, flips);
+        let (pixels, mut labels) = self.pictures.batch(picks, flips);
+        for (label, _) in labels.iter_mut().zip(dropped).filter(|(_, dropped)| **dropped) {
+            *label = self.pictures.classes.len() as u32;
+        }
         let x0 = Tensor::from_vec(pixels, &self.shape(picks.len())[..], device)?;
         let label = match labels.is_empty() {
             true => None,
@@ -209,7 +232,7 @@ impl<'a> Trainer<'a> {
                 .normal(picks.len() * (1 + self.shape(1).iter().product::<usize>()));
             let (sigma, noise) = draws.split_at(picks.len());
             let noise = Tensor::from_slice(noise, &self.shape(picks.len())[..], &self.random.device)?;
-            let loss = self.loss(&denoiser, picks, &vec![false; picks.len()], &self.log_normal(sigma), &noise)?;
+            let loss = self.loss(&denoiser, picks, &vec![false; picks.len()], &[], &self.log_normal(sigma), &noise)?;
             sum += f64::from(loss.to_scalar::<f32>()?) * picks.len() as f64;
             n += picks.len();
         }
@@ -232,12 +255,13 @@ impl<'a> Trainer<'a> {
             ("average", run::vars_as_weights(&self.average)),
             ("optimizer", self.optimizer.state()),
         ];
-        run.checkpoint(step, &parts, &json!({ "n_updates": self.optimizer.n_updates() }))?;
+        let state = json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.data_sha256 });
+        run.checkpoint(step, &parts, &state)?;
         let denoiser = self.folder.denoiser_on(&self.averaged.detached())?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let [_, c, h, w] = self.shape(1);
         let noise = picture_noise(self.settings.seed, 0, GRID, [c, h, w], &Device::Cpu)?;
-        let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18 };
+        let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18, guidance_scale: 1.0 };
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
         picture::save_png(&run.path(format!("samples/step-{step:08}.png")), &grid)?;
@@ -250,7 +274,16 @@ const VALIDATION_BATCH: usize = 64;
 /// Pictures in a sample grid.
 const GRID: usize = 16;
 
+/// A hash over what a teacher learns and what learns it.
+fn fingerprint(pictures: &Pictures, unet: &UNetConfig) -> String {
+    let mut hash = Sha256::new();
+    hash.update(&pictures.pixels);
+    pictures.labels.iter().for_each(|label| hash.update(label.to_le_bytes()));
+    hash.update(format!("{:?} {unet:?}", pictures.classes));
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A number for a parameter's name (FNV-1a), so that each has a stream of its own.
-fn name_key(name: &str) -> u64 {
+pub(crate) fn name_key(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -29,6 +29,8 @@ pub struct TeacherSettings {
     pub seed: u64,
     /// Mirror half of the pictures.
     pub flip: bool,
+    /// Fraction of pictures shown without their class, so that the teacher can be guided.
+    pub label_dropout: f64,
     /// Fraction of the pictures kept for the validation loss.
     pub held_out: f64,
     /// Learning rate.
@@ -71,6 +73,7 @@ impl Default for TeacherSettings {
             batch: 64,
             seed: 0,
             flip: false,
+            label_dropout: 0.0,
             held_out: 0.05,
             rate: 1e-3,
             warmup: 100,
@@ -97,6 +100,12 @@ impl TeacherSettings {
         at_least_one("batch", self.batch as u64)?;
         at_least_one("log_every", self.log_every)?;
         at_least_one("checkpoint_every", self.checkpoint_every)?;
+        fraction("label_dropout", self.label_dropout)?;
+        ensure!(
+            self.label_dropout == 0.0 || !self.unconditional,
+            "label_dropout is {}, but --unconditional leaves no classes to drop",
+            self.label_dropout
+        );
         fraction("held_out", self.held_out)?;
         fraction("ema", self.ema)?;
         positive("rate", self.rate)?;

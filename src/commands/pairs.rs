@@ -1,0 +1,60 @@
+//! `dmd pairs`: noise-picture pairs of a teacher, for the regression term.
+
+use crate::cli::PairsArgs;
+use crate::config::{at_least_one, not_negative};
+use crate::distill::fingerprint;
+use crate::output::say;
+use crate::pairs::{self, Manifest};
+use crate::run;
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use dmd_models::ModelFolder;
+use dmd_models::folder::Kind;
+use serde_json::{Value, json};
+use std::time::Instant;
+
+/// Makes pairs.
+pub fn run(args: &PairsArgs) -> Result<Value> {
+    at_least_one("-n", args.n as u64)?;
+    at_least_one("--steps", args.steps as u64)?;
+    at_least_one("--batch", args.batch as u64)?;
+    at_least_one("--per-shard", args.per_shard as u64)?;
+    not_negative("--guidance", args.guidance)?;
+    let device = args.device.open()?;
+    let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)?;
+    ensure!(teacher.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", args.teacher.display());
+    ensure!(
+        args.guidance == 1.0 || teacher.about.null_class,
+        "--guidance {}: the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1",
+        args.guidance
+    );
+    let occupied = args.out.exists() && !args.out.join("pairs.json").exists();
+    ensure!(!occupied || args.force, "{}: exists and holds no pairs; give another --out", args.out.display());
+    if args.force && args.out.join("pairs.json").exists() {
+        std::fs::remove_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    }
+    let [height, width] = teacher.size()?;
+    let manifest = Manifest {
+        teacher_sha256: fingerprint(&teacher)?,
+        shape: [teacher.config.in_channels, height, width],
+        guidance_scale: args.guidance,
+        sampler_steps: args.steps,
+        seed: args.seed,
+        per_shard: args.per_shard,
+        n: args.n,
+    };
+    run::stop_on_signals()?;
+    let bar = run::progress(args.n as u64, 0)?;
+    let started = Instant::now();
+    let found = pairs::make(&teacher, &manifest, &args.out, args.batch, &device, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    let made = args.n - found;
+    let seconds = started.elapsed().as_secs_f64();
+    say(&format!(
+        "{n} pairs in {out} ({made} made in {seconds:.1} s): dmd distill --teacher {teacher} --recipe dmd --pairs {out} --out RUN",
+        n = args.n,
+        out = args.out.display(),
+        teacher = args.teacher.display()
+    ));
+    Ok(json!({ "pairs": args.n, "made": made, "seconds": seconds, "out": args.out }))
+}

@@ -1,0 +1,131 @@
+//! What one update draws: a whole batch at once, so that running it in parts changes nothing but the memory it takes.
+
+use super::step::Reality;
+use crate::data::Pictures;
+use crate::pairs::PairBatch;
+use crate::random::{Purpose, Random};
+use anyhow::{Result, ensure};
+use candle_core::Tensor;
+use dmd_models::ModelFolder;
+
+/// Noise to inject: one level per sample, and unit noise `(B, C, H, W)`.
+pub struct Injection {
+    /// Standard deviations.
+    pub sigma: Vec<f64>,
+    /// Unit normal.
+    pub eps: Tensor,
+}
+
+impl Injection {
+    /// x_t = x + sigma·eps.
+    pub fn add_to(&self, x: &Tensor) -> Result<Tensor> {
+        let sigma: Vec<f32> = self.sigma.iter().map(|&s| s as f32).collect();
+        let sigma = Tensor::from_vec(sigma, (x.dim(0)?, 1, 1, 1), x.device())?;
+        Ok((x + self.eps.broadcast_mul(&sigma)?)?)
+    }
+
+    fn part(&self, first: usize, len: usize) -> Result<Self> {
+        Ok(Injection { sigma: self.sigma[first..first + len].to_vec(), eps: self.eps.narrow(0, first, len)? })
+    }
+}
+
+/// Real pictures `(B, C, H, W)` in [-1, 1] with their labels.
+pub struct Images {
+    /// The pictures.
+    pub images: Tensor,
+    /// `(B,)` i64.
+    pub label: Option<Tensor>,
+}
+
+/// One update's draws; what a term does not need is absent.
+pub struct Draw {
+    /// What the generator gets: noise at `level`, or a simulated picture noised to it.
+    pub input: Tensor,
+    /// The noise level of the generator's pass.
+    pub level: f64,
+    /// `(B,)` i64.
+    pub label: Option<Tensor>,
+    /// Samples made before, in the place of new ones.
+    pub samples: Option<Tensor>,
+    /// Noise before the scores, or for the critic's loss.
+    pub injection: Injection,
+    /// Noise before the discriminator sees the samples.
+    pub adversary: Option<Injection>,
+    /// Real pictures and the noise before the discriminator sees them.
+    pub real: Option<(Images, Injection)>,
+    /// Noise–picture pairs of the regression term.
+    pub pair: Option<PairBatch>,
+}
+
+impl Draw {
+    /// The batch in `n` equal parts.
+    pub fn parts(&self, n: usize) -> Result<Vec<Draw>> {
+        let len = self.input.dim(0)? / n;
+        (0..n).map(|i| self.part(i * len, len)).collect()
+    }
+
+    fn part(&self, first: usize, len: usize) -> Result<Draw> {
+        let narrow = |x: &Tensor| x.narrow(0, first, len);
+        let maybe = |x: &Option<Tensor>| x.as_ref().map(narrow).transpose();
+        Ok(Draw {
+            input: narrow(&self.input)?,
+            level: self.level,
+            label: maybe(&self.label)?,
+            samples: maybe(&self.samples)?,
+            injection: self.injection.part(first, len)?,
+            adversary: self.adversary.as_ref().map(|injection| injection.part(first, len)).transpose()?,
+            real: match &self.real {
+                Some((real, injection)) => {
+                    let images = Images { images: narrow(&real.images)?, label: maybe(&real.label)? };
+                    Some((images, injection.part(first, len)?))
+                }
+                None => None,
+            },
+            pair: match &self.pair {
+                Some(pair) => Some(PairBatch {
+                    noise: narrow(&pair.noise)?,
+                    image: narrow(&pair.image)?,
+                    label: maybe(&pair.label)?,
+                }),
+                None => None,
+            },
+        })
+    }
+}
+
+impl Reality {
+    /// Pictures for a teacher: of its size, channels and classes. Labels become the teacher's.
+    pub fn new(mut pictures: Pictures, teacher: &ModelFolder) -> Result<Self> {
+        let n_classes = teacher.n_classes().unwrap_or(0);
+        let names = teacher.classes();
+        if n_classes > 0 {
+            let label_of = |class: &String| -> Result<u32> {
+                let label = names.iter().position(|name| name == class);
+                ensure!(
+                    label.is_some(),
+                    "--data: its class \"{class}\" is none of the teacher's ({}); the folders must be named alike",
+                    names.join(", ")
+                );
+                Ok(label.unwrap_or(0) as u32)
+            };
+            ensure!(!pictures.classes.is_empty(), "--data: has no classes, the teacher has {n_classes}");
+            let labels = pictures.classes.iter().map(label_of).collect::<Result<Vec<u32>>>()?;
+            pictures.labels.iter_mut().for_each(|label| *label = labels[*label as usize]);
+        }
+        Ok(Reality { pictures })
+    }
+
+    /// A batch drawn with replacement.
+    pub fn batch(&self, random: &Random, key: u64, n: usize) -> Result<Images> {
+        let p = &self.pictures;
+        let picks = random.stream(Purpose::RealBatch, key).below(n, u32::try_from(p.len())?);
+        let picks: Vec<usize> = picks.into_iter().map(|i| i as usize).collect();
+        let (pixels, labels) = p.batch(&picks, &vec![false; n]);
+        let images = Tensor::from_vec(pixels, (n, p.channels, p.height, p.width), &random.device)?;
+        let label = match labels.is_empty() {
+            true => None,
+            false => Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), n, &random.device)?),
+        };
+        Ok(Images { images, label })
+    }
+}

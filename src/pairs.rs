@@ -1,0 +1,220 @@
+//! Noise–picture pairs for the regression term (Yin et al. 2024, DMD, section 3.3): what the teacher's deterministic
+//! sampler makes of a noise. A folder with `pairs.json` and safetensors shards, each with `noise` and `image` (f32
+//! `(n, C, H, W)`) and, for a teacher with classes, `label` (i64 `(n,)`). Made once, checked against the run's teacher.
+
+use crate::distill::fingerprint;
+use crate::random::{Purpose, Random, picture_noise};
+use crate::run;
+use crate::sample::{Model, Sampler};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor};
+use dmd_models::{ModelFolder, Weights, write_whole};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// `pairs.json`: whose pairs these are and how they were made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Hash of the teacher's weights, network and schedule.
+    pub teacher_sha256: String,
+    /// `(C, H, W)` of a picture.
+    pub shape: [usize; 3],
+    /// Guidance of the sampler; a run's `real_score.guidance_scale` must be the same.
+    pub guidance_scale: f64,
+    /// Steps of Heun's sampler.
+    pub sampler_steps: usize,
+    /// Seed of the noise: picture i's is the one that `dmd sample --seed` starts from.
+    pub seed: u64,
+    /// Pairs in a shard; the last one may hold fewer.
+    pub per_shard: usize,
+    /// Pairs in all.
+    pub n: usize,
+}
+
+/// Makes `manifest.n` pairs in `out`, going on where an earlier call stopped; returns how many were there already.
+/// `step` is told how many are done.
+pub fn make(
+    teacher: &ModelFolder,
+    manifest: &Manifest,
+    out: &Path,
+    batch: usize,
+    device: &Device,
+    mut step: impl FnMut(usize),
+) -> Result<usize> {
+    let path = out.join(MANIFEST);
+    if path.exists() {
+        let before = read_manifest(out)?;
+        ensure!(
+            before == *manifest,
+            "{}: holds pairs made otherwise ({}); give the same options to go on, another --out, or --force to begin anew",
+            out.display(),
+            crate::config::differences(manifest, &before)?.join("; ")
+        );
+    } else {
+        std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+        write_whole(&path, format!("{:#}\n", serde_json::to_value(manifest)?).as_bytes())?;
+    }
+    let denoiser = teacher.denoiser(device)?;
+    let n_classes = denoiser.n_classes();
+    let model = Model::Teacher {
+        denoiser,
+        sampler: Sampler::Heun,
+        n_steps: manifest.sampler_steps,
+        guidance_scale: manifest.guidance_scale,
+    };
+    let random = Random { seed: manifest.seed, device: Device::Cpu };
+    let mut found = 0;
+    for (i, first) in (0..manifest.n).step_by(manifest.per_shard).enumerate() {
+        let len = manifest.per_shard.min(manifest.n - first);
+        let path = shard_path(out, i);
+        if path.exists() && read_shard(&path, manifest, len).is_ok() {
+            found += len;
+            step(first + len);
+            continue;
+        }
+        let noise = picture_noise(manifest.seed, first as u64, len, manifest.shape, &Device::Cpu)?;
+        let label = random.labels(Purpose::PairLabel, i as u64, len, n_classes)?;
+        let labels: Vec<i64> = label.as_ref().map_or(Ok(Vec::new()), |label| label.to_vec1())?;
+        let images = model.pictures(&noise, &labels, batch)?;
+        let mut shard = Weights::default();
+        shard.insert("image", Tensor::from_vec(images.into_raw_vec_and_offset().0, noise.dims(), &Device::Cpu)?);
+        shard.insert("noise", noise);
+        if let Some(label) = label {
+            shard.insert("label", label);
+        }
+        shard.save(&path, &BTreeMap::new())?;
+        step(first + len);
+        if run::asked_to_stop() && first + len < manifest.n {
+            bail!("interrupted after {} of {} pairs; run the same command again to go on", first + len, manifest.n);
+        }
+    }
+    Ok(found)
+}
+
+/// Pairs in memory.
+pub struct Pairs {
+    shape: [usize; 3],
+    noise: Vec<f32>,
+    image: Vec<f32>,
+    labels: Vec<i64>,
+}
+
+/// Some of them as tensors.
+pub struct PairBatch {
+    /// Unit normal, `(B, C, H, W)`.
+    pub noise: Tensor,
+    /// The teacher's picture of it, of the same shape.
+    pub image: Tensor,
+    /// `(B,)` i64.
+    pub label: Option<Tensor>,
+}
+
+impl Pairs {
+    /// Reads a folder that `make` wrote, and refuses pairs of another teacher, size or guidance before reading shards.
+    pub fn load(folder: &Path, teacher: &ModelFolder, guidance_scale: f64) -> Result<Self> {
+        let manifest = read_manifest(folder)?;
+        let refuse =
+            |what: String| anyhow::anyhow!("{}: {what}; make pairs for this run with `dmd pairs`", folder.display());
+        let [height, width] = teacher.size()?;
+        let shape = [teacher.config.in_channels, height, width];
+        ensure!(manifest.shape == shape, refuse(format!("pictures are {:?}, the teacher's {shape:?}", manifest.shape)));
+        ensure!(
+            manifest.teacher_sha256 == fingerprint(teacher)?,
+            refuse("pairs were made by another teacher (its weights or its configuration differ)".into())
+        );
+        ensure!(
+            manifest.guidance_scale == guidance_scale,
+            refuse(format!(
+                "pairs were made with guidance {}, real_score.guidance_scale is {guidance_scale}",
+                manifest.guidance_scale
+            ))
+        );
+        let mut pairs = Pairs { shape, noise: Vec::new(), image: Vec::new(), labels: Vec::new() };
+        for (i, first) in (0..manifest.n).step_by(manifest.per_shard).enumerate() {
+            let shard = read_shard(&shard_path(folder, i), &manifest, manifest.per_shard.min(manifest.n - first))?;
+            let values = |name: &str| -> Result<Vec<f32>> {
+                Ok(shard.get(name).context("checked when it was read")?.flatten_all()?.to_vec1()?)
+            };
+            pairs.noise.extend(values("noise")?);
+            pairs.image.extend(values("image")?);
+            if let Some(label) = shard.get("label") {
+                pairs.labels.extend(label.to_vec1::<i64>()?);
+            }
+        }
+        let n_classes = teacher.n_classes().unwrap_or(0);
+        ensure!(
+            pairs.labels.is_empty() == (n_classes == 0)
+                && pairs.labels.iter().all(|label| (0..n_classes as i64).contains(label)),
+            refuse(format!("labels are not those of the teacher's {n_classes} classes"))
+        );
+        Ok(pairs)
+    }
+
+    /// How many there are.
+    #[allow(clippy::len_without_is_empty)] // a manifest has at least one
+    pub fn len(&self) -> usize {
+        self.image.len() / self.shape.iter().product::<usize>()
+    }
+
+    /// The pairs of these numbers.
+    pub fn batch(&self, picks: &[u32], device: &Device) -> Result<PairBatch> {
+        let size: usize = self.shape.iter().product();
+        let [c, h, w] = self.shape;
+        let rows = |all: &[f32]| -> Result<Tensor> {
+            let rows = picks.iter().flat_map(|&i| &all[i as usize * size..(i as usize + 1) * size]);
+            Ok(Tensor::from_vec(rows.copied().collect(), (picks.len(), c, h, w), device)?)
+        };
+        let label = match self.labels.is_empty() {
+            true => None,
+            false => {
+                let labels = picks.iter().map(|&i| self.labels[i as usize]).collect();
+                Some(Tensor::from_vec(labels, picks.len(), device)?)
+            }
+        };
+        Ok(PairBatch { noise: rows(&self.noise)?, image: rows(&self.image)?, label })
+    }
+}
+
+const MANIFEST: &str = "pairs.json";
+
+fn read_manifest(folder: &Path) -> Result<Manifest> {
+    let path = folder.join(MANIFEST);
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("{}: no pairs (make them with `dmd pairs TEACHER --out PAIRS`)", path.display()))?;
+    let manifest: Manifest = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    ensure!(manifest.n > 0 && manifest.per_shard > 0, "{}: holds no pairs", path.display());
+    Ok(manifest)
+}
+
+fn shard_path(folder: &Path, i: usize) -> PathBuf {
+    folder.join(format!("shard-{i:05}.safetensors"))
+}
+
+/// One shard with everything in it that the manifest promises.
+fn read_shard(path: &Path, manifest: &Manifest, len: usize) -> Result<Weights> {
+    let unfinished = || format!("{}: missing or damaged; run `dmd pairs` again to make it anew", path.display());
+    let shard = Weights::load(path, &Device::Cpu).with_context(unfinished)?;
+    let [c, h, w] = manifest.shape;
+    for (name, shape, dtype) in [("noise", vec![len, c, h, w], DType::F32), ("image", vec![len, c, h, w], DType::F32)] {
+        let tensor = shard.get(name).with_context(unfinished)?;
+        ensure!(
+            tensor.dims() == shape && tensor.dtype() == dtype,
+            "{}: tensor \"{name}\" is {:?} {:?}, expected {shape:?} {dtype:?}",
+            path.display(),
+            tensor.dims(),
+            tensor.dtype()
+        );
+    }
+    if let Some(label) = shard.get("label") {
+        ensure!(
+            label.dims() == [len] && label.dtype() == DType::I64,
+            "{}: tensor \"label\" is {:?} {:?}, expected [{len}] I64",
+            path.display(),
+            label.dims(),
+            label.dtype()
+        );
+    }
+    Ok(shard)
+}
