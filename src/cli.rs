@@ -38,6 +38,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Make pictures with a teacher, a generator or an ONNX file.
     Sample(SampleArgs),
+    /// Score a model's pictures against real ones, or another model's.
+    Score(ScoreArgs),
     /// Say what a file or folder of ours holds.
     Inspect(InspectArgs),
     /// Time training, or an exported file.
@@ -236,7 +238,7 @@ pub enum OutputKind {
 }
 
 /// `dmd sample`.
-#[derive(Debug, Args)]
+#[derive(Debug, Parser)]
 pub struct SampleArgs {
     /// A teacher's folder, a generator's folder or an .onnx file.
     pub model: PathBuf,
@@ -290,6 +292,31 @@ pub enum Engine {
     Onnxruntime,
     /// tract, built in.
     Tract,
+}
+
+/// `dmd score`.
+#[derive(Debug, Args)]
+pub struct ScoreArgs {
+    /// A teacher's folder, a generator's folder or an .onnx file.
+    pub model: PathBuf,
+    /// What to compare its pictures with: a folder or zip of pictures, or another model. May be repeated.
+    #[arg(long, value_name = "PATH", required = true)]
+    pub against: Vec<PathBuf>,
+    /// Pictures of each, at most.
+    #[arg(short, default_value_t = 2048, value_name = "N")]
+    pub n: usize,
+    /// What the kernel distance (KID) looks with: a model folder's encoder, or an ONNX network such as an Inception.
+    #[arg(long, value_name = "PATH")]
+    pub features: Option<PathBuf>,
+    /// Guidance of a teacher; 1 is none.
+    #[arg(long, default_value_t = 1.0, value_name = "SCALE")]
+    pub guidance: f64,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Where a folder's model runs.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
 }
 
 /// `dmd inspect`.

@@ -3,9 +3,9 @@
 use crate::config::Distance;
 use crate::loss::{l2, perceptual, pseudo_huber};
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_onnx::onnx::{GraphProto, ModelProto};
-use dmd_models::{Denoiser, Eager};
+use dmd_models::{Denoiser, Eager, ModelFolder};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -48,6 +48,39 @@ impl Comparison {
             Comparison::L2 => l2(x, target),
             Comparison::PseudoHuber => pseudo_huber(x, target),
             _ => perceptual(&features(x)?, &features(&target.detach())?),
+        }
+    }
+}
+
+/// Features of pictures to score them by: a teacher's encoder, or any ONNX network.
+pub enum Features {
+    /// A model folder's encoder, seeing pictures without a class where the model knows that, else as its first class.
+    Model(Box<Denoiser>),
+    /// An ONNX network.
+    Onnx(Box<FeatureNetwork>),
+}
+
+impl Features {
+    /// Reads a model folder or an .onnx file.
+    pub fn load(path: &Path) -> Result<Self> {
+        match path.is_dir() {
+            true => {
+                let folder = ModelFolder::load(path, &Device::Cpu)?;
+                Ok(Features::Model(Box::new(folder.denoiser(&Device::Cpu)?)))
+            }
+            false => Ok(Features::Onnx(Box::new(FeatureNetwork::load(path)?))),
+        }
+    }
+
+    /// Maps of pictures f32 `(B, C, H, W)` in [-1, 1].
+    pub fn of(&self, images: &Tensor) -> Result<Vec<Tensor>> {
+        match self {
+            Features::Onnx(network) => network.features(images),
+            Features::Model(denoiser) => {
+                let label = denoiser.n_classes().map(|n| if denoiser.null_class { n as i64 } else { 0 });
+                let label = label.map(|label| Tensor::full(label, images.dim(0)?, images.device())).transpose()?;
+                Ok(denoiser.features(&Eager, images, &[FEATURE_SIGMA], label.as_ref())?)
+            }
         }
     }
 }

@@ -229,9 +229,15 @@ pub fn finite(name: &'static str, loss: &candle_core::Tensor) -> Result<f64> {
     Ok(value)
 }
 
-/// What to say of a loss or gradient that is not finite.
-pub fn stopped_at(step: u64) -> String {
-    format!("step {step}: the run stops here and its last good checkpoint is kept (lower the rate and run again)")
+/// The error that ends a run at this step (counted from 1): what happened, and, for a loss or gradient that is not
+/// finite, what to do.
+pub fn stopped(step: u64, error: anyhow::Error) -> anyhow::Error {
+    match error.is::<NotFinite>() {
+        true => anyhow::anyhow!(
+            "step {step}: {error:#}; the run stops here and its last good checkpoint is kept (lower the rate and run again)"
+        ),
+        false => error.context(format!("step {step}")),
+    }
 }
 
 /// A progress bar on stderr with rate and time left; plain lines where stderr is not a terminal.

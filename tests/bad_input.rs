@@ -351,3 +351,79 @@ fn an_error_is_an_object_too() {
     let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(value["error"].as_str().unwrap().contains("nowhere: no such file or folder"));
 }
+
+/// Everything that the terms of the loss need is asked for before anything is loaded, with the remedy.
+#[test]
+fn terms_without_what_they_need_are_refused() {
+    let w = Workplace::new().with_fixture("edm-tiny").with_pictures();
+    let check = |options: &str, parts: &[&str]| _ = w.refuses(&format!("{DISTILL} {options}"), 1, parts);
+    check("--recipe dmd2", &["loss.gan needs real pictures: give --data PATH"]);
+    check("--recipe dmd", &["there are no pairs", "dmd pairs TEACHER"]);
+    check("--set loss.divergence=forward-kl", &["loss.divergence needs a discriminator", "loss.gan.critic_weight"]);
+    check("--set loss.gan.weight=1", &["loss.gan.weight is 1 without a discriminator"]);
+    check("--set generator.steps=[1.0,2.0]", &["generator.steps is [1.0, 2.0], expected descending noise levels"]);
+    check("--set generator.steps=[90.0,2.0]", &["generator.steps is 90, expected within the teacher's noise levels"]);
+    check("--set accumulate=3", &["accumulate is 3, expected a divisor of batch (2)"]);
+    check("--set loss.gna.weight=1", &["--set loss.gna.weight=1", "did you mean \"loss.gan\"?"]);
+    check("--set batch", &["--set batch: expected KEY=VALUE"]);
+    check("--set loss.divergence=kl", &["unknown variant `kl`", "forward-kl"]);
+    check("--guidance 2", &["the teacher knows no pictures without a class", "--label-dropout"]);
+    check("--start teacher/unet", &["generator.start", "not a diffusers folder"]);
+    check("--recipe dmd --pairs nowhere", &["nowhere/pairs.json: no pairs (make them with `dmd pairs"]);
+    check("--recipe dmd2 --data pictures", &["its class \"blue\" is none of the teacher's (0, 1, 2)"]);
+    check("--recipe dmd2 --data nowhere", &["nowhere: cannot read"]);
+    w.refuses(&format!("{DISTILL} --recipe best"), 2, &["dmd2", "f-js", "sid"]);
+    w.refuses("pairs teacher --out p -n 0", 1, &["-n is 0, expected at least 1"]);
+    w.refuses("pairs teacher --out p --guidance 2", 1, &["--label-dropout"]);
+    w.refuses("pairs teacher --out pictures", 1, &["pictures: exists and holds no pairs"]);
+    w.refuses("sample teacher --npy a.npy --guidance 2", 1, &["train it with label dropout"]);
+    w.refuses(
+        &format!("{TEACH} pictures --unconditional --label-dropout 0.1"),
+        1,
+        &["--unconditional leaves no classes"],
+    );
+}
+
+/// Pairs of another teacher, size, guidance, or damaged ones.
+#[test]
+fn pairs_that_do_not_fit_are_refused() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    w.ok("pairs teacher --out pairs -n 5 --steps 2 --per-shard 3");
+    let line = format!("{DISTILL} --recipe dmd --pairs pairs");
+    let shard = std::fs::read(w.path("pairs/shard-00001.safetensors")).unwrap();
+    w.write("pairs/shard-00001.safetensors", &shard[..shard.len() - 5]);
+    w.refuses(&line, 1, &["pairs/shard-00001.safetensors: missing or damaged; run `dmd pairs` again"]);
+    assert_eq!(w.ok("pairs teacher --out pairs -n 5 --steps 2 --per-shard 3")["made"], 2);
+    assert!(std::fs::read(w.path("pairs/shard-00001.safetensors")).unwrap() == shard, "made anew, it is the same");
+    w.refuses("pairs teacher --out pairs -n 6 --steps 2 --per-shard 3", 1, &["made otherwise (n is 6, was 5)"]);
+
+    let manifest = w.text("pairs/pairs.json");
+    w.edit_json("pairs/pairs.json", |m| m["guidance_scale"] = json!(2.0));
+    w.refuses(&line, 1, &["pairs were made with guidance 2, real_score.guidance_scale is 1"]);
+    w.write("pairs/pairs.json", &manifest);
+    w.edit_json("pairs/pairs.json", |m| m["shape"] = json!([3, 16, 16]));
+    w.refuses(&line, 1, &["pictures are [3, 16, 16], the teacher's [3, 8, 8]"]);
+    w.write("pairs/pairs.json", &manifest);
+    w.edit_json("teacher/scheduler/scheduler_config.json", |scheduler| scheduler["sigma_data"] = json!(0.6));
+    w.refuses(&line, 1, &["pairs were made by another teacher"]);
+}
+
+#[test]
+fn recipes_are_shown_whole_and_can_be_changed() {
+    let w = Workplace::new();
+    for recipe in ["dmd", "dmd2", "f-js", "sid", "fast"] {
+        let output = w.run(&format!("config show --recipe {recipe} --steps 7"));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && text.contains("steps = 7"), "{recipe}: {text}");
+        // What is shown can be given back, and says the same again.
+        w.write("shown.toml", &text);
+        let again = w.run("config show --config shown.toml");
+        assert_eq!(String::from_utf8(again.stdout).unwrap(), text, "{recipe}");
+    }
+    w.write("mine.toml", "[loss.gan]\nweight = 0.5\n");
+    let shown = w.ok("config show --recipe dmd2 --config mine.toml --set loss.gan.r1=2 --set generator.sigma=max");
+    assert_eq!(shown["loss"]["gan"]["weight"], 0.5);
+    assert_eq!(shown["loss"]["gan"]["critic_weight"], 0.01);
+    assert_eq!(shown["loss"]["gan"]["r1"], 2.0);
+    assert_eq!(shown["generator"]["sigma"], "max");
+}

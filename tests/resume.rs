@@ -109,6 +109,85 @@ fn a_distillation_in_pieces_equals_one_in_one_go() {
     assert_same(&w, "term", "whole");
 }
 
+/// Everything at once: guided few-step student of two averages, every term, critic that shares samples, in parts.
+const EVERYTHING: &str = r#"
+steps = 40
+ratio = 2
+accumulate = 2
+samples = "shared"
+log_every = 1
+sample_every = 50
+checkpoint_every = 8
+[generator]
+steps = [2.5, 0.8]
+ema = [0.9, 0.99]
+decay = "linear"
+[real_score]
+guidance_scale = 1.5
+[loss]
+divergence = "jensen-shannon"
+ratio_memory = 0.5
+[loss.regression]
+weight = 0.25
+[loss.gan]
+weight = 3e-3
+critic_weight = 1e-2
+r1 = 1.0
+start_step = 4
+resolutions = 2
+"#;
+
+#[test]
+fn a_distillation_with_every_term_in_pieces_equals_one_in_one_go() {
+    let w = Workplace::new().with_pictures().with_fixture("edm-tiny");
+    // The third class becomes "no class".
+    w.write(
+        "teacher/dmd.json",
+        r#"{"kind": "teacher", "version": "", "classes": ["blue", "red"], "null_class": true}"#,
+    );
+    w.write("distill.toml", EVERYTHING);
+    w.ok("pairs teacher --out pairs -n 10 --steps 2 --per-shard 4 --guidance 1.5");
+    let line = format!("{DISTILL} RUN --data pictures --pairs pairs");
+    let whole = w.ok(&line.replace("RUN", "whole"));
+    for number in ["loss_dm", "loss_fake", "loss_gan", "loss_discriminator", "loss_regression", "d_real", "h_max"] {
+        assert!(whole[number].as_f64().is_some_and(f64::is_finite), "{number} in {whole}");
+    }
+    let pieces = line.replace("RUN", "pieces");
+    for (lines, signal) in [(3, "TERM"), (12, "KILL"), (6, "TERM")] {
+        interrupt(&w, &pieces, "pieces/metrics.jsonl", lines, signal);
+    }
+    w.ok(&pieces);
+    assert_same(&w, "pieces", "whole");
+    assert!(w.path("whole/generator-ema-0.99/unet").is_dir());
+
+    // The generator of two passes draws, and says what it is; a second stage starts from the first, critic and all.
+    let drawn = w.ok("sample whole/generator --npy few.npy -n 4 --batch 3");
+    assert_eq!(drawn["model"], "the generator (2 steps)");
+    w.ok("sample whole/generator --npy again.npy -n 4");
+    assert!(common::max_difference(&w.npy("few.npy"), &w.npy("again.npy")) < 1e-5);
+    w.ok("sample whole/generator --npy other.npy -n 4 --seed 1");
+    assert!(common::max_difference(&w.npy("few.npy"), &w.npy("other.npy")) > 1e-3);
+    w.ok("distill --teacher teacher --out stage2 --steps 1 --batch 2 --start whole --set ratio=1 --set generator.rate=1e-9");
+    let gap = |a: &str, b: &str| {
+        w.ok(&format!("sample {a} --npy a.npy --force"));
+        w.ok(&format!("sample {b} --npy b.npy --force"));
+        common::max_difference(&w.npy("a.npy"), &w.npy("b.npy"))
+    };
+    w.edit_json("whole/generator/dmd.json", |about| _ = about.as_object_mut().unwrap().remove("steps"));
+    assert!(gap("stage2/generator", "whole/generator") < 1e-4);
+}
+
+/// A run in trouble goes back to its last checkpoint and on at lower rates, as often as it may, then stops.
+#[test]
+fn a_run_in_trouble_returns_to_its_checkpoint() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    let settings = "steps = 60\nratio = 1\ncheckpoint_every = 1\n[guards]\nskip = 0\nreturns = 3\n[generator]\nrate = 1e6\nwarmup = 20\n[fake_score]\nrate = 1e6\nwarmup = 20\n";
+    w.write("distill.toml", settings);
+    let message =
+        w.fails(&format!("{DISTILL} run"), 1, &["the run stops here", "at 0.5 of the rates", "at 0.125 of the rates"]);
+    assert_eq!(message.matches("going on from step").count(), 3, "{message}");
+}
+
 #[test]
 fn a_teacher_in_pieces_equals_one_in_one_go() {
     let w = Workplace::new().with_pictures();

@@ -9,6 +9,7 @@ mod export;
 mod inspect;
 mod pairs;
 mod sample;
+mod score;
 mod teacher_train;
 
 use crate::cli::{BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand};
@@ -28,6 +29,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Config(ConfigCommand::Show(args)) => config_show::run(args, cli.json),
         Command::Export(args) => export::run(args),
         Command::Sample(args) => sample::run(args, cli.threads),
+        Command::Score(args) => score::run(args, cli.threads),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),

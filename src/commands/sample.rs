@@ -26,7 +26,7 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
     let labels = labels(&args.class, source.classes(), noise.dim().0)?;
     args.out.iter().chain(&args.npy).try_for_each(|path| make_parent(path))?;
     let started = Instant::now();
-    let images = source.pictures(args, &noise, &labels)?;
+    let images = source.pictures(&noise, &labels, args.batch)?;
     let seconds = started.elapsed().as_secs_f64();
     if let Some(path) = &args.out {
         let scale = (128 / images.dim().2.max(1) as u32).max(1);
@@ -47,13 +47,23 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
 }
 
 /// What makes the pictures.
-enum Source {
-    Folder { model: Box<Model>, shape: [usize; 3], classes: Vec<String> },
+pub enum Source {
+    /// A model folder, on candle.
+    Folder {
+        /// The model.
+        model: Box<Model>,
+        /// `(C, H, W)`.
+        shape: [usize; 3],
+        /// Names of its classes.
+        classes: Vec<String>,
+    },
+    /// An exported file, in the runtime.
     File(Box<dmd_runtime::Generator>),
 }
 
 impl Source {
-    fn open(args: &SampleArgs, threads: Option<usize>) -> Result<Self> {
+    /// Opens what `args.model` names.
+    pub fn open(args: &SampleArgs, threads: Option<usize>) -> Result<Self> {
         if is_onnx(&args.model) {
             ensure!(
                 args.steps.is_none_or(|steps| steps == 1),
@@ -99,14 +109,16 @@ impl Source {
         })
     }
 
-    fn shape(&self) -> [usize; 3] {
+    /// `(C, H, W)` of a picture.
+    pub fn shape(&self) -> [usize; 3] {
         match self {
             Source::Folder { shape, .. } => *shape,
             Source::File(generator) => generator.info().shape(),
         }
     }
 
-    fn classes(&self) -> &[String] {
+    /// Names of the classes; empty for an unconditional model.
+    pub fn classes(&self) -> &[String] {
         match self {
             Source::Folder { classes, .. } => classes,
             Source::File(generator) => &generator.info().classes,
@@ -126,12 +138,13 @@ impl Source {
         }
     }
 
-    fn pictures(&mut self, args: &SampleArgs, noise: &Array4<f32>, labels: &[i64]) -> Result<Array4<f32>> {
+    /// Pictures of this noise, `batch` at a time on candle.
+    pub fn pictures(&mut self, noise: &Array4<f32>, labels: &[i64], batch: usize) -> Result<Array4<f32>> {
         match self {
             Source::File(generator) => Ok(generator.run(noise.view(), labels)?.to_f32()),
             Source::Folder { model, .. } => {
                 let values: Vec<f32> = noise.iter().copied().collect();
-                model.pictures(&Tensor::from_vec(values, noise.dim(), &Device::Cpu)?, labels, args.batch)
+                model.pictures(&Tensor::from_vec(values, noise.dim(), &Device::Cpu)?, labels, batch)
             }
         }
     }

@@ -181,7 +181,7 @@ impl<'a> Distillation<'a> {
                 ));
                 Ok(Recovery::Return(step))
             }
-            _ => Err(error.context(run::stopped_at(step + 1))),
+            _ => Err(run::stopped(step + 1, error)),
         }
     }
 

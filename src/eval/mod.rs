@@ -1,6 +1,8 @@
 //! Scores of samples, and the order statistics that benches report.
 
+mod kernel_distance;
 mod sliced_wasserstein;
+pub use kernel_distance::kernel_distance;
 pub use sliced_wasserstein::{as_rows, sliced_wasserstein};
 
 use crate::random::{Purpose, Random};

@@ -182,10 +182,10 @@ impl<'a> Trainer<'a> {
         let sigma = self.log_normal(&self.random.stream(Purpose::TeacherSigma, step).normal(n));
         let noise = self.random.normal(Purpose::TeacherNoise, step, &self.shape(n))?;
         let loss = self.loss(&self.denoiser, &picks, &flips, &dropped, &sigma, &noise)?;
-        let value = run::finite("loss", &loss).with_context(|| run::stopped_at(step + 1))?;
+        let value = run::finite("loss", &loss).map_err(|error| run::stopped(step + 1, error))?;
         let rate = rate_at(s.rate, s.decay, s.warmup, step, s.steps);
         let gradients = self.optimizer.gradients(&loss.backward()?);
-        let norm = self.optimizer.update(&gradients, rate).with_context(|| run::stopped_at(step + 1))?;
+        let norm = self.optimizer.update(&gradients, rate).map_err(|error| run::stopped(step + 1, error))?;
         average_into(&self.average, &self.vars, ramped_decay(s.ema, step))?;
         Ok((value, norm))
     }
