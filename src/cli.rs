@@ -135,8 +135,7 @@ pub struct DistillArgs {
 /// The settings of a distillation: a recipe, a file and single settings, each on top of the one before.
 #[derive(Clone, Debug, Default, Args)]
 pub struct SettingsArgs {
-    /// Settings that belong together: dmd (with regression), dmd2 (adversarial), f-js (Jensen-Shannon), sid (score
-    /// identity), fast (plain, for a first look).
+    /// Settings that belong together.
     #[arg(long, value_name = "NAME")]
     pub recipe: Option<Recipe>,
     /// Settings as TOML, on top of the recipe; options here override it.

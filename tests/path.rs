@@ -48,6 +48,38 @@ fn pictures_become_a_teacher_a_generator_and_a_file_that_agree() {
     }
 }
 
+/// A teacher that also knows pictures without a class is guided in sampling, pairs and distillation, and its generator
+/// is exported like any other; a score tells it from its data.
+#[test]
+fn a_guided_teacher_goes_the_whole_way() {
+    let w = Workplace::new().with_pictures();
+    w.ok(
+        "teacher train --data pictures --out teacher --size 8 --unet unet.json --steps 6 --batch 4 --label-dropout 0.5",
+    );
+    assert_eq!(w.ok("inspect teacher")["classes"], json!(["blue", "red"]));
+    for scale in ["1", "3"] {
+        w.ok(&format!("sample teacher --npy {scale}.npy -n 4 --steps 2 --guidance {scale}"));
+    }
+    assert!(max_difference(&w.npy("1.npy"), &w.npy("3.npy")) > 1e-6);
+    w.ok("pairs teacher --out pairs -n 8 --steps 2 --guidance 2");
+    w.ok(
+        "distill --teacher teacher --out run --recipe dmd --pairs pairs --guidance 2 --steps 2 --batch 2 --set ratio=1",
+    );
+    w.ok("export run/generator --onnx generator.onnx");
+    w.ok("sample run/generator --npy a.npy -n 4");
+    w.ok("sample generator.onnx --npy b.npy -n 4");
+    assert!(max_difference(&w.npy("a.npy"), &w.npy("b.npy")) < TOLERANCE);
+
+    let scored = w.ok("score generator.onnx --against pictures --against run/generator -n 32 --features teacher");
+    let [data, itself] = &scored["scores"].as_array().unwrap()[..] else { panic!("{scored}") };
+    assert_eq!((&data["pictures"], &itself["pictures"]), (&json!(24), &json!(32)));
+    let number = |score: &serde_json::Value, name: &str| score[name].as_f64().unwrap();
+    assert!(number(data, "sliced_wasserstein") > 2.0 * number(itself, "sliced_wasserstein"), "{scored}");
+    assert!(number(data, "kernel_distance") > number(itself, "kernel_distance"), "{scored}");
+    w.fails("score teacher --against nowhere", 1, &["nowhere"]);
+    w.fails("score teacher", 2, &["--against"]);
+}
+
 fn samples_agree(w: &Workplace) {
     let of_teacher = w.ok("sample teacher --out teacher.png --npy teacher.npy -n 5 --steps 3 --seed 7");
     assert_eq!((&of_teacher["pictures"], &of_teacher["labels"]), (&json!(5), &json!([0, 1, 0, 1, 0])));
