@@ -49,6 +49,11 @@ fn conv2d_equals_its_composite() {
         [1, 2, 5, 5, 3, 5, 1, 2],
         [2, 2, 3, 3, 2, 3, 1, 2],
         [33, 3, 4, 4, 4, 1, 1, 0],
+        // Kernels that reach further than the picture.
+        [2, 3, 1, 1, 2, 3, 1, 1],
+        [1, 2, 1, 7, 3, 3, 1, 1],
+        [2, 2, 2, 3, 2, 5, 1, 2],
+        [1, 2, 6, 1, 2, 7, 1, 3],
     ];
     for [b, c, h, w, o, k, stride, padding] in cases {
         let inputs = [values(&[b, c, h, w], 0.1), values(&[o, c, k, k], 0.2), values(&[o], 0.3)];

@@ -164,6 +164,11 @@ impl Geometry {
         self.kernel == [1, 1] && self.stride == 1 && self.padding == 0
     }
 
+    /// Stride 1 with a padding that makes up for the kernel: a row of columns is then the picture, moved.
+    fn keeps_size(&self) -> bool {
+        self.stride == 1 && self.out_height == self.height && self.out_width == self.width
+    }
+
     /// Pictures that share one matrix product.
     fn group(&self) -> usize {
         let by_size = COLUMNS.div_ceil(self.pixels_out().max(1));
@@ -258,9 +263,11 @@ impl Geometry {
     fn turn(&self, w: &[f32]) -> Vec<f32> {
         let (c, o, taps) = (self.channels, self.out_channels, self.kernel[0] * self.kernel[1]);
         let mut turned = vec![0f32; w.len()];
-        for (i, value) in w.iter().enumerate() {
-            let (output, input, tap) = (i / (c * taps), i / taps % c, i % taps);
-            turned[(input * o + output) * taps + taps - 1 - tap] = *value;
+        for (output, kernels) in w.chunks_exact(c * taps).enumerate() {
+            for (input, kernel) in kernels.chunks_exact(taps).enumerate() {
+                let to = &mut turned[(input * o + output) * taps..][..taps];
+                to.iter_mut().rev().zip(kernel).for_each(|(to, v)| *to = *v);
+            }
         }
         turned
     }
@@ -325,15 +332,19 @@ impl Geometry {
         let n = n_pictures * self.pixels_out();
         buffer.resize(self.patch() * n, 0.0);
         self.each_row(|row, channel, dy, dx| {
+            let (start, end) = self.inside(dx);
             let columns = &mut buffer[row * n..(row + 1) * n];
             for (picture, columns) in columns.chunks_exact_mut(self.pixels_out()).enumerate() {
                 let plane = &x[(picture * self.channels + channel) * self.pixels_in()..][..self.pixels_in()];
+                if self.keeps_size() {
+                    shift(plane, columns, self.width, [dy, dx].map(|d| d as isize - self.padding as isize));
+                    continue;
+                }
                 for (y, line) in columns.chunks_exact_mut(self.out_width).enumerate() {
                     let Some(from) = self.source_row(plane, y, dy) else {
                         line.fill(0.0);
                         continue;
                     };
-                    let (start, end) = self.inside(dx);
                     line[..start].fill(0.0);
                     line[end..].fill(0.0);
                     let first = start * self.stride + dx - self.padding;
@@ -355,17 +366,17 @@ impl Geometry {
     fn scatter(&self, columns: &[f32], n_pictures: usize, dx_pictures: &mut [f32]) {
         let n = n_pictures * self.pixels_out();
         self.each_row(|row, channel, dy, dx| {
+            let (start, end) = self.inside(dx);
             let columns = &columns[row * n..(row + 1) * n];
             for (picture, columns) in columns.chunks_exact(self.pixels_out()).enumerate() {
-                let start = (picture * self.channels + channel) * self.pixels_in();
-                let plane = &mut dx_pictures[start..start + self.pixels_in()];
+                let plane = (picture * self.channels + channel) * self.pixels_in();
+                let plane = &mut dx_pictures[plane..plane + self.pixels_in()];
                 for (y, line) in columns.chunks_exact(self.out_width).enumerate() {
                     let Some(row) = (y * self.stride + dy).checked_sub(self.padding).filter(|&row| row < self.height)
                     else {
                         continue;
                     };
                     let to = &mut plane[row * self.width..(row + 1) * self.width];
-                    let (start, end) = self.inside(dx);
                     let first = start * self.stride + dx - self.padding;
                     if self.stride == 1 {
                         to[first..first + end - start].iter_mut().zip(&line[start..end]).for_each(|(to, v)| *to += v);
@@ -396,6 +407,27 @@ impl Geometry {
         let start = self.padding.saturating_sub(dx).div_ceil(self.stride).min(self.out_width);
         let end = (self.width + self.padding).saturating_sub(dx).div_ceil(self.stride).min(self.out_width);
         (start, end.max(start))
+    }
+}
+
+/// `to[y][x] = from[y + dy][x + dx]`, zero outside; both planes are `width` wide and equally large. One copy of the whole
+/// plane, then zeros where it wrapped round: rows of 8 or 16 pixels are too short to be copied one by one.
+fn shift(from: &[f32], to: &mut [f32], width: usize, [dy, dx]: [isize; 2]) {
+    let (len, width_i) = (from.len() as isize, width as isize);
+    let offset = dy * width_i + dx;
+    let rows_start = (-dy * width_i).clamp(0, len);
+    let rows_end = (len - dy * width_i).clamp(0, len);
+    let start = rows_start.max(-offset).min(len) as usize;
+    let end = (rows_end.min(len - offset).max(0) as usize).max(start);
+    to[..start].fill(0.0);
+    to[end..].fill(0.0);
+    if start < end {
+        to[start..end].copy_from_slice(&from[(start as isize + offset) as usize..][..end - start]);
+    }
+    let wrapped = dx.unsigned_abs().min(width);
+    let first = if dx < 0 { 0 } else { width - wrapped };
+    if wrapped > 0 {
+        to.chunks_exact_mut(width).for_each(|row| row[first..first + wrapped].fill(0.0));
     }
 }
 
