@@ -45,6 +45,8 @@ pub enum Command {
     /// Time training, or an exported file.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Draw what each part of the method is for: on points of the plane, or one step of a picture model.
+    Ablate(AblateArgs),
     /// Distil, export and run the small model that comes with the project, and show it all in one picture.
     Demo(DemoArgs),
 }
@@ -365,6 +367,36 @@ pub struct BenchRunArgs {
     /// What runs it.
     #[arg(long, default_value = "auto", value_enum)]
     pub engine: Engine,
+}
+
+/// `dmd ablate`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["toy", "teacher"]))]
+pub struct AblateArgs {
+    /// Train on points of the plane, where the teacher is exact, with parts of the method left out or changed.
+    #[arg(long)]
+    pub toy: bool,
+    /// Draw one step of a picture model at several noise levels: the teacher's folder.
+    #[arg(long, value_name = "DIR")]
+    pub teacher: Option<PathBuf>,
+    /// Its generator's folder [default: that of --run, else the teacher's own samples].
+    #[arg(long, value_name = "DIR", conflicts_with = "toy")]
+    pub generator: Option<PathBuf>,
+    /// A distillation's run, whose last checkpoint has the fake score [default: the teacher, as a run begins].
+    #[arg(long, value_name = "RUN", conflicts_with = "toy")]
+    pub run: Option<PathBuf>,
+    /// Where the pictures go.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Seed of everything random.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Updates of each generator of the plane.
+    #[arg(long, default_value_t = 500, value_name = "N", conflicts_with = "teacher")]
+    pub steps: u64,
+    /// Replace existing pictures.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `dmd demo`.

@@ -72,6 +72,32 @@ pub fn labelled_panel(panels: &[(&str, RgbImage)]) -> RgbImage {
     canvas
 }
 
+/// Pictures in rows and columns, a name above each column and before each row. All columns are as wide as the widest
+/// picture.
+pub fn labelled_table(columns: &[String], rows: &[(&str, Vec<RgbImage>)]) -> RgbImage {
+    let (line, gap) = (2 * LETTER, MARGIN / 2);
+    let side = 2 * LETTER * rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0) as u32 + MARGIN;
+    let cell = rows.iter().flat_map(|(_, pictures)| pictures).map(RgbImage::width).max().unwrap_or(0);
+    let heights: Vec<u32> =
+        rows.iter().map(|(_, pictures)| pictures.iter().map(RgbImage::height).max().unwrap_or(line)).collect();
+    let width = MARGIN + side + columns.len() as u32 * (cell + gap) + MARGIN - gap.min(MARGIN);
+    let height = 2 * MARGIN + line + gap + heights.iter().map(|height| height + gap).sum::<u32>() - gap;
+    let mut canvas = RgbImage::from_pixel(width, height, WHITE);
+    let left = |column: usize| MARGIN + side + column as u32 * (cell + gap);
+    for (column, name) in columns.iter().enumerate() {
+        write_text(&mut canvas, name, left(column) + GAP, MARGIN, 2);
+    }
+    let mut top = MARGIN + line + gap;
+    for ((name, pictures), height) in rows.iter().zip(heights) {
+        write_text(&mut canvas, name, MARGIN, top + height.saturating_sub(line) / 2, 2);
+        for (column, picture) in pictures.iter().enumerate() {
+            replace(&mut canvas, picture, left(column).into(), top.into());
+        }
+        top += height + gap;
+    }
+    canvas
+}
+
 /// Writes a PNG, whole or not at all.
 pub fn save_png(path: &Path, image: &RgbImage) -> Result<()> {
     let mut png = std::io::Cursor::new(Vec::new());
@@ -161,6 +187,21 @@ mod tests {
         assert_eq!(n_black(120, 38, 40, 20), 800);
         assert!(n_black(12, 12, 96, 10) > 50 && n_black(12, 22, 96, 10) > 50 && n_black(120, 12, 40, 10) > 20);
         assert_eq!(labelled_panel(&[]).dimensions(), (12, 24));
+    }
+
+    #[test]
+    fn a_table_has_its_pictures_in_place_and_its_names_beside_them() {
+        let dark = || RgbImage::from_pixel(40, 20, BLACK);
+        let table = labelled_table(&["a".into(), "b".into()], &[("x", vec![dark(), dark()]), ("yy", vec![dark()])]);
+        let (side, top) = (12 + 2 * 16 + 12, 12 + 16 + 6);
+        assert_eq!(table.dimensions(), (side + 2 * 40 + 6 + 12, top + 20 + 6 + 20 + 12));
+        let n_black = |left: u32, top: u32, width: u32, height: u32| {
+            let inside = (left..left + width).flat_map(|x| (top..top + height).map(move |y| (x, y)));
+            inside.filter(|&(x, y)| *table.get_pixel(x, y) == BLACK).count()
+        };
+        assert_eq!([n_black(side, top, 40, 20), n_black(side + 46, top, 40, 20)], [800; 2]);
+        assert_eq!([n_black(side, top + 26, 40, 20), n_black(side + 46, top + 26, 40, 20)], [800, 0]);
+        assert!(n_black(side, 12, 40, 16) > 20 && n_black(side + 46, 12, 40, 16) > 20 && n_black(12, top, 40, 20) > 20);
     }
 
     #[test]

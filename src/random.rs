@@ -63,6 +63,14 @@ pub enum Purpose {
     FakeEps = 35,
     /// Labels of noise–picture pairs.
     PairLabel = 33,
+    /// Points of the plane's data (`dmd ablate --toy`).
+    AblationData = 48,
+    /// Which mode each of them belongs to.
+    AblationMode = 49,
+    /// Noise that the plane's generators are measured on.
+    AblationNoise = 50,
+    /// Noise of its noise–image pairs.
+    AblationPairs = 51,
 }
 
 /// A source of random tensors for one run on one device.

@@ -1,5 +1,6 @@
 //! One file per verb. Each does its work, tells people on stderr, and returns the object that `--json` prints.
 
+mod ablate;
 mod bench_run;
 mod bench_train;
 mod config_show;
@@ -33,6 +34,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),
+        Command::Ablate(args) => ablate::run(args),
         Command::Demo(args) => demo::run(args, cli.threads),
     }
 }
