@@ -4,6 +4,7 @@ use crate::config::Recipe;
 use crate::device::Choice;
 use crate::sample::Sampler;
 use clap::{Args, Parser, Subcommand};
+use dmd_export::Dialect;
 use std::path::PathBuf;
 
 /// Distil a diffusion model into a one-step generator and export it for edge devices.
@@ -218,15 +219,48 @@ pub struct ExportArgs {
     /// The file to write.
     #[arg(long, value_name = "FILE")]
     pub onnx: PathBuf,
+    /// Operators that the file is spelled in: portable for most engines, nnapi for Android's, native for opset 21.
+    #[arg(long, default_value = "portable", value_name = "portable|nnapi|native")]
+    pub dialect: Dialect,
     /// Pictures per pass, fixed in the file.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub batch: usize,
+    /// Leave the number of pictures per pass free; no other axis ever is.
+    #[arg(long, conflicts_with = "batch")]
+    pub dynamic_batch: bool,
+    /// Fold one class in: the file then takes noise alone.
+    #[arg(long, value_name = "NAME|INDEX")]
+    pub fixed_label: Option<String>,
+    /// Take a teacher as it is, not distilled, as a generator held at --sigma.
+    #[arg(long, requires = "sigma")]
+    pub as_generator: bool,
+    /// Noise level of --as-generator.
+    #[arg(long, value_name = "S", requires = "as_generator")]
+    pub sigma: Option<f64>,
     /// f32: (B, C, H, W) around ±1; u8: (B, H, W, C) bytes.
     #[arg(long, default_value = "f32", value_name = "f32|u8")]
     pub output: OutputKind,
     /// Replace an existing file.
     #[arg(long)]
     pub force: bool,
+}
+
+impl ExportArgs {
+    /// What the command line means without options.
+    pub fn plain(generator: PathBuf, onnx: PathBuf) -> Self {
+        ExportArgs {
+            generator,
+            onnx,
+            dialect: Dialect::default(),
+            batch: 1,
+            dynamic_batch: false,
+            fixed_label: None,
+            as_generator: false,
+            sigma: None,
+            output: OutputKind::F32,
+            force: false,
+        }
+    }
 }
 
 /// What an exported file returns.

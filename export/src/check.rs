@@ -1,7 +1,7 @@
 //! Whether a model is what its dialect promises: named nodes in order, every value defined once and before it is read,
 //! static shapes, the dialect's operators and no others. It trusts nothing that the lowering says of itself.
 
-use crate::onnx::IR_VERSION;
+use crate::onnx::BATCH;
 use crate::{Error, Result};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::tensor_shape_proto::dimension;
@@ -12,15 +12,18 @@ use std::collections::{HashMap, HashSet};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
     pub opset: i64,
-    pub operators: &'static [&'static str],
+    pub ir_version: i64,
+    pub operators: [&'static [&'static str]; 2],
     pub max_rank: usize,
+    /// Whether the first axis of every value is free.
+    pub dynamic_batch: bool,
 }
 
 /// Fails naming every rule that is broken.
 pub(crate) fn check(model: &ModelProto, rules: Rules) -> Result<()> {
     let mut problems = Vec::new();
-    if model.ir_version != IR_VERSION {
-        problems.push(format!("IR version {}, expected {IR_VERSION}", model.ir_version));
+    if model.ir_version != rules.ir_version {
+        problems.push(format!("IR version {}, expected {}", model.ir_version, rules.ir_version));
     }
     match model.opset_import.as_slice() {
         [opset] if opset.domain.is_empty() && opset.version == rules.opset => {}
@@ -51,7 +54,7 @@ fn check_graph(graph: &GraphProto, rules: Rules, problems: &mut Vec<String>) {
         if node.name.is_empty() || !names.insert(node.name.as_str()) {
             complain("the name is empty or taken".into());
         }
-        if !node.domain.is_empty() || !rules.operators.contains(&node.op_type.as_str()) {
+        if !node.domain.is_empty() || !rules.operators.iter().any(|some| some.contains(&node.op_type.as_str())) {
             complain("the dialect does not have this operator".into());
         }
         for input in &node.input {
@@ -99,8 +102,12 @@ fn shape_problem(info: Option<&ValueInfoProto>, rules: Rules) -> Option<String> 
     let kind = info.and_then(|info| info.r#type.as_ref()).and_then(|kind| kind.value.as_ref());
     let Some(type_proto::Value::TensorType(tensor)) = kind else { return Some("has no type".into()) };
     let dims = &tensor.shape.as_ref()?.dim;
-    let is_static = |value: &Option<dimension::Value>| matches!(value, Some(dimension::Value::DimValue(n)) if *n > 0);
-    if dims.len() > rules.max_rank || !dims.iter().all(|dim| is_static(&dim.value)) {
+    let sound = |at: usize, value: &Option<dimension::Value>| match value {
+        Some(dimension::Value::DimValue(n)) => *n > 0,
+        Some(dimension::Value::DimParam(name)) => rules.dynamic_batch && at == 0 && name.ends_with(BATCH),
+        None => false,
+    };
+    if dims.len() > rules.max_rank || !dims.iter().enumerate().all(|(at, dim)| sound(at, &dim.value)) {
         return Some(format!("has a shape that is not static and of rank {} at most: {dims:?}", rules.max_rank));
     }
     None
@@ -109,20 +116,20 @@ fn shape_problem(info: Option<&ValueInfoProto>, rules: Rules) -> Option<String> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Dialect;
     use crate::onnx::{self, Builder};
-    use crate::portable;
 
     /// A model of one node, changed by `spoil`, and what the check says of it.
     fn verdict(spoil: impl FnOnce(&mut ModelProto)) -> String {
-        let mut file = Builder::new("test");
+        let mut file = Builder::new("test", false);
         file.input("noise", DataType::Float, &[1, 3, 4, 4]);
         let two = file.scalar(2.0);
         let value = file.node("double", "Mul", &["noise", &two], vec![], &[1, 3, 4, 4]);
         let value = file.node("clamp", "Relu", &[&value], vec![], &[1, 3, 4, 4]);
         let graph = file.finish(&value, "image", DataType::Float, &[1, 3, 4, 4]);
-        let mut model = onnx::model(graph, portable::OPSET, &[]);
+        let mut model = onnx::model(graph, Dialect::Portable, &[]);
         spoil(&mut model);
-        match check(&model, portable::RULES) {
+        match check(&model, Dialect::Portable.rules(false)) {
             Ok(()) => "sound".into(),
             Err(error) => error.to_string(),
         }

@@ -3,8 +3,10 @@
 
 use crate::fold::{Folded, fold};
 use crate::graph::{Graph, Op};
+use crate::lower::lower;
 use crate::verify::{EngineVerdict, Samples, Status, verify};
-use crate::{Error, Network, Result, check, onnx, portable, trace};
+use crate::{Dialect, Error, Network, Result, Value, check, onnx, trace};
+use candle_core::{Device, Tensor};
 use candle_onnx::onnx::ModelProto;
 use dmd_models::Weights;
 use dmd_runtime::Output;
@@ -27,8 +29,12 @@ pub struct ModelInfo {
 /// How a file is made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExportOptions {
+    /// Which operators it is spelled in.
+    pub dialect: Dialect,
     /// Pictures per run.
-    pub batch: usize,
+    pub batch: Batch,
+    /// The class that every picture is of; the graph then takes no label.
+    pub fixed_label: Option<usize>,
     /// f32 `(B, C, H, W)` around [-1, 1], not clipped, or u8 `(B, H, W, C)`.
     pub output: Output,
     /// Whether an existing file is replaced.
@@ -41,9 +47,36 @@ pub struct ExportOptions {
 }
 
 impl Default for ExportOptions {
-    /// One f32 picture per run, within 1e-4.
+    /// One f32 picture per run in the portable dialect, within 1e-4.
     fn default() -> Self {
-        ExportOptions { batch: 1, output: Output::F32, force: false, tolerance: 1e-4, library: None }
+        ExportOptions {
+            dialect: Dialect::Portable,
+            batch: Batch::Fixed(1),
+            fixed_label: None,
+            output: Output::F32,
+            force: false,
+            tolerance: 1e-4,
+            library: None,
+        }
+    }
+}
+
+/// How many pictures one run makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Batch {
+    /// This many, written into every shape: what phones' accelerators want.
+    Fixed(usize),
+    /// As many as there are noises; the only axis of the file that is free.
+    Dynamic,
+}
+
+impl Batch {
+    /// Pictures in the traced graph.
+    fn traced(self) -> usize {
+        match self {
+            Batch::Fixed(n) => n,
+            Batch::Dynamic => 1,
+        }
     }
 }
 
@@ -70,19 +103,20 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
     let [height, width] = info.size;
     let shape = [network.channels(), height, width];
     let classes = class_names(network.max_classes(), &info.classes)?;
-    check_settings(shape, options)?;
+    check_settings(shape, &classes, options)?;
     if path.exists() && !options.force {
         return Err(Error::Exists { path: path.into() });
     }
     let mut graph = traced(network, shape, classes.len(), options)?;
     let folded = fold(&mut graph)?;
     let metadata = metadata(network, info, shape, &classes, options)?;
-    let model = onnx::model(portable::lower(&graph)?, portable::OPSET, &metadata);
-    check::check(&model, portable::RULES)?;
+    let dynamic_batch = options.batch == Batch::Dynamic;
+    let model = onnx::model(lower(&graph, options.dialect, dynamic_batch)?, options.dialect, &metadata);
+    check::check(&model, options.dialect.rules(dynamic_batch))?;
     let bytes = onnx::encode(&model)?;
     // The unwritable path is found before the time for the check is spent.
     let aside = Aside::write(path, &bytes)?;
-    let samples = Samples::draw(network, shape, options.batch, classes.len())?;
+    let samples = Samples::draw(network, shape, options.batch.traced(), classes.len(), options.fixed_label)?;
     let engines = verify(&aside.path, &model, &samples, options.output, options.tolerance, options.library.clone());
     accept(&engines)?;
     aside.rename_to(path)?;
@@ -107,10 +141,16 @@ pub fn weights_sha256(weights: &Weights) -> Result<String> {
 
 fn traced<N: Network>(network: &N, shape: [usize; 3], classes: usize, options: &ExportOptions) -> Result<Graph> {
     let [channels, height, width] = shape;
-    let mut graph =
-        trace([options.batch, channels, height, width], classes, |b, noise, label| network.generate(b, noise, label))?;
+    let input = [options.batch.traced(), channels, height, width];
+    let mut graph = match options.fixed_label {
+        None => trace(input, classes, |b, noise, label| network.generate(b, noise, label))?,
+        Some(label) => {
+            let label = Value::Constant(Tensor::new(&[label as i64], &Device::Cpu)?);
+            trace(input, 0, |b, noise, _| network.generate(b, noise, Some(&label)))?
+        }
+    };
     let found = graph.node(graph.output()).shape.clone();
-    if found != [options.batch, channels, height, width] {
+    if found != input {
         return Err(Error::Setting(format!("the network makes {found:?} of noise {shape:?}, expected the same shape")));
     }
     if options.output == Output::U8 {
@@ -122,8 +162,14 @@ fn traced<N: Network>(network: &N, shape: [usize; 3], classes: usize, options: &
     Ok(graph)
 }
 
-fn check_settings([channels, height, width]: [usize; 3], options: &ExportOptions) -> Result<()> {
-    let named = [("batch", options.batch), ("height", height), ("width", width), ("channels", channels)];
+fn check_settings([channels, height, width]: [usize; 3], classes: &[String], options: &ExportOptions) -> Result<()> {
+    if let Some(label) = options.fixed_label.filter(|label| *label >= classes.len()) {
+        return Err(Error::Setting(match classes.len() {
+            0 => format!("fixed label {label}, but the network takes no label"),
+            n => format!("fixed label {label}, expected one of the network's {n}: 0 to {}", n - 1),
+        }));
+    }
+    let named = [("batch", options.batch.traced()), ("height", height), ("width", width), ("channels", channels)];
     match named.into_iter().find(|(_, value)| *value == 0) {
         Some((name, _)) => Err(Error::Setting(format!("{name} is 0, expected at least 1"))),
         None if options.tolerance > 0.0 => Ok(()),
@@ -151,24 +197,33 @@ fn metadata<N: Network>(
     classes: &[String],
     options: &ExportOptions,
 ) -> Result<Vec<(&'static str, String)>> {
-    let classes = serde_json::to_string(classes).map_err(|error| Error::Setting(error.to_string()))?;
+    let taken = if options.fixed_label.is_some() { &[] } else { classes };
+    let names = serde_json::to_string(taken).map_err(|error| Error::Setting(error.to_string()))?;
     let output = match options.output {
         Output::F32 => "f32",
         Output::U8 => "u8",
     };
-    Ok(vec![
+    let mut metadata = vec![
         ("dmd.format", dmd_runtime::FORMAT.to_string()),
         ("dmd.version", env!("CARGO_PKG_VERSION").into()),
-        ("dmd.dialect", portable::NAME.into()),
+        ("dmd.dialect", options.dialect.name().into()),
         ("dmd.sigma", network.sigma().to_string()),
-        ("dmd.batch", options.batch.to_string()),
+        ("dmd.batch", options.batch.traced().to_string()),
         ("dmd.channels", channels.to_string()),
         ("dmd.height", height.to_string()),
         ("dmd.width", width.to_string()),
         ("dmd.output", output.into()),
-        ("dmd.classes", classes),
+        ("dmd.classes", names),
         ("dmd.weights_sha256", info.weights_sha256.clone()),
-    ])
+    ];
+    // Only where they say something, so that a plain file is what it was in the first version.
+    if options.batch == Batch::Dynamic {
+        metadata.push(("dmd.dynamic_batch", "true".into()));
+    }
+    if let Some(label) = options.fixed_label {
+        metadata.push(("dmd.fixed_class", classes[label].clone()));
+    }
+    Ok(metadata)
 }
 
 /// A file is kept if no engine failed on it and one at least has run it.

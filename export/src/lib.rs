@@ -1,7 +1,7 @@
 //! One-step generators as ONNX files that edge accelerators take whole.
 //!
 //! A network written over [`dmd_models::Backend`] is [traced](trace()) by partial evaluation, the graph is
-//! [folded](fold) by exact rewrites, spelled in the portable dialect, checked, and the file is run by every engine
+//! [folded](fold) by exact rewrites, spelled in a dialect, checked, and the file is run by every engine
 //! present and compared with candle before it gets its name. This crate knows nothing of training.
 #![deny(missing_docs)]
 
@@ -12,14 +12,16 @@ pub mod fold;
 pub mod graph;
 
 mod check;
+mod dialect;
+mod lower;
 mod onnx;
-mod portable;
+pub use dialect::Dialect;
 
 mod file;
 mod network;
 mod verify;
 pub use dmd_runtime::Output;
-pub use file::{ExportOptions, ExportReport, ModelInfo, export, weights_sha256};
+pub use file::{Batch, ExportOptions, ExportReport, ModelInfo, export, weights_sha256};
 pub use network::Network;
 pub use verify::{EngineVerdict, Status};
 

@@ -1,7 +1,7 @@
 //! Writing ONNX: a builder that keeps names, static shapes and constants in order, and the encoding of a whole file.
 //! Bytes depend on the graph and the metadata alone: the same generator gives the same file.
 
-use crate::{Error, Result};
+use crate::{Dialect, Error, Result};
 use candle_core::{DType, Tensor};
 use candle_onnx::onnx::attribute_proto::AttributeType;
 use candle_onnx::onnx::tensor_proto::DataType;
@@ -11,20 +11,19 @@ use candle_onnx::onnx::{
     TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
 };
 use prost::Message;
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-
-/// Version of the file format's container; 8 goes with opset 17.
-pub(crate) const IR_VERSION: i64 = 8;
+use std::collections::hash_map::Entry;
 
 /// Protobuf counts bytes in 31 bits.
 const MAX_BYTES: usize = i32::MAX as usize;
 
 /// A whole model around a graph. `metadata` goes in as it stands, in this order.
-pub(crate) fn model(graph: GraphProto, opset: i64, metadata: &[(&str, String)]) -> ModelProto {
+pub(crate) fn model(graph: GraphProto, dialect: Dialect, metadata: &[(&str, String)]) -> ModelProto {
     let entry = |(key, value): &(&str, String)| StringStringEntryProto { key: key.to_string(), value: value.clone() };
     ModelProto {
-        ir_version: IR_VERSION,
-        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: opset }],
+        ir_version: dialect.ir_version(),
+        opset_import: vec![OperatorSetIdProto { domain: String::new(), version: dialect.opset() }],
         producer_name: "dmd".into(),
         producer_version: env!("CARGO_PKG_VERSION").into(),
         graph: Some(graph),
@@ -44,17 +43,20 @@ pub(crate) fn encode(model: &ModelProto) -> Result<Vec<u8>> {
 /// A graph under construction. A node's value bears the node's name.
 pub(crate) struct Builder {
     graph: GraphProto,
-    /// Small constants by content: type, shape, bytes.
-    shared: HashMap<(i32, Vec<i64>, Vec<u8>), String>,
+    dynamic_batch: bool,
+    /// Constants by the hash of their content (type, shape, bytes).
+    shared: HashMap<[u8; 32], String>,
 }
 
 impl Builder {
-    pub fn new(name: &str) -> Self {
-        Builder { graph: GraphProto { name: name.into(), ..Default::default() }, shared: HashMap::new() }
+    /// With `dynamic_batch`, the first axis of every value is free.
+    pub fn new(name: &str, dynamic_batch: bool) -> Self {
+        let graph = GraphProto { name: name.into(), ..Default::default() };
+        Builder { graph, dynamic_batch, shared: HashMap::new() }
     }
 
     pub fn input(&mut self, name: &str, kind: DataType, shape: &[usize]) -> String {
-        self.graph.input.push(value_info(name, kind, shape));
+        self.graph.input.push(value_info(name, kind, &self.dims(shape)));
         name.into()
     }
 
@@ -88,18 +90,27 @@ impl Builder {
             attribute,
             ..Default::default()
         });
-        let infos = outputs.iter().map(|(name, shape)| value_info(name, DataType::Float, shape));
-        self.graph.value_info.extend(infos);
+        for (name, shape) in outputs {
+            self.graph.value_info.push(value_info(name, DataType::Float, &self.dims(shape)));
+        }
     }
 
-    /// A parameter with a name of its own, seen in the shape `dims`.
+    /// A shape for the file; traced for one picture where the number of them is free.
+    fn dims(&self, shape: &[usize]) -> Vec<Dim> {
+        let mut dims: Vec<Dim> = shape.iter().map(|n| Dim::Fixed(*n)).collect();
+        if let (true, Some(first)) = (self.dynamic_batch, dims.first_mut()) {
+            *first = Dim::Batch(shape[0]);
+        }
+        dims
+    }
+
+    /// A parameter, seen in the shape `dims`. Equal ones are stored once, under the first one's name.
     pub fn weight(&mut self, name: &str, tensor: &Tensor, dims: &[usize]) -> Result<String> {
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        self.graph.initializer.push(initializer(name, DataType::Float, dims, little_endian(&values)));
-        Ok(name.into())
+        Ok(self.constant(name, DataType::Float, dims, little_endian(&values)))
     }
 
-    /// A small f32 constant; equal ones are stored once, under the first one's name.
+    /// A small f32 constant.
     pub fn floats(&mut self, name: &str, values: &[f32]) -> String {
         self.constant(name, DataType::Float, &[values.len()], little_endian(values))
     }
@@ -110,21 +121,21 @@ impl Builder {
     }
 
     /// A constant shape or list of lengths.
-    pub fn integers(&mut self, values: &[usize]) -> String {
+    pub fn integers(&mut self, values: &[i64]) -> String {
         let name = values.iter().map(|value| value.to_string()).collect::<Vec<_>>().join("x");
-        let bytes = values.iter().flat_map(|value| (*value as i64).to_le_bytes()).collect();
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.constant(&format!("shape_{name}"), DataType::Int64, &[values.len()], bytes)
     }
 
     fn constant(&mut self, name: &str, kind: DataType, dims: &[usize], bytes: Vec<u8>) -> String {
         let constant = initializer(name, kind, dims, bytes);
-        let key = (constant.data_type, constant.dims.clone(), constant.raw_data.clone());
-        if let Some(name) = self.shared.get(&key) {
-            return name.clone();
+        match self.shared.entry(content_hash(&constant)) {
+            Entry::Occupied(first) => first.get().clone(),
+            Entry::Vacant(place) => {
+                self.graph.initializer.push(constant);
+                place.insert(name.into()).clone()
+            }
         }
-        self.shared.insert(key, name.into());
-        self.graph.initializer.push(constant);
-        name.into()
     }
 
     /// The finished graph, whose output `name` is `value` under a new name.
@@ -132,9 +143,27 @@ impl Builder {
         let values = self.graph.node.iter_mut().flat_map(|node| node.input.iter_mut().chain(&mut node.output));
         values.filter(|found| *found == value).for_each(|found| *found = name.into());
         self.graph.value_info.retain(|info| info.name != value);
-        self.graph.output.push(value_info(name, kind, shape));
+        self.graph.output.push(value_info(name, kind, &self.dims(shape)));
         self.graph
     }
+}
+
+/// One axis of a value.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Dim {
+    Fixed(usize),
+    /// So many times the number of pictures, which is free.
+    Batch(usize),
+}
+
+/// What makes two constants one.
+fn content_hash(constant: &TensorProto) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(constant.data_type.to_le_bytes());
+    hash.update((constant.dims.len() as u64).to_le_bytes());
+    constant.dims.iter().for_each(|dim| hash.update(dim.to_le_bytes()));
+    hash.update(&constant.raw_data);
+    hash.finalize().into()
 }
 
 /// An integer attribute.
@@ -158,19 +187,27 @@ pub(crate) fn string(name: &str, value: &str) -> AttributeProto {
     AttributeProto { name: name.into(), r#type: AttributeType::String as i32, s: value.into(), ..Default::default() }
 }
 
-fn initializer(name: &str, kind: DataType, dims: &[usize], raw_data: Vec<u8>) -> TensorProto {
+pub(crate) fn initializer(name: &str, kind: DataType, dims: &[usize], raw_data: Vec<u8>) -> TensorProto {
     let dims = dims.iter().map(|dim| *dim as i64).collect();
     TensorProto { name: name.into(), data_type: kind as i32, dims, raw_data, ..Default::default() }
 }
 
-fn little_endian(values: &[f32]) -> Vec<u8> {
+pub(crate) fn little_endian(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-fn value_info(name: &str, kind: DataType, shape: &[usize]) -> ValueInfoProto {
-    let length = |n: &usize| Dimension { value: Some(dimension::Value::DimValue(*n as i64)), ..Default::default() };
+pub(crate) fn value_info(name: &str, kind: DataType, shape: &[Dim]) -> ValueInfoProto {
+    let value = |dim: &Dim| match dim {
+        Dim::Fixed(n) => dimension::Value::DimValue(*n as i64),
+        Dim::Batch(1) => dimension::Value::DimParam(BATCH.into()),
+        Dim::Batch(n) => dimension::Value::DimParam(format!("{n}*{BATCH}")),
+    };
+    let length = |dim: &Dim| Dimension { value: Some(value(dim)), ..Default::default() };
     let shape = Some(TensorShapeProto { dim: shape.iter().map(length).collect() });
     let tensor = type_proto::Tensor { elem_type: kind as i32, shape };
     let r#type = Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() });
     ValueInfoProto { name: name.into(), r#type, ..Default::default() }
 }
+
+/// The name of the axis that `--dynamic-batch` leaves free.
+pub(crate) const BATCH: &str = "batch";

@@ -77,14 +77,25 @@ pub(crate) struct Samples {
 
 impl Samples {
     /// `shape` is `[C, H, W]`. The number of pictures is a multiple of `batch`; every label occurs.
-    pub fn draw<N: Network>(network: &N, shape: [usize; 3], batch: usize, classes: usize) -> Result<Self> {
+    /// With a `fixed` label all are of that class, and the file is given none.
+    pub fn draw<N: Network>(
+        network: &N,
+        shape: [usize; 3],
+        batch: usize,
+        classes: usize,
+        fixed: Option<usize>,
+    ) -> Result<Self> {
         let n = MIN_PICTURES.max(classes).next_multiple_of(batch);
         let one = |i: usize| picture_noise(SEEDS[i % SEEDS.len()], (i / SEEDS.len()) as u64, 1, shape);
         let noises: Vec<Array4<f32>> = (0..n).map(one).collect();
-        let labels: Vec<i64> = (0..n).filter(|_| classes > 0).map(|i| (i % classes) as i64).collect();
+        let label = |i: usize| fixed.unwrap_or(i % classes.max(1)) as i64;
+        let mut labels: Vec<i64> = (0..n).filter(|_| classes > 0).map(label).collect();
         let mut pictures = Vec::with_capacity(n);
         for (i, noise) in noises.iter().enumerate() {
             pictures.push(candle_picture(network, noise, labels.get(i))?);
+        }
+        if fixed.is_some() {
+            labels.clear();
         }
         Ok(Samples { batch, noise: stack(&noises), labels, pictures: stack(&pictures) })
     }

@@ -2,7 +2,9 @@
 //! compares it with candle; the tests look at the files and at what is refused.
 
 use candle_core::{DType, Device, Tensor};
-use dmd_export::{Error, ExportOptions, ExportReport, ModelInfo, Network, Output, Status, export, weights_sha256};
+use dmd_export::{
+    Batch, Dialect, Error, ExportOptions, ExportReport, ModelInfo, Network, Output, Status, export, weights_sha256,
+};
 use dmd_models::layers::{Conv2d, Embedding};
 use dmd_models::unet::ClassEmbedding;
 use dmd_models::{Activation, Backend, Denoiser, Generator, NoiseLevels, Prediction, UNet, UNetConfig, Weights};
@@ -133,7 +135,7 @@ fn every_fixture_network_runs_from_its_file_as_in_candle() {
             eprintln!("{name}: refused, {error}");
             continue;
         }
-        let options = ExportOptions { batch: 2, ..Default::default() };
+        let options = ExportOptions { batch: Batch::Fixed(2), ..Default::default() };
         let (_, graph) = export_and_read(&name, &network, &info, &options);
         let forbidden = ["Sin", "Cos", "Gemm", "Identity", "Shape", "Expand", "Pad", "Constant"];
         assert!(
@@ -165,8 +167,108 @@ fn random_networks_of_every_kind_run_from_their_files_as_in_candle() {
         let config = small(changes);
         let generator = edm(&config, &random_weights(&config), 2.5);
         for (output, batch) in [(Output::F32, 1), (Output::U8, 2)] {
-            let options = ExportOptions { output, batch, ..Default::default() };
+            let options = ExportOptions { output, batch: Batch::Fixed(batch), ..Default::default() };
             export_and_read(&format!("{name}, {output:?}"), &generator, &info(&config), &options);
+        }
+    }
+}
+
+#[test]
+fn every_dialect_makes_candles_pictures_and_keeps_to_its_operators() {
+    let config = small(&[("act_fn", "mish".into()), ("attention_head_dim", 8.into())]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    for dialect in Dialect::ALL {
+        let options = ExportOptions { dialect, ..Default::default() };
+        let (report, graph) = export_and_read(dialect.name(), &generator, &info(&config), &options);
+        let found = operators(&graph);
+        let has = |operator: &str| found.contains(operator);
+        assert_eq!(has("InstanceNormalization"), dialect == Dialect::Portable, "{found:?}");
+        assert_eq!(has("GroupNormalization"), dialect == Dialect::Native, "{found:?}");
+        assert_eq!(has("ReduceMean"), dialect == Dialect::Nnapi, "{found:?}");
+        assert_eq!(has("Split"), dialect != Dialect::Nnapi, "{found:?}");
+        // Norms as means are what candle's own evaluator can run too.
+        let by_candle = report.engines.iter().find(|v| v.engine == "candle-onnx").unwrap();
+        assert_eq!(by_candle.status == Status::Passed, dialect == Dialect::Nnapi, "{by_candle}");
+    }
+}
+
+#[test]
+fn what_a_dialect_cannot_express_is_refused_with_the_node_and_the_remedy() {
+    let config = small(&[("act_fn", "gelu".into())]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let folder = tempfile::tempdir().unwrap();
+    let options = ExportOptions { dialect: Dialect::Nnapi, ..Default::default() };
+    let error = export(&generator, &info(&config), &options, &folder.path().join("a.onnx")).unwrap_err().to_string();
+    for part in ["norm1.gelu", "no error function", "--dialect portable"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    let options = ExportOptions { dialect: Dialect::Native, ..options };
+    let (_, graph) = export_and_read("gelu", &generator, &info(&config), &options);
+    assert!(operators(&graph).contains("Gelu"));
+}
+
+/// The file of one class is the file of all at that label, with one input less.
+#[test]
+fn a_fixed_label_folds_into_the_graph() {
+    let config = small(&[]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let folder = tempfile::tempdir().unwrap();
+    let [all, one] = ["all.onnx", "one.onnx"].map(|name| folder.path().join(name));
+    let names = ModelInfo { classes: ["cat", "dog", "ant"].map(String::from).to_vec(), ..info(&config) };
+    export(&generator, &names, &ExportOptions::default(), &all).unwrap();
+    let options = ExportOptions { fixed_label: Some(1), batch: Batch::Fixed(2), ..Default::default() };
+    export(&generator, &names, &options, &one).unwrap();
+    let graph = candle_onnx::read_file(&one).unwrap().graph.unwrap();
+    assert_eq!(graph.input.len(), 1);
+    assert!(!operators(&graph).contains("Gather") && !operators(&graph).contains("Split"));
+    let load = |path: &Path| dmd_runtime::Generator::load(path, Default::default()).unwrap();
+    let (mut all, mut one) = (load(&all), load(&one));
+    assert_eq!((one.info().labelled, one.info().fixed_class.as_deref()), (false, Some("dog")));
+    let noise = dmd_runtime::picture_noise(3, 0, 2, [3, 8, 8]);
+    let expected = all.run(noise.view(), &[1, 1]).unwrap().to_f32();
+    let found = one.run(noise.view(), &[]).unwrap().to_f32();
+    let largest = |values: &ndarray::Array4<f32>| values.iter().fold(0f32, |max, x| max.max(x.abs()));
+    assert!(largest(&(&expected - &found)) < 1e-5 * largest(&expected));
+}
+
+#[test]
+fn a_dynamic_batch_is_the_only_free_axis_and_takes_any_number() {
+    let config = small(&[("attention_head_dim", 8.into())]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    for (dialect, output) in
+        [(Dialect::Portable, Output::F32), (Dialect::Nnapi, Output::U8), (Dialect::Native, Output::F32)]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let [free, fixed] = ["free.onnx", "fixed.onnx"].map(|name| folder.path().join(name));
+        let options = ExportOptions { dialect, output, batch: Batch::Dynamic, ..Default::default() };
+        export(&generator, &info(&config), &options, &free).unwrap();
+        export(&generator, &info(&config), &ExportOptions { batch: Batch::Fixed(1), ..options }, &fixed).unwrap();
+        let noise = dmd_runtime::picture_noise(4, 0, 5, [3, 8, 8]);
+        for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
+            let pictures = |path: &Path| {
+                let options = dmd_runtime::Options { engine, ..Default::default() };
+                let mut generator = dmd_runtime::Generator::load(path, options).unwrap();
+                assert_eq!(generator.info().dynamic_batch, path == free);
+                generator.run(noise.view(), &[0, 1, 2, 1, 0]).unwrap().to_f32()
+            };
+            // The u8 step is 2/255; f32 sums may be taken in another order.
+            let limit = if output == Output::U8 { 0.008 } else { 1e-4 };
+            assert!((pictures(&free) - pictures(&fixed)).iter().all(|x| x.abs() < limit), "{dialect} {engine:?}");
+        }
+        let graph = candle_onnx::read_file(&free).unwrap().graph.unwrap();
+        for info in graph.input.iter().chain(&graph.value_info).chain(&graph.output) {
+            let Some(candle_onnx::onnx::type_proto::Value::TensorType(tensor)) =
+                info.r#type.as_ref().and_then(|t| t.value.as_ref())
+            else {
+                panic!("{} has no type", info.name)
+            };
+            let free = |dim: &candle_onnx::onnx::tensor_shape_proto::Dimension| {
+                use candle_onnx::onnx::tensor_shape_proto::dimension::Value;
+                matches!(dim.value, Some(Value::DimParam(_)))
+            };
+            let axes: Vec<bool> = tensor.shape.as_ref().unwrap().dim.iter().map(free).collect();
+            assert!(axes[0] && axes[1..].iter().all(|free| !free), "{}: {axes:?}", info.name);
         }
     }
 }
@@ -249,7 +351,7 @@ impl Collage {
 fn a_users_own_network_exports_the_same_way() {
     let info = ModelInfo { size: [8, 8], classes: vec![], weights_sha256: String::new() };
     for (batch, padded) in [(1, true), (2, false)] {
-        let options = ExportOptions { batch, ..Default::default() };
+        let options = ExportOptions { batch: Batch::Fixed(batch), ..Default::default() };
         let (report, graph) = export_and_read("collage", &Collage::new(padded), &info, &options);
         assert_eq!(operators(&graph).contains("Pad"), padded);
         // Without Pad there is nothing that candle's own evaluator lacks.
@@ -288,7 +390,7 @@ fn a_file_says_what_it_is_and_has_the_same_bytes_every_time() {
     let info = ModelInfo { size: [8, 8], classes: names.clone(), weights_sha256: weights_sha256(&weights).unwrap() };
     let folder = tempfile::tempdir().unwrap();
     let [first, second] = ["a.onnx", "b.onnx"].map(|name| folder.path().join(name));
-    let options = ExportOptions { batch: 2, output: Output::U8, ..Default::default() };
+    let options = ExportOptions { batch: Batch::Fixed(2), output: Output::U8, ..Default::default() };
     export(&generator, &info, &options, &first).unwrap();
     export(&generator, &info, &options, &second).unwrap();
     assert!(fs::read(&first).unwrap() == fs::read(&second).unwrap());
@@ -339,11 +441,14 @@ fn a_difference_over_the_tolerance_leaves_no_file() {
 #[test]
 fn bad_settings_and_paths_are_refused_by_name() {
     type Change = fn(&mut ModelInfo, &mut ExportOptions);
-    let cases: [(&str, &str, Change); 7] = [
+    let cases: [(&str, &str, Change); 8] = [
+        ("new.onnx", "fixed label 3, expected one of the network's 3: 0 to 2", |_, options| {
+            options.fixed_label = Some(3)
+        }),
         ("taken.onnx", "exists already", |_, _| {}),
         ("no/such/folder.onnx", "cannot write", |_, _| {}),
         (".", "it is a folder", |_, options| options.force = true),
-        ("new.onnx", "batch is 0", |_, options| options.batch = 0),
+        ("new.onnx", "batch is 0", |_, options| options.batch = Batch::Fixed(0)),
         ("new.onnx", "height is 0", |info, _| info.size = [0, 8]),
         ("new.onnx", "4 classes are named, the network has 3", |info, _| info.classes = vec![String::new(); 4]),
         ("new.onnx", "tolerance is 0", |_, options| options.tolerance = 0.0),
@@ -361,14 +466,19 @@ fn the_onnx_checker_accepts_the_file_where_it_is_installed() {
     let config = small(&[("act_fn", "gelu".into()), ("resnet_time_scale_shift", "scale_shift".into())]);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("generator.onnx");
-    let options = ExportOptions { output: Output::U8, ..Default::default() };
-    export(&edm(&config, &random_weights(&config), 2.5), &info(&config), &options, &path).unwrap();
+    let generator = edm(&config, &random_weights(&config), 2.5);
     let script = "import sys, onnx; onnx.checker.check_model(sys.argv[1], full_check=True)";
     let python = std::env::var("PYTHON").unwrap_or("python3".into());
     let installed = std::process::Command::new(&python).args(["-c", "import onnx"]).output();
     if !installed.is_ok_and(|output| output.status.success()) {
         return eprintln!("skipped: {python} has no onnx package (set PYTHON to one that has)");
     }
-    let output = std::process::Command::new(&python).args(["-c", script]).arg(&path).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for dialect in [Dialect::Portable, Dialect::Native] {
+        for batch in [Batch::Fixed(2), Batch::Dynamic] {
+            let options = ExportOptions { dialect, batch, output: Output::U8, force: true, ..Default::default() };
+            export(&generator, &info(&config), &options, &path).unwrap();
+            let output = std::process::Command::new(&python).args(["-c", script]).arg(&path).output().unwrap();
+            assert!(output.status.success(), "{dialect} {batch:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
 }

@@ -115,7 +115,7 @@ impl Generator {
         })
     }
 
-    /// Runs the engine once on the inputs of the last call, which after loading are zeros, and throws its output away:
+    /// Runs the engine once on the inputs of its last call, which after loading are zeros, and throws its output away:
     /// the bare call, to measure an engine by, and what [`generate`](Self::generate) adds to it.
     pub fn run_engine(&mut self) -> Result<()> {
         let mut nowhere = Buffer::zeros(self.info.output, 0);
@@ -153,13 +153,18 @@ impl Generator {
     }
 
     /// Runs `n` pictures in chunks of the file's batch; `fill` writes the noise of one. The rest of the last chunk is
-    /// zero noise and label 0, and is thrown away.
+    /// zero noise and label 0, and is thrown away. Where the batch is free, chunks are as large as may be.
     fn run_chunks(&mut self, n: usize, labels: Vec<usize>, mut fill: impl FnMut(usize, &mut [f32])) -> Result<Images> {
         self.check_size(n)?;
         let values = self.info.values();
         let mut pixels = Buffer::zeros(self.info.output, n * values);
-        for first in (0..n).step_by(self.info.batch) {
-            let count = self.info.batch.min(n - first);
+        let chunk = if self.info.dynamic_batch { n.min(DYNAMIC_CHUNK) } else { self.info.batch };
+        for first in (0..n).step_by(chunk) {
+            let count = chunk.min(n - first);
+            if self.info.dynamic_batch {
+                self.noise.resize(count * values, 0.0);
+                self.label.resize(if self.info.labelled { count } else { 0 }, 0);
+            }
             let (noise, padding) = self.noise.split_at_mut(count * values);
             noise.chunks_exact_mut(values).enumerate().for_each(|(i, picture)| fill(first + i, picture));
             padding.fill(0.0);
@@ -179,6 +184,9 @@ impl std::fmt::Debug for Generator {
         f.debug_struct("Generator").field("info", &self.info).field("engine", &self.engine_info).finish_non_exhaustive()
     }
 }
+
+/// Pictures in one call where the file leaves their number free: enough to fill a machine, few enough for its memory.
+const DYNAMIC_CHUNK: usize = 32;
 
 /// Where the engine writes.
 enum Buffer {

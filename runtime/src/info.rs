@@ -30,8 +30,10 @@ pub struct Info {
     pub dialect: String,
     /// `dmd.sigma`: the noise level at which the generator was trained. It is folded into the graph.
     pub sigma: f64,
-    /// Pictures in one engine call.
+    /// Pictures in one engine call; where the batch is dynamic, the fewest.
     pub batch: usize,
+    /// Whether the graph takes any number of pictures at once.
+    pub dynamic_batch: bool,
     /// Colours of a picture: 1 for grey, 3 for red, green and blue.
     pub channels: usize,
     /// Rows of a picture.
@@ -44,6 +46,8 @@ pub struct Info {
     pub classes: Vec<String>,
     /// Whether the graph takes labels; so where there are classes.
     pub labelled: bool,
+    /// The one class that all pictures are of, where a label was folded into the graph.
+    pub fixed_class: Option<String>,
     /// A hash of the weights before they were folded.
     pub weights_sha256: String,
     /// The version of ONNX's operators.
@@ -120,11 +124,13 @@ fn from_metadata(model: &Model, format: u32) -> Result<Info, String> {
         dialect: text(model, "dmd.dialect")?.into(),
         sigma,
         batch: size(model, "dmd.batch")?,
+        dynamic_batch: optional(model, "dmd.dynamic_batch")?.unwrap_or(false),
         channels: size(model, "dmd.channels")?,
         height: size(model, "dmd.height")?,
         width: size(model, "dmd.width")?,
         output,
         labelled: !classes.is_empty(),
+        fixed_class: optional(model, "dmd.fixed_class")?,
         classes,
         weights_sha256: text(model, "dmd.weights_sha256")?.into(),
         opset: model.opset.unwrap_or(0),
@@ -141,11 +147,13 @@ fn check_graph(info: &Info, model: &Model) -> Result<(), String> {
     if sizes.iter().try_fold(1usize, |n, size| n.checked_mul(*size)).is_none_or(|n| n > MAX_VALUES) {
         return Err(format!("the metadata asks for {sizes:?} values at once, at most {MAX_VALUES} are allowed"));
     }
+    let batch = (!info.dynamic_batch).then_some(batch);
+    let shape = |dims: [usize; 3]| [vec![batch], dims.map(Some).to_vec()].concat();
     let image = match info.output {
-        Output::F32 => ("image", onnx::F32, vec![batch, channels, height, width]),
-        Output::U8 => ("image", onnx::U8, vec![batch, height, width, channels]),
+        Output::F32 => ("image", onnx::F32, shape([channels, height, width])),
+        Output::U8 => ("image", onnx::U8, shape([height, width, channels])),
     };
-    let mut inputs = vec![("noise", onnx::F32, sizes.to_vec())];
+    let mut inputs = vec![("noise", onnx::F32, shape([channels, height, width]))];
     if info.labelled {
         inputs.push(("label", onnx::I64, vec![batch]));
     }
@@ -153,9 +161,9 @@ fn check_graph(info: &Info, model: &Model) -> Result<(), String> {
     check_ports("output", &model.outputs, &[image])
 }
 
-fn check_ports(kind: &str, found: &[Port], expected: &[(&str, u64, Vec<usize>)]) -> Result<(), String> {
+fn check_ports(kind: &str, found: &[Port], expected: &[(&str, u64, Vec<Option<usize>>)]) -> Result<(), String> {
     for (name, element, shape) in expected {
-        let wanted = describe_type(*element, shape.iter().map(|n| Some(*n as u64)));
+        let wanted = describe_type(*element, shape.iter().map(|n| n.map(|n| n as u64)));
         let Some(port) = found.iter().find(|port| port.name == *name) else {
             return Err(format!("the graph has no {kind} {name:?} ({wanted}); it has [{}]", describe_ports(found)));
         };
@@ -178,6 +186,15 @@ fn text<'a>(model: &'a Model, key: &str) -> Result<&'a str, String> {
         (None, _) => Err(format!("the metadata has no {key}")),
         (Some(_), Some(_)) => Err(format!("the metadata has {key} twice")),
     }
+}
+
+/// An entry that files have only where it says something.
+fn optional<T: std::str::FromStr>(model: &Model, key: &str) -> Result<Option<T>, String> {
+    if !model.metadata.iter().any(|(name, _)| name == key) {
+        return Ok(None);
+    }
+    let value = text(model, key)?;
+    value.parse().map(Some).map_err(|_| format!("{key} is {value:?}, expected another value"))
 }
 
 fn number<T: std::str::FromStr>(model: &Model, key: &str) -> Result<T, String> {

@@ -2,7 +2,7 @@
 //! generator before and after, and the exported file in the runtime.
 
 use super::engine_options;
-use crate::cli::{DemoArgs, DistillArgs, Engine, ExportArgs, OutputKind, SettingsArgs};
+use crate::cli::{DemoArgs, DistillArgs, Engine, ExportArgs, SettingsArgs};
 use crate::device::Choice;
 use crate::eval::distance;
 use crate::output::say;
@@ -46,13 +46,7 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
 
     say("2/4  exporting it as ONNX, and checking the file with every engine here");
     let onnx = args.out.join("generator.onnx");
-    let export = ExportArgs {
-        generator: run.join("generator"),
-        onnx: onnx.clone(),
-        batch: 1,
-        output: OutputKind::F32,
-        force: true,
-    };
+    let export = ExportArgs { force: true, ..ExportArgs::plain(run.join("generator"), onnx.clone()) };
     let export = super::export::run(&export)?;
 
     say("3/4  making pictures");

@@ -15,8 +15,8 @@ mod tract;
 
 /// A loaded graph. The generator has checked the sizes of everything it hands over.
 pub(crate) trait Engine: Send {
-    /// Runs one full batch: noise `(B, C, H, W)`, and `(B)` labels where the graph takes them. Writes the first
-    /// `out.len()` values of the output; an error is the engine's own reason.
+    /// Runs one full batch, or any number of pictures where the file leaves it free: noise `(B, C, H, W)`, and `(B)`
+    /// labels where the graph takes them. Writes the first `out.len()` values of the output; an error is the engine's own reason.
     fn run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> Result<(), String>;
 }
 
@@ -171,6 +171,19 @@ fn open_tract(_: &Path, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, Engin
 
 #[cfg(any(feature = "onnxruntime", feature = "tract"))]
 impl Out<'_> {
+    /// The room for `n` values from `start` on, as far as there is any.
+    #[cfg(feature = "tract")]
+    fn part(&mut self, start: usize, n: usize) -> Out<'_> {
+        fn part<T>(out: &mut [T], start: usize, n: usize) -> &mut [T] {
+            let len = out.len();
+            &mut out[start.min(len)..(start + n).min(len)]
+        }
+        match self {
+            Out::F32(out) => Out::F32(part(out, start, n)),
+            Out::U8(out) => Out::U8(part(out, start, n)),
+        }
+    }
+
     /// Copies the leading values of an f32 output of `expected` values.
     fn fill_f32(self, values: &[f32], expected: usize) -> Result<(), String> {
         match self {

@@ -31,8 +31,8 @@ static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
 
 struct OnnxRuntime {
     session: Session,
-    /// `[B, C, H, W]`.
-    shape: [usize; 4],
+    /// `[C, H, W]`.
+    shape: [usize; 3],
     /// Whether the graph lists its label before its noise.
     label_first: bool,
 }
@@ -49,7 +49,7 @@ pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<d
         engine: EngineKind::OnnxRuntime,
         reason: error.to_string(),
     })?;
-    let shape = [info.batch, info.channels, info.height, info.width];
+    let shape = info.shape();
     let label_first = session.inputs().first().is_some_and(|input| input.name() == "label");
     let Runtime { library, version, warning, .. } = runtime;
     let engine_info = EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning };
@@ -73,9 +73,10 @@ impl Engine for OnnxRuntime {
 impl OnnxRuntime {
     /// The outer result is the engine's, the inner one that of the output's size.
     fn try_run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> ort::Result<Result<(), String>> {
-        let values = self.shape.iter().product();
+        let values = noise.len();
+        let [c, h, w] = self.shape;
         // Both inputs are lent, not copied.
-        let noise = SessionInputValue::from(TensorRef::from_array_view((self.shape, noise))?);
+        let noise = SessionInputValue::from(TensorRef::from_array_view(([values / (c * h * w), c, h, w], noise))?);
         let outputs = if label.is_empty() {
             self.session.run([noise])?
         } else {

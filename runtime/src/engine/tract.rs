@@ -35,30 +35,44 @@ pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<d
 }
 
 fn load(path: &Path, info: &Info, threads: usize) -> TractResult<Tract> {
-    let model = tract_onnx::onnx().model_for_path(path)?;
+    // tract plans for shapes that are fixed: where the batch is free, one picture, however many there will be. The
+    // shapes of the file would contradict that.
+    let onnx = tract_onnx::onnx().with_ignore_value_info(info.dynamic_batch);
+    let mut model = onnx.model_for_path(path)?;
     let first = model.input_outlets()?.first().copied();
     let label_first = first.is_some_and(|outlet| model.node(outlet.node).name == "label");
     let executor = if threads > 1 { Executor::multithread(threads) } else { Executor::SingleThread };
     let options = RunOptions { executor: Some(executor), ..RunOptions::default() };
-    // The shapes are in the file, and fixed.
+    let shape = [info.batch, info.channels, info.height, info.width];
+    if info.dynamic_batch {
+        for at in 0..model.input_outlets()?.len() {
+            let fact = if info.labelled && (at == 0) == label_first { i64::fact([1]) } else { f32::fact(shape) };
+            model.set_input_fact(at, fact.into())?;
+        }
+        model.set_output_fact(0, InferenceFact::default())?;
+    }
     let plan = model.into_optimized()?.into_runnable_with_options(&options)?;
-    Ok(Tract { plan, shape: [info.batch, info.channels, info.height, info.width], label_first })
+    Ok(Tract { plan, shape, label_first })
 }
 
 impl Engine for Tract {
-    fn run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> Result<(), String> {
-        let image = caught(|| self.try_run(noise, label))?;
-        let values = self.shape.iter().product();
-        match &out {
-            Out::F32(_) => {
-                let view = image.to_plain_array_view::<f32>().map_err(|error| format!("{error:#}"))?;
-                out.fill_f32(view.as_slice().ok_or("the output is not contiguous")?, values)
-            }
-            Out::U8(_) => {
-                let view = image.to_plain_array_view::<u8>().map_err(|error| format!("{error:#}"))?;
-                out.fill_u8(view.as_slice().ok_or("the output is not contiguous")?, values)
+    fn run(&mut self, noise: &[f32], label: &[i64], mut out: Out<'_>) -> Result<(), String> {
+        let (batch, values) = (self.shape[0], self.shape.iter().product());
+        let labels = |call: usize| label.get(call * batch..(call + 1) * batch).unwrap_or_default();
+        for (call, noise) in noise.chunks_exact(values).enumerate() {
+            let image = caught(|| self.try_run(noise, labels(call)))?;
+            match out.part(call * values, values) {
+                part @ Out::F32(_) => {
+                    let view = image.to_plain_array_view::<f32>().map_err(|error| format!("{error:#}"))?;
+                    part.fill_f32(view.as_slice().ok_or("the output is not contiguous")?, values)?;
+                }
+                part @ Out::U8(_) => {
+                    let view = image.to_plain_array_view::<u8>().map_err(|error| format!("{error:#}"))?;
+                    part.fill_u8(view.as_slice().ok_or("the output is not contiguous")?, values)?;
+                }
             }
         }
+        Ok(())
     }
 }
 

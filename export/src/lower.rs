@@ -1,55 +1,20 @@
-//! The portable dialect: opset 17, the operators of ai.onnx alone, every shape static and of rank 4 at most, every
-//! constant an initializer. It is what the CPU, CoreML, QNN, DirectML, CUDA and WebGPU providers of ONNX Runtime take
-//! without falling back, and what tract takes.
+//! From a graph to ONNX: the spelling that all dialects share, static shapes of rank 4 at most, every constant an
+//! initializer. Where dialects differ, the one in use is asked.
 
-use crate::check::Rules;
 use crate::graph::{Conv, Graph, Node, NodeId, Op};
-use crate::onnx::{Builder, float, int, ints, string};
-use crate::{Error, Result};
+use crate::onnx::{Builder, int, ints, string};
+use crate::{Dialect, Error, Result};
 use candle_core::Tensor;
 use candle_onnx::onnx::GraphProto;
 use candle_onnx::onnx::tensor_proto::DataType;
 use dmd_models::Activation;
 use std::collections::HashMap;
 
-/// The name in `dmd.dialect`.
-pub(crate) const NAME: &str = "portable";
-
-/// Version of ai.onnx: the first with everything used here; 18 moves arguments into inputs, which some refuse.
-pub(crate) const OPSET: i64 = 17;
-
-/// What a file in this dialect is held to.
-pub(crate) const RULES: Rules = Rules { opset: OPSET, operators: OPERATORS, max_rank: 4 };
-
-/// All operators that this dialect uses.
-const OPERATORS: &[&str] = &[
-    "Add",
-    "AveragePool",
-    "Cast",
-    "Clip",
-    "Concat",
-    "Conv",
-    "Div",
-    "Erf",
-    "Gather",
-    "InstanceNormalization",
-    "MatMul",
-    "Mul",
-    "Pad",
-    "Relu",
-    "Reshape",
-    "Resize",
-    "Sigmoid",
-    "Softmax",
-    "Softplus",
-    "Split",
-    "Tanh",
-    "Transpose",
-];
-
-/// Spells a graph in this dialect.
-pub(crate) fn lower(graph: &Graph) -> Result<GraphProto> {
-    let mut lowering = Lowering { graph, file: Builder::new("generator"), values: HashMap::new() };
+/// Spells a graph in a dialect. With `dynamic_batch` the graph, traced for one picture, takes any number of them: the
+/// first axis of every value is then the only one that is not fixed.
+pub(crate) fn lower(graph: &Graph, dialect: Dialect, dynamic_batch: bool) -> Result<GraphProto> {
+    let file = Builder::new("generator", dynamic_batch);
+    let mut lowering = Lowering { graph, dialect, dynamic_batch, file, values: HashMap::new() };
     for id in graph.ids() {
         if let Some(value) = lowering.node(graph.node(id))? {
             lowering.values.insert((id, Form::Whole), value);
@@ -67,11 +32,23 @@ pub(crate) fn lower(graph: &Graph) -> Result<GraphProto> {
     Ok(lowering.file.finish(&value, "image", kind, &output.shape))
 }
 
-struct Lowering<'a> {
+/// A graph on its way into a file.
+pub(crate) struct Lowering<'a> {
     graph: &'a Graph,
-    file: Builder,
+    dialect: Dialect,
+    dynamic_batch: bool,
+    pub(crate) file: Builder,
     /// The names of what each node gives. Constants and rows of tables get theirs when something reads them.
     values: HashMap<(NodeId, Form), String>,
+}
+
+/// A group norm to be spelled.
+pub(crate) struct Norm<'a> {
+    pub name: &'a str,
+    pub groups: usize,
+    pub eps: f64,
+    pub affine: Option<&'a [Tensor; 2]>,
+    pub shape: [usize; 4],
 }
 
 /// How a value is laid out in the file.
@@ -87,7 +64,7 @@ impl Lowering<'_> {
     /// Spells one node out and names its value.
     fn node(&mut self, node: &Node) -> Result<Option<String>> {
         if node.shape.len() > 4 {
-            return Err(refuse(node, format!("shape {:?}: the portable dialect stops at rank 4", node.shape)));
+            return Err(refuse(node, format!("shape {:?}: the dialects stop at rank 4", node.shape)));
         }
         let (name, shape) = (node.name.as_str(), node.shape.as_slice());
         let x = match node.inputs.first() {
@@ -99,8 +76,12 @@ impl Lowering<'_> {
             Op::Constant(_) | Op::Lookup(_) => return Ok(None),
             Op::Noise => self.file.input(name, DataType::Float, shape),
             Op::Conv2d(conv) => self.conv(node, conv, x)?,
-            Op::GroupNorm { groups, eps, affine } => self.group_norm(node, *groups, *eps, affine.as_ref(), x)?,
-            Op::Activation(act) => self.activation(node, *act, x),
+            Op::GroupNorm { groups, eps, affine } => {
+                let (groups, eps, affine) = (*groups, *eps, affine.as_ref());
+                let norm = Norm { name, groups, eps, affine, shape: dims4(node)? };
+                self.dialect.group_norm(self, &norm, x)?
+            }
+            Op::Activation(act) => self.activation(node, *act, x)?,
             Op::Attention { heads, scale } => self.attention(node, *heads, *scale)?,
             Op::Add | Op::Concat => {
                 let y = self.value(node.inputs[1])?;
@@ -158,9 +139,7 @@ impl Lowering<'_> {
             return Ok(());
         }
         let row = self.file.node("class_table.row", "Gather", &[&table, &label], vec![], &[batch, width, 1, 1]);
-        let widths: Vec<usize> = outputs.iter().map(|(_, shape)| shape[1]).collect();
-        let widths = self.file.integers(&widths);
-        self.file.nodes("class_table.split", "Split", &[&row, &widths], vec![int("axis", 1)], &outputs);
+        self.dialect.split(self, &row, &outputs);
         Ok(())
     }
 
@@ -214,69 +193,33 @@ impl Lowering<'_> {
         Ok(self.file.node(name, "Conv", &inputs, vec![kernel, strides, ints("pads", &conv.pads)], &node.shape))
     }
 
-    /// No provider has GroupNormalization on the CPU, and every one has this: a group becomes a channel of instance
-    /// normalisation.
-    fn group_norm(
-        &mut self,
-        node: &Node,
-        groups: usize,
-        eps: f64,
-        affine: Option<&[Tensor; 2]>,
-        x: &str,
-    ) -> Result<String> {
-        let (name, shape) = (&node.name, &node.shape);
-        let [b, c, h, w] = dims4(node)?;
-        let epsilon = vec![float("epsilon", eps)];
-        if let (Some([scale, shift]), true) = (affine, groups == c) {
-            let scale = self.file.weight(&format!("{name}.weight"), scale, &[c])?;
-            let shift = self.file.weight(&format!("{name}.bias"), shift, &[c])?;
-            return Ok(self.file.node(name, "InstanceNormalization", &[x, &scale, &shift], epsilon, shape));
-        }
-        let ones = self.file.floats(&format!("ones_{groups}"), &vec![1.0; groups]);
-        let zeros = self.file.floats(&format!("zeros_{groups}"), &vec![0.0; groups]);
-        let grouped = [b, groups, c / groups * h * w];
-        let normalized = self.reshape(&format!("{name}.groups"), x, &grouped);
-        let inputs = [normalized.as_str(), &ones, &zeros];
-        let part = format!("{name}.normalize");
-        let normalized = self.file.node(&part, "InstanceNormalization", &inputs, epsilon, &grouped);
-        let Some([scale, shift]) = affine else { return Ok(self.reshape(name, &normalized, shape)) };
-        let normalized = self.reshape(&format!("{name}.channels"), &normalized, shape);
-        let scale = self.file.weight(&format!("{name}.weight"), scale, &[1, c, 1, 1])?;
-        let shift = self.file.weight(&format!("{name}.bias"), shift, &[1, c, 1, 1])?;
-        let scaled = self.file.node(&format!("{name}.scale"), "Mul", &[&normalized, &scale], vec![], shape);
-        Ok(self.file.node(name, "Add", &[&scaled, &shift], vec![], shape))
+    /// What is left of a group norm once the groups `(B, G, n)` are normalised: the channels and their affine map.
+    pub(crate) fn ungrouped(&mut self, norm: &Norm, normalized: &str) -> Result<String> {
+        let (name, shape) = (norm.name, norm.shape);
+        let Some([scale, shift]) = norm.affine else { return Ok(self.reshape(name, normalized, &shape)) };
+        let normalized = self.reshape(&format!("{name}.channels"), normalized, &shape);
+        let scale = self.file.weight(&format!("{name}.weight"), scale, &[1, shape[1], 1, 1])?;
+        let shift = self.file.weight(&format!("{name}.bias"), shift, &[1, shape[1], 1, 1])?;
+        let scaled = self.file.node(&format!("{name}.scale"), "Mul", &[&normalized, &scale], vec![], &shape);
+        Ok(self.file.node(name, "Add", &[&scaled, &shift], vec![], &shape))
     }
 
-    fn activation(&mut self, node: &Node, act: Activation, x: &str) -> String {
-        let name = node.name.as_str();
-        let mut step = |part: &str, operator: &str, inputs: &[&str]| {
-            let name = if part.is_empty() { name.to_string() } else { format!("{name}.{part}") };
-            self.file.node(&name, operator, inputs, vec![], &node.shape)
-        };
-        match act {
-            Activation::Relu => step("", "Relu", &[x]),
+    fn activation(&mut self, node: &Node, act: Activation, x: &str) -> Result<String> {
+        Ok(match act {
+            Activation::Relu => self.step(node, "", "Relu", &[x]),
             Activation::Silu => {
-                let gate = step("sigmoid", "Sigmoid", &[x]);
-                step("", "Mul", &[x, &gate])
+                let gate = self.step(node, "sigmoid", "Sigmoid", &[x]);
+                self.step(node, "", "Mul", &[x, &gate])
             }
-            Activation::Mish => {
-                let gate = step("softplus", "Softplus", &[x]);
-                let gate = step("tanh", "Tanh", &[&gate]);
-                step("", "Mul", &[x, &gate])
-            }
-            Activation::Gelu => {
-                // x/2·(1 + erf(x/√2)), step by step as the engines' fusions expect it.
-                let [root, one, half] = [std::f32::consts::SQRT_2, 1.0, 0.5].map(|value| self.file.scalar(value));
-                let mut step = |part: &str, operator: &str, inputs: &[&str]| {
-                    self.file.node(&format!("{name}.{part}"), operator, inputs, vec![], &node.shape)
-                };
-                let erf = step("div", "Div", &[x, &root]);
-                let erf = step("erf", "Erf", &[&erf]);
-                let gate = step("add", "Add", &[&erf, &one]);
-                let gated = step("gate", "Mul", &[x, &gate]);
-                self.file.node(name, "Mul", &[&gated, &half], vec![], &node.shape)
-            }
-        }
+            Activation::Mish => self.dialect.mish(self, node, x),
+            Activation::Gelu => self.dialect.gelu(self, node, x)?,
+        })
+    }
+
+    /// One operator on the way to a node's value, which has its shape; the last one has no `part` and its name.
+    pub(crate) fn step(&mut self, node: &Node, part: &str, operator: &str, inputs: &[&str]) -> String {
+        let name = if part.is_empty() { node.name.clone() } else { format!("{}.{part}", node.name) };
+        self.file.node(&name, operator, inputs, vec![], &node.shape)
     }
 
     /// One matrix product per head, heads beside the batch. Keys are the last axis of the scores, where softmax is
@@ -341,8 +284,13 @@ impl Lowering<'_> {
         self.file.node(name, "Cast", &[&pixels], vec![int("to", DataType::Uint8 as i64)], &node.shape)
     }
 
-    fn reshape(&mut self, name: &str, x: &str, shape: &[usize]) -> String {
-        let dims = self.file.integers(shape);
+    pub(crate) fn reshape(&mut self, name: &str, x: &str, shape: &[usize]) -> String {
+        let mut dims: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
+        if self.dynamic_batch {
+            // Whatever is left over.
+            dims[0] = -1;
+        }
+        let dims = self.file.integers(&dims);
         self.file.node(name, "Reshape", &[x, &dims], vec![], shape)
     }
 
@@ -356,6 +304,6 @@ fn dims4(node: &Node) -> Result<[usize; 4]> {
     node.shape[..].try_into().map_err(|_| refuse(node, format!("shape {:?}, expected rank 4", node.shape)))
 }
 
-fn refuse(node: &Node, message: impl Into<String>) -> Error {
+pub(crate) fn refuse(node: &Node, message: impl Into<String>) -> Error {
     Error::Node { node: node.name.clone(), message: message.into() }
 }
