@@ -4,7 +4,7 @@ use crate::config::Recipe;
 use crate::device::Choice;
 use crate::sample::Sampler;
 use clap::{Args, Parser, Subcommand};
-use dmd_export::Dialect;
+use dmd_export::{Dialect, Precision};
 use std::path::PathBuf;
 
 /// Distil a diffusion model into a one-step generator and export it for edge devices.
@@ -222,6 +222,28 @@ pub struct ExportArgs {
     /// Operators that the file is spelled in: portable for most engines, nnapi for Android's, native for opset 21.
     #[arg(long, default_value = "portable", value_name = "portable|nnapi|native")]
     pub dialect: Dialect,
+    /// How numbers are stored and computed: fp16 halves the file, w8 (8-bit weights) quarters it, w8a8 also computes
+    /// in 8 bits.
+    #[arg(long, default_value = "fp32", value_name = "fp32|fp16|w8|w8a8")]
+    pub precision: Precision,
+    /// Least PSNR against fp32 that is accepted [default: 60 for fp16, 40 for w8, 30 for w8a8].
+    #[arg(long, value_name = "DB")]
+    pub min_psnr: Option<f64>,
+    /// How far w8a8 may fall below w8, in PSNR; the worst layers stay in fp32 until it does not.
+    #[arg(long, value_name = "DB", default_value_t = dmd_export::MAX_DROP_DB)]
+    pub max_drop_db: f64,
+    /// Put the weights into FILE.data, aligned to be mapped.
+    #[arg(long)]
+    pub external_data: bool,
+    /// Refuse to write more than this: bytes, or a number with kB or MB.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub max_size: Option<usize>,
+    /// Which engines verify the file; auto is every one that is present.
+    #[arg(long, default_value = "auto", value_enum)]
+    pub engine: Engine,
+    /// Write the file even if no engine is present to run it.
+    #[arg(long)]
+    pub allow_unverified: bool,
     /// Pictures per pass, fixed in the file.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub batch: usize,
@@ -240,6 +262,9 @@ pub struct ExportArgs {
     /// f32: (B, C, H, W) around ±1; u8: (B, H, W, C) bytes.
     #[arg(long, default_value = "f32", value_name = "f32|u8")]
     pub output: OutputKind,
+    /// Compare the file with the network on 256 noises: FILE.report.json, and FILE.report.html with pictures.
+    #[arg(long)]
+    pub report: bool,
     /// Replace an existing file.
     #[arg(long)]
     pub force: bool,
@@ -252,12 +277,20 @@ impl ExportArgs {
             generator,
             onnx,
             dialect: Dialect::default(),
+            precision: Precision::default(),
+            min_psnr: None,
+            max_drop_db: dmd_export::MAX_DROP_DB,
+            external_data: false,
+            max_size: None,
+            engine: Engine::Auto,
+            allow_unverified: false,
             batch: 1,
             dynamic_batch: false,
             fixed_label: None,
             as_generator: false,
             sigma: None,
             output: OutputKind::F32,
+            report: false,
             force: false,
         }
     }
@@ -368,6 +401,21 @@ pub enum BenchCommand {
     Train(BenchTrainArgs),
     /// One pass of an exported file.
     Run(BenchRunArgs),
+    /// A model in every dialect and precision: size, likeness to fp32, latency.
+    Export(BenchExportArgs),
+}
+
+/// `dmd bench export`.
+#[derive(Debug, Args)]
+pub struct BenchExportArgs {
+    /// A generator's folder, or with --sigma a teacher's.
+    pub model: PathBuf,
+    /// Take a teacher, not distilled, as a generator held at this noise level.
+    #[arg(long, value_name = "S")]
+    pub sigma: Option<f64>,
+    /// A page whose table is to be replaced.
+    #[arg(long, value_name = "FILE.md")]
+    pub table: Option<PathBuf>,
 }
 
 /// `dmd bench train`.
@@ -460,6 +508,22 @@ fn parse_size(text: &str) -> Result<[usize; 2], String> {
     }
 }
 
+fn parse_bytes(text: &str) -> Result<usize, String> {
+    let (number, unit) = match text.find(|c: char| c.is_ascii_alphabetic()) {
+        Some(at) => text.split_at(at),
+        None => (text, ""),
+    };
+    let factor = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        _ => return Err(format!("size \"{text}\", expected bytes, or a number with kB, MB or GB")),
+    };
+    let number: f64 = number.trim().parse().map_err(|_| format!("size \"{text}\", expected a number"))?;
+    if number > 0.0 { Ok((number * factor) as usize) } else { Err(format!("size \"{text}\", expected more than 0")) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -471,5 +535,7 @@ mod tests {
         assert_eq!(parse_size("16"), Ok([16, 16]));
         assert_eq!(parse_size("24x32"), Ok([24, 32]));
         assert!(parse_size("x").is_err());
+        assert_eq!([parse_bytes("900"), parse_bytes("1.5MB"), parse_bytes("2kb")], [Ok(900), Ok(1_500_000), Ok(2000)]);
+        assert!(["", "MB", "-1", "3 parsec"].iter().all(|text| parse_bytes(text).is_err()));
     }
 }

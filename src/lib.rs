@@ -25,6 +25,7 @@ pub mod memory;
 pub mod npy;
 pub mod output;
 pub mod picture;
+pub mod report;
 
 /// Version of this program, as it is written into models and files.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -100,9 +100,15 @@ pub fn labelled_table(columns: &[String], rows: &[(&str, Vec<RgbImage>)]) -> Rgb
 
 /// Writes a PNG, whole or not at all.
 pub fn save_png(path: &Path, image: &RgbImage) -> Result<()> {
+    let png = png(image)?;
+    write_aside(path, |file| Ok(std::io::Write::write_all(file, &png)?))
+}
+
+/// The bytes of a PNG.
+pub fn png(image: &RgbImage) -> Result<Vec<u8>> {
     let mut png = std::io::Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png)?;
-    write_aside(path, |file| Ok(std::io::Write::write_all(file, png.get_ref())?))
+    Ok(png.into_inner())
 }
 
 /// `floor(clamp(127.5 x + 128, 0, 255))`, as EDM writes its samples; the inverse of `x / 127.5 - 1` for every byte.

@@ -427,3 +427,70 @@ fn recipes_are_shown_whole_and_can_be_changed() {
     assert_eq!(shown["loss"]["gan"]["r1"], 2.0);
     assert_eq!(shown["generator"]["sigma"], "max");
 }
+
+#[test]
+fn an_export_that_cannot_be_is_refused_with_its_remedy() {
+    let w = generator();
+    let export = "export run/generator --onnx a.onnx";
+    w.refuses(&format!("{export} --dialect tflite"), 2, &["expected portable, nnapi or native"]);
+    w.refuses(&format!("{export} --precision int4"), 2, &["expected fp32, fp16, w8 or w8a8"]);
+    w.refuses(
+        &format!("{export} --fixed-label d"),
+        1,
+        &["--fixed-label d: no such class, the model has a, b, c (0 to 2)"],
+    );
+    w.refuses(&format!("{export} --fixed-label 3"), 1, &["--fixed-label 3: no such class"]);
+    w.refuses(&format!("{export} --max-size 20kB"), 1, &["--max-size allows 20000", "--precision fp16"]);
+    w.refuses(&format!("{export} --batch 2 --dynamic-batch"), 2, &["--dynamic-batch"]);
+    w.refuses(&format!("{export} --precision w8a8 --min-psnr 200"), 1, &["dB PSNR, expected 200.0", "--min-psnr"]);
+    w.refuses(&format!("{export} --as-generator"), 2, &["--sigma"]);
+    w.refuses(&format!("{export} --as-generator --sigma 1"), 1, &["is a generator already"]);
+    w.refuses("export teacher --onnx a.onnx", 1, &["is a teacher", "--as-generator --sigma S"]);
+    let held = "export teacher --onnx a.onnx --as-generator --sigma";
+    w.refuses(&format!("{held} 1000"), 1, &["--sigma is 1000, expected 0.002 to 80"]);
+    w.write("a.onnx.report.html", "mine");
+    w.refuses(&format!("{export} --report"), 1, &["a.onnx.report.html: exists already"]);
+    w.ok(&format!("{held} 2.5"));
+    assert_eq!(w.ok("inspect a.onnx")["sigma"], 2.5);
+}
+
+/// `/dev/full` takes no byte: a disk that is full.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_export_onto_a_full_disk_or_a_closed_folder_leaves_nothing() {
+    let w = generator();
+    std::fs::create_dir(w.path("a.onnx.partial")).unwrap();
+    std::os::unix::fs::symlink("/dev/full", w.path("a.onnx.partial/a.onnx")).unwrap();
+    w.fails("export run/generator --onnx a.onnx", 1, &["a.onnx: cannot write", "No space left"]);
+    assert!(!w.path("a.onnx").exists() && !w.path("a.onnx.partial").exists());
+    w.write("file", "no folder");
+    w.refuses("export run/generator --onnx file/a.onnx", 1, &["file"]);
+}
+
+/// An engine that is asked for and missing: the checks that were not made are named, and the exit code says so.
+#[test]
+fn a_report_without_an_engine_says_what_was_not_checked() {
+    let w = generator();
+    w.write("none.so", "no library");
+    let run = |line: &str| {
+        let mut command = w.command(line);
+        // Nowhere to find a library: not by the variable, not in a Python, not at home.
+        command
+            .env("ORT_DYLIB_PATH", w.path("none.so"))
+            .env("PATH", "")
+            .env("HOME", w.path(""))
+            .env_remove("VIRTUAL_ENV");
+        command.output().unwrap()
+    };
+    let export = "export run/generator --onnx a.onnx --engine onnxruntime --report";
+    let output = run(export);
+    if output.status.success() {
+        return eprintln!("skipped: the system's own loader finds ONNX Runtime here");
+    }
+    check_failure(export, &output, 1, &["no engine could check the file", "ONNX Runtime", "--allow-unverified"]);
+    assert!(!w.path("a.onnx").exists() && !w.path("a.onnx.report.html").exists());
+    let output = run(&format!("{export} --allow-unverified"));
+    assert!(output.status.success(), "{}", common::stderr(&output));
+    assert!(common::stderr(&output).contains("likeness and latency were not checked"));
+    assert!(w.text("a.onnx.report.html").contains("Not checked: no engine is present"));
+}

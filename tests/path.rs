@@ -151,3 +151,23 @@ fn grey_pictures_without_classes_go_the_same_way() {
     assert_eq!(w.npy("file.npy").dim(), (3, 1, 8, 12));
     assert!(max_difference(&w.npy("generator.npy"), &w.npy("file.npy")) <= TOLERANCE);
 }
+
+#[test]
+fn a_report_shows_what_a_precision_costs() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    let export = "export teacher --as-generator --sigma 2.5 --report --force --onnx a.onnx --min-psnr 20 --precision";
+    let mut psnr = Vec::new();
+    for precision in ["fp32", "fp16", "w8", "w8a8"] {
+        let report = w.ok(&format!("{export} {precision}"));
+        assert_eq!(report["export"]["precision"], precision);
+        assert_eq!(report["measured"]["pictures"], 256);
+        psnr.push(report["measured"]["psnr_db"].as_f64().unwrap());
+        let written: serde_json::Value = serde_json::from_str(&w.text("a.onnx.report.json")).unwrap();
+        assert_eq!(written, report);
+        let page = w.text("a.onnx.report.html");
+        assert_eq!(page.matches("src=\"data:image/png;base64,").count(), 3);
+        assert!(!page.contains("http") && page.contains("difference ×10"));
+        assert_eq!(w.ok("inspect a.onnx")["precision"], precision);
+    }
+    assert!(psnr.is_sorted_by(|a, b| a > b), "{psnr:?}");
+}

@@ -1,7 +1,8 @@
 //! Whether a model is what its dialect promises: named nodes in order, every value defined once and before it is read,
-//! static shapes, the dialect's operators and no others. It trusts nothing that the lowering says of itself.
+//! static shapes, the dialect's operators and no others, and every type and shape that which the operators give. It trusts nothing that the lowering says of itself.
 
-use crate::onnx::BATCH;
+use crate::infer::{Read, Typed, infer};
+use crate::onnx::{BATCH, tensor_type, values_i64};
 use crate::{Error, Result};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::tensor_shape_proto::dimension;
@@ -13,7 +14,7 @@ use std::collections::{HashMap, HashSet};
 pub(crate) struct Rules {
     pub opset: i64,
     pub ir_version: i64,
-    pub operators: [&'static [&'static str]; 2],
+    pub operators: [&'static [&'static str]; 3],
     pub max_rank: usize,
     /// Whether the first axis of every value is free.
     pub dynamic_batch: bool,
@@ -72,6 +73,10 @@ fn check_graph(graph: &GraphProto, rules: Rules, problems: &mut Vec<String>) {
             }
         }
     }
+    if problems.is_empty() {
+        // Only in a graph that is otherwise in order.
+        check_types(graph, problems);
+    }
     for info in &graph.input {
         problems.extend(shape_problem(Some(info), rules).map(|problem| format!("input \"{}\" {problem}", info.name)));
     }
@@ -84,11 +89,60 @@ fn check_graph(graph: &GraphProto, rules: Rules, problems: &mut Vec<String>) {
     problems.extend(unread.map(|tensor| format!("initializer \"{}\" is read by no node", tensor.name)));
 }
 
+/// Holds the stated type and shape of every value to what its node gives. A free batch stands for this many pictures,
+/// a number that no length in a graph has by chance.
+const PROBE: i64 = 7919;
+
+fn check_types(graph: &GraphProto, problems: &mut Vec<String>) {
+    let infos = graph.value_info.iter().chain(&graph.output).chain(&graph.input);
+    let mut stated: HashMap<&str, Typed> =
+        infos.filter_map(|info| Some((info.name.as_str(), typed(tensor_type(info)?)))).collect();
+    let constants: HashMap<&str, &TensorProto> =
+        graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    for (name, tensor) in &constants {
+        stated.insert(name, Typed { kind: tensor.data_type, dims: tensor.dims.clone() });
+    }
+    for node in &graph.node {
+        let read = |name: &String| {
+            let constant = constants.get(name.as_str()).filter(|tensor| tensor.data_type == DataType::Int64 as i32);
+            Some(Read { typed: stated.get(name.as_str())?, numbers: constant.map(|tensor| values_i64(tensor)) })
+        };
+        let reads: Option<Vec<Read>> = node.input.iter().map(read).collect();
+        let given = reads.ok_or_else(|| "reads a value of no type".into()).and_then(|reads| infer(node, &reads));
+        let found: std::result::Result<Vec<Typed>, String> = match given {
+            Ok(given) if given.len() != node.output.len() => Err(format!("gives {} values", given.len())),
+            other => other,
+        };
+        let complaint = match found {
+            Err(problem) => Some(problem),
+            Ok(given) => node.output.iter().zip(given).find_map(|(name, given)| {
+                let stated = stated.get(name.as_str())?;
+                (*stated != given).then(|| format!("value \"{name}\" is {given:?}, stated as {stated:?}"))
+            }),
+        };
+        problems.extend(complaint.map(|problem| format!("node \"{}\" ({}): {problem}", node.name, node.op_type)));
+    }
+}
+
+fn typed(tensor: &type_proto::Tensor) -> Typed {
+    let length = |value: &Option<dimension::Value>| match value {
+        Some(dimension::Value::DimValue(n)) => *n,
+        Some(dimension::Value::DimParam(name)) => {
+            PROBE * name.strip_suffix(BATCH).and_then(|n| n.trim_end_matches('*').parse().ok()).unwrap_or(1)
+        }
+        None => 0,
+    };
+    let dims = tensor.shape.iter().flat_map(|shape| &shape.dim).map(|dim| length(&dim.value)).collect();
+    Typed { kind: tensor.elem_type, dims }
+}
+
 fn check_initializer(tensor: &TensorProto, rules: Rules, problems: &mut Vec<String>) {
-    let element_bytes = match tensor.data_type {
-        kind if kind == DataType::Float as i32 => 4,
-        kind if kind == DataType::Int64 as i32 => 8,
-        kind => return problems.push(format!("initializer \"{}\" has type {kind}", tensor.name)),
+    let element_bytes = match DataType::try_from(tensor.data_type) {
+        Ok(DataType::Int8) => 1,
+        Ok(DataType::Float16) => 2,
+        Ok(DataType::Float | DataType::Int32) => 4,
+        Ok(DataType::Int64) => 8,
+        _ => return problems.push(format!("initializer \"{}\" has type {}", tensor.name, tensor.data_type)),
     };
     let bytes = tensor.dims.iter().product::<i64>() * element_bytes;
     if tensor.dims.len() > rules.max_rank || tensor.raw_data.len() as i64 != bytes {
@@ -99,8 +153,7 @@ fn check_initializer(tensor: &TensorProto, rules: Rules, problems: &mut Vec<Stri
 
 /// What is wrong with the stated shape of a value, if anything.
 fn shape_problem(info: Option<&ValueInfoProto>, rules: Rules) -> Option<String> {
-    let kind = info.and_then(|info| info.r#type.as_ref()).and_then(|kind| kind.value.as_ref());
-    let Some(type_proto::Value::TensorType(tensor)) = kind else { return Some("has no type".into()) };
+    let Some(tensor) = info.and_then(tensor_type) else { return Some("has no type".into()) };
     let dims = &tensor.shape.as_ref()?.dim;
     let sound = |at: usize, value: &Option<dimension::Value>| match value {
         Some(dimension::Value::DimValue(n)) => *n > 0,
@@ -116,8 +169,8 @@ fn shape_problem(info: Option<&ValueInfoProto>, rules: Rules) -> Option<String> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Dialect;
     use crate::onnx::{self, Builder};
+    use crate::{Dialect, Precision};
 
     /// A model of one node, changed by `spoil`, and what the check says of it.
     fn verdict(spoil: impl FnOnce(&mut ModelProto)) -> String {
@@ -126,10 +179,10 @@ mod tests {
         let two = file.scalar(2.0);
         let value = file.node("double", "Mul", &["noise", &two], vec![], &[1, 3, 4, 4]);
         let value = file.node("clamp", "Relu", &[&value], vec![], &[1, 3, 4, 4]);
-        let graph = file.finish(&value, "image", DataType::Float, &[1, 3, 4, 4]);
+        let graph = file.finish(&value, "image", DataType::Float, &[1, 3, 4, 4]).graph;
         let mut model = onnx::model(graph, Dialect::Portable, &[]);
         spoil(&mut model);
-        match check(&model, Dialect::Portable.rules(false)) {
+        match check(&model, Dialect::Portable.rules(Precision::Fp32, false)) {
             Ok(()) => "sound".into(),
             Err(error) => error.to_string(),
         }
@@ -139,11 +192,25 @@ mod tests {
         model.graph.as_mut().unwrap()
     }
 
+    fn set_height(info: &mut ValueInfoProto, height: i64) {
+        let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_mut().and_then(|kind| kind.value.as_mut())
+        else {
+            panic!("a tensor")
+        };
+        tensor.shape.as_mut().unwrap().dim[2].value = Some(dimension::Value::DimValue(height));
+    }
+
     #[test]
     fn a_sound_model_passes_and_each_fault_is_named() {
         assert_eq!(verdict(|_| {}), "sound");
         type Spoil = fn(&mut ModelProto);
-        let faults: [(&str, Spoil); 8] = [
+        let faults: [(&str, Spoil); 11] = [
+            ("IR version 7, expected 8", |model| model.ir_version = 7),
+            ("stated as Typed { kind: 1, dims: [1, 3, 5, 4] }", |model| set_height(&mut graph(model).value_info[0], 5)),
+            ("reads types 1 and 10", |model| {
+                let two = &mut graph(model).initializer[0];
+                (two.data_type, two.raw_data) = (DataType::Float16 as i32, vec![0, 0x40]);
+            }),
             ("operator sets", |model| model.opset_import[0].version = 18),
             ("the name is empty or taken", |model| graph(model).node[1].name = "double".into()),
             ("does not have this operator", |model| graph(model).node[1].op_type = "Identity".into()),

@@ -4,7 +4,7 @@
 use crate::check::Rules;
 use crate::graph::Node;
 use crate::lower::{Lowering, Norm, refuse};
-use crate::{Error, Result};
+use crate::{Error, Precision, Result};
 
 mod native;
 mod nnapi;
@@ -56,13 +56,13 @@ impl Dialect {
     }
 
     /// What a file in this dialect is held to.
-    pub(crate) fn rules(self, dynamic_batch: bool) -> Rules {
+    pub(crate) fn rules(self, precision: Precision, dynamic_batch: bool) -> Rules {
         let own = match self {
             Dialect::Portable => portable::OPERATORS,
             Dialect::Nnapi => nnapi::OPERATORS,
             Dialect::Native => native::OPERATORS,
         };
-        let (opset, ir_version, operators) = (self.opset(), self.ir_version(), [SHARED, own]);
+        let (opset, ir_version, operators) = (self.opset(), self.ir_version(), [SHARED, own, precision.operators()]);
         Rules { opset, ir_version, operators, max_rank: 4, dynamic_batch }
     }
 

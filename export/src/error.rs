@@ -32,12 +32,34 @@ pub enum Error {
     /// The lowered graph breaks a rule of its dialect: a fault of the exporter.
     #[error("the exported graph is not well-formed (please report this): {}", .0.join("; "))]
     Malformed(Vec<String>),
+    /// A value that half precision cannot hold.
+    #[error(
+        "node \"{node}\": the value {value:e} does not fit fp16, whose largest is 65504; no file was written: export \
+         with --precision fp32 or w8"
+    )]
+    Overflow {
+        /// Name of the node or the constant.
+        node: String,
+        /// The magnitude before it was rounded; infinite where it was no number.
+        value: f32,
+    },
     /// More than one ONNX file can hold.
-    #[error("the model has {bytes} bytes, a single ONNX file holds at most {limit}")]
+    #[error("the model has {bytes} bytes, a single ONNX file holds at most {limit}; export with --external-data")]
     TooLarge {
         /// Size of the encoded model.
         bytes: usize,
         /// Limit of the format.
+        limit: usize,
+    },
+    /// More than the caller allows.
+    #[error(
+        "the file would have {bytes} bytes, --max-size allows {limit}; export with --precision fp16 (half of fp32) or \
+         w8 (a quarter), or allow more"
+    )]
+    OverMaxSize {
+        /// Size of the file, its external data included.
+        bytes: usize,
+        /// What was allowed.
         limit: usize,
     },
     /// The file is there already.
@@ -55,7 +77,10 @@ pub enum Error {
         source: std::io::Error,
     },
     /// No engine could run the file, so nothing is known about it.
-    #[error("no engine could check the file, so none was written: {}", .0.join("; "))]
+    #[error(
+        "no engine could check the file, so none was written: {}; --allow-unverified writes it all the same",
+        .0.join("; ")
+    )]
     Unverified(Vec<String>),
     /// An engine failed, or gave other pictures than candle. No file was left.
     #[error("the exported file failed its check, so none was written: {}", .0.join("; "))]

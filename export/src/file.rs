@@ -4,12 +4,13 @@
 use crate::fold::{Folded, fold};
 use crate::graph::{Graph, Op};
 use crate::lower::lower;
-use crate::verify::{EngineVerdict, Samples, Status, verify};
-use crate::{Dialect, Error, Network, Result, Value, check, onnx, trace};
+use crate::precision::{activations, half, weights};
+use crate::verify::{EngineVerdict, Inputs, Samples, Status, verify};
+use crate::{Dialect, Error, LayerSensitivity, Network, Precision, Result, Value, check, onnx, trace};
 use candle_core::{Device, Tensor};
 use candle_onnx::onnx::ModelProto;
 use dmd_models::Weights;
-use dmd_runtime::Output;
+use dmd_runtime::{EngineChoice, Output};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::fs;
@@ -31,6 +32,21 @@ pub struct ModelInfo {
 pub struct ExportOptions {
     /// Which operators it is spelled in.
     pub dialect: Dialect,
+    /// How its numbers are stored and computed.
+    pub precision: Precision,
+    /// The least PSNR against fp32, in dB, for other precisions than it; `None` is the precision's own
+    /// ([`Precision::min_psnr_db`]).
+    pub min_psnr_db: Option<f64>,
+    /// How far w8a8 may fall below w8, in PSNR: the worst layers stay in single precision until it does not.
+    pub max_drop_db: f64,
+    /// Whether the weights go into `FILE.data`, each on a page of its own, to be mapped rather than read.
+    pub external_data: bool,
+    /// The most bytes that the file and its data may have.
+    pub max_size: Option<usize>,
+    /// Which engines verify the file.
+    pub engines: EngineChoice,
+    /// Whether a file is written that no engine has run.
+    pub allow_unverified: bool,
     /// Pictures per run.
     pub batch: Batch,
     /// The class that every picture is of; the graph then takes no label.
@@ -51,6 +67,13 @@ impl Default for ExportOptions {
     fn default() -> Self {
         ExportOptions {
             dialect: Dialect::Portable,
+            precision: Precision::Fp32,
+            min_psnr_db: None,
+            max_drop_db: MAX_DROP_DB,
+            external_data: false,
+            max_size: None,
+            engines: EngineChoice::Auto,
+            allow_unverified: false,
             batch: Batch::Fixed(1),
             fixed_label: None,
             output: Output::F32,
@@ -60,6 +83,9 @@ impl Default for ExportOptions {
         }
     }
 }
+
+/// w8a8 next to w8, where nothing else is asked for.
+pub const MAX_DROP_DB: f64 = 10.0;
 
 /// How many pictures one run makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,11 +115,17 @@ pub struct ExportReport {
     pub nodes: usize,
     /// Constants in it.
     pub initializers: usize,
-    /// Its size.
+    /// Its size, external data included.
     pub bytes: usize,
+    /// What the file is.
+    pub dialect: Dialect,
+    /// How its numbers are stored and computed.
+    pub precision: Precision,
+    /// For w8a8, what each layer costs, the worst first.
+    pub layers: Vec<LayerSensitivity>,
     /// How often each rewrite of [`fold`](mod@crate::fold) was applied.
     pub folded: Folded,
-    /// One verdict per engine; none of them failed, and one at least passed.
+    /// One verdict per engine; none of them failed, and one at least passed unless the file may be unverified.
     pub engines: Vec<EngineVerdict>,
 }
 
@@ -111,17 +143,77 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
     let folded = fold(&mut graph)?;
     let metadata = metadata(network, info, shape, &classes, options)?;
     let dynamic_batch = options.batch == Batch::Dynamic;
-    let model = onnx::model(lower(&graph, options.dialect, dynamic_batch)?, options.dialect, &metadata);
-    check::check(&model, options.dialect.rules(dynamic_batch))?;
-    let bytes = onnx::encode(&model)?;
+    let lowered = lower(&graph, options.dialect, dynamic_batch)?;
+    // What follows works on the file's own spelling.
+    drop(graph);
+    let given = if options.fixed_label.is_some() { 0 } else { classes.len() };
+    let calibration = || Inputs::draw(&[CALIBRATION_SEED], CALIBRATION, shape, options.batch.traced(), given);
+    let (graph, layers) = match options.precision {
+        Precision::Fp32 => (lowered.graph, vec![]),
+        Precision::Fp16 => {
+            let graph = half::rewrite(&lowered)?;
+            half::check_finite(&graph, &calibration())?;
+            (graph, vec![])
+        }
+        Precision::W8 => (weights::rewrite(&lowered.graph)?, vec![]),
+        Precision::W8a8 => {
+            let weights_only = weights::rewrite(&lowered.graph)?;
+            activations::rewrite(&lowered.graph, &weights_only, &calibration(), options.max_drop_db)?
+        }
+    };
+    let model = onnx::model(graph, options.dialect, &metadata);
+    check::check(&model, options.dialect.rules(options.precision, dynamic_batch))?;
+    let files = Files::of(&model, path, options.external_data)?;
+    if let Some(limit) = options.max_size.filter(|limit| files.bytes() > *limit) {
+        return Err(Error::OverMaxSize { bytes: files.bytes(), limit });
+    }
     // The unwritable path is found before the time for the check is spent.
-    let aside = Aside::write(path, &bytes)?;
+    let aside = Aside::write(path, &files, options.force)?;
     let samples = Samples::draw(network, shape, options.batch.traced(), classes.len(), options.fixed_label)?;
-    let engines = verify(&aside.path, &model, &samples, options.output, options.tolerance, options.library.clone());
-    accept(&engines)?;
-    aside.rename_to(path)?;
+    let engines = verify(&aside.model(), &model, &samples, options);
+    accept(&engines, options.allow_unverified)?;
+    aside.rename()?;
     let (nodes, initializers) = counts(&model);
-    Ok(ExportReport { path: path.into(), nodes, initializers, bytes: bytes.len(), folded, engines })
+    let (dialect, precision) = (options.dialect, options.precision);
+    let bytes = files.bytes();
+    Ok(ExportReport { path: path.into(), nodes, initializers, bytes, dialect, precision, layers, folded, engines })
+}
+
+/// Pictures that precisions are calibrated on, or more where there are more labels; their noise is none of the
+/// verification's.
+const CALIBRATION: usize = 12;
+const CALIBRATION_SEED: u64 = 1 << 32;
+
+/// The bytes of a file and of what stands beside it.
+struct Files {
+    model: Vec<u8>,
+    data: Option<Vec<u8>>,
+}
+
+impl Files {
+    fn of(model: &ModelProto, path: &Path, external_data: bool) -> Result<Self> {
+        if !external_data {
+            return Ok(Files { model: onnx::encode(model)?, data: None });
+        }
+        let name = data_path(path).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let (model, data) = onnx::with_external_data(model, &name);
+        Ok(Files { model: onnx::encode(&model)?, data: Some(data) })
+    }
+
+    fn bytes(&self) -> usize {
+        self.model.len() + self.data.as_ref().map_or(0, Vec::len)
+    }
+}
+
+/// Where the weights of a file lie that has them outside: `FILE.data`.
+fn data_path(path: &Path) -> PathBuf {
+    with_suffix(path, ".data")
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
 }
 
 /// SHA-256 over all weights in the order of their names: name, a zero byte, rank and dimensions as little-endian u64,
@@ -172,6 +264,9 @@ fn check_settings([channels, height, width]: [usize; 3], classes: &[String], opt
     let named = [("batch", options.batch.traced()), ("height", height), ("width", width), ("channels", channels)];
     match named.into_iter().find(|(_, value)| *value == 0) {
         Some((name, _)) => Err(Error::Setting(format!("{name} is 0, expected at least 1"))),
+        None if !(options.max_drop_db >= 0.0) => {
+            Err(Error::Setting(format!("max_drop_db is {}, expected 0 or more", options.max_drop_db)))
+        }
         None if options.tolerance > 0.0 => Ok(()),
         None => Err(Error::Setting(format!("tolerance is {}, expected a positive number", options.tolerance))),
     }
@@ -217,6 +312,9 @@ fn metadata<N: Network>(
         ("dmd.weights_sha256", info.weights_sha256.clone()),
     ];
     // Only where they say something, so that a plain file is what it was in the first version.
+    if options.precision != Precision::Fp32 {
+        metadata.push(("dmd.precision", options.precision.name().into()));
+    }
     if options.batch == Batch::Dynamic {
         metadata.push(("dmd.dynamic_batch", "true".into()));
     }
@@ -227,13 +325,13 @@ fn metadata<N: Network>(
 }
 
 /// A file is kept if no engine failed on it and one at least has run it.
-fn accept(engines: &[EngineVerdict]) -> Result<()> {
+fn accept(engines: &[EngineVerdict], allow_unverified: bool) -> Result<()> {
     let failed: Vec<String> =
         engines.iter().filter(|verdict| matches!(verdict.status, Status::Failed(_))).map(ToString::to_string).collect();
     if !failed.is_empty() {
         return Err(Error::Verification(failed));
     }
-    if engines.iter().all(|verdict| verdict.status != Status::Passed) {
+    if !allow_unverified && engines.iter().all(|verdict| verdict.status != Status::Passed) {
         return Err(Error::Unverified(engines.iter().map(ToString::to_string).collect()));
     }
     Ok(())
@@ -243,36 +341,60 @@ fn counts(model: &ModelProto) -> (usize, usize) {
     model.graph.as_ref().map_or((0, 0), |graph| (graph.node.len(), graph.initializer.len()))
 }
 
-/// `FILE.partial` beside the final name, removed unless it gets that name.
+/// The files in a folder `FILE.partial`, removed when this goes; under their own names, so that the model finds its data.
 struct Aside {
+    folder: PathBuf,
     path: PathBuf,
+    has_data: bool,
 }
 
 impl Aside {
-    fn write(path: &Path, bytes: &[u8]) -> Result<Self> {
+    fn write(path: &Path, files: &Files, force: bool) -> Result<Self> {
         if path.is_dir() {
             let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder, expected a file name");
             return Err(Error::io(path)(source));
         }
-        let mut aside = path.as_os_str().to_owned();
-        aside.push(".partial");
-        let aside = Aside { path: aside.into() };
-        fs::write(&aside.path, bytes).map_err(Error::io(path))?;
+        if files.data.is_some() && data_path(path).exists() && !force {
+            return Err(Error::Exists { path: data_path(path) });
+        }
+        let aside = Aside { folder: with_suffix(path, ".partial"), path: path.into(), has_data: files.data.is_some() };
+        // One that a crash has left is used again.
+        if !aside.folder.is_dir() {
+            fs::create_dir(&aside.folder).map_err(Error::io(path))?;
+        }
+        fs::write(aside.model(), &files.model).map_err(Error::io(path))?;
+        if let Some(data) = &files.data {
+            fs::write(aside.data(), data).map_err(Error::io(path))?;
+        }
         Ok(aside)
     }
 
-    fn rename_to(self, path: &Path) -> Result<()> {
-        let sync_and_rename = || {
-            fs::File::open(&self.path)?.sync_all()?;
-            fs::rename(&self.path, path)
+    fn model(&self) -> PathBuf {
+        self.folder.join(self.path.file_name().unwrap_or_default())
+    }
+
+    fn data(&self) -> PathBuf {
+        data_path(&self.model())
+    }
+
+    /// The data first: a model is there only when all of it is.
+    fn rename(self) -> Result<()> {
+        let sync_and_rename = |from: &Path, to: &Path| {
+            fs::File::open(from)?.sync_all()?;
+            fs::rename(from, to)
         };
-        sync_and_rename().map_err(Error::io(path))
+        if self.has_data {
+            sync_and_rename(&self.data(), &data_path(&self.path)).map_err(Error::io(&self.path))?;
+        }
+        sync_and_rename(&self.model(), &self.path).map_err(Error::io(&self.path))
     }
 }
 
 impl Drop for Aside {
     fn drop(&mut self) {
-        // After a rename there is nothing left to remove, and nothing else can be done about a failure here.
-        _ = fs::remove_file(&self.path);
+        // After a rename there is only the folder left, and nothing else can be done about a failure here.
+        _ = fs::remove_file(self.model());
+        _ = fs::remove_file(self.data());
+        _ = fs::remove_dir(&self.folder);
     }
 }

@@ -13,15 +13,20 @@ pub mod graph;
 
 mod check;
 mod dialect;
+mod infer;
 mod lower;
 mod onnx;
 pub use dialect::Dialect;
+mod interpret;
+mod precision;
+pub use precision::Precision;
+pub use precision::activations::LayerSensitivity;
 
 mod file;
 mod network;
 mod verify;
-pub use dmd_runtime::Output;
-pub use file::{Batch, ExportOptions, ExportReport, ModelInfo, export, weights_sha256};
+pub use dmd_runtime::{EngineChoice, Output};
+pub use file::{Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, export, weights_sha256};
 pub use network::Network;
 pub use verify::{EngineVerdict, Status};
 

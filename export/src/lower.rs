@@ -2,17 +2,16 @@
 //! initializer. Where dialects differ, the one in use is asked.
 
 use crate::graph::{Conv, Graph, Node, NodeId, Op};
-use crate::onnx::{Builder, int, ints, string};
+use crate::onnx::{Builder, Lowered, int, ints, string};
 use crate::{Dialect, Error, Result};
 use candle_core::Tensor;
-use candle_onnx::onnx::GraphProto;
 use candle_onnx::onnx::tensor_proto::DataType;
 use dmd_models::Activation;
 use std::collections::HashMap;
 
 /// Spells a graph in a dialect. With `dynamic_batch` the graph, traced for one picture, takes any number of them: the
 /// first axis of every value is then the only one that is not fixed.
-pub(crate) fn lower(graph: &Graph, dialect: Dialect, dynamic_batch: bool) -> Result<GraphProto> {
+pub(crate) fn lower(graph: &Graph, dialect: Dialect, dynamic_batch: bool) -> Result<Lowered> {
     let file = Builder::new("generator", dynamic_batch);
     let mut lowering = Lowering { graph, dialect, dynamic_batch, file, values: HashMap::new() };
     for id in graph.ids() {

@@ -4,7 +4,7 @@
 use crate::{Dialect, Error, Result};
 use candle_core::{DType, Tensor};
 use candle_onnx::onnx::attribute_proto::AttributeType;
-use candle_onnx::onnx::tensor_proto::DataType;
+use candle_onnx::onnx::tensor_proto::{DataLocation, DataType};
 use candle_onnx::onnx::tensor_shape_proto::{Dimension, dimension};
 use candle_onnx::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
@@ -12,8 +12,8 @@ use candle_onnx::onnx::{
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 
 /// Protobuf counts bytes in 31 bits.
 const MAX_BYTES: usize = i32::MAX as usize;
@@ -40,10 +40,19 @@ pub(crate) fn encode(model: &ModelProto) -> Result<Vec<u8>> {
     }
 }
 
+/// A graph in a dialect, in single precision.
+pub(crate) struct Lowered {
+    pub graph: GraphProto,
+    /// Names of the nodes that stay in single precision.
+    pub islands: BTreeSet<String>,
+}
+
 /// A graph under construction. A node's value bears the node's name.
 pub(crate) struct Builder {
     graph: GraphProto,
     dynamic_batch: bool,
+    /// Nodes that must compute in single precision whatever the file's own is.
+    islands: BTreeSet<String>,
     /// Constants by the hash of their content (type, shape, bytes).
     shared: HashMap<[u8; 32], String>,
 }
@@ -52,7 +61,7 @@ impl Builder {
     /// With `dynamic_batch`, the first axis of every value is free.
     pub fn new(name: &str, dynamic_batch: bool) -> Self {
         let graph = GraphProto { name: name.into(), ..Default::default() };
-        Builder { graph, dynamic_batch, shared: HashMap::new() }
+        Builder { graph, dynamic_batch, islands: BTreeSet::new(), shared: HashMap::new() }
     }
 
     pub fn input(&mut self, name: &str, kind: DataType, shape: &[usize]) -> String {
@@ -138,13 +147,148 @@ impl Builder {
         }
     }
 
+    /// Appends a node as [`node`](Self::node) does, which computes in single precision whatever the file's own is.
+    pub fn island(
+        &mut self,
+        name: &str,
+        operator: &str,
+        inputs: &[&str],
+        attributes: Vec<AttributeProto>,
+        shape: &[usize],
+    ) -> String {
+        self.islands.insert(name.into());
+        self.node(name, operator, inputs, attributes, shape)
+    }
+
     /// The finished graph, whose output `name` is `value` under a new name.
-    pub fn finish(mut self, value: &str, name: &str, kind: DataType, shape: &[usize]) -> GraphProto {
+    pub fn finish(mut self, value: &str, name: &str, kind: DataType, shape: &[usize]) -> Lowered {
         let values = self.graph.node.iter_mut().flat_map(|node| node.input.iter_mut().chain(&mut node.output));
         values.filter(|found| *found == value).for_each(|found| *found = name.into());
         self.graph.value_info.retain(|info| info.name != value);
         self.graph.output.push(value_info(name, kind, &self.dims(shape)));
-        self.graph
+        Lowered { graph: self.graph, islands: self.islands }
+    }
+}
+
+/// The attributes of a node, by name; a missing one is a fault of the graph.
+pub(crate) struct Attributes<'a>(pub &'a NodeProto);
+
+impl Attributes<'_> {
+    pub fn int(&self, name: &str) -> Result<i64> {
+        self.find(name).map(|attribute| attribute.i)
+    }
+
+    pub fn float(&self, name: &str) -> Result<f64> {
+        self.find(name).map(|attribute| f64::from(attribute.f))
+    }
+
+    pub fn ints(&self, name: &str) -> Result<&[i64]> {
+        self.find(name).map(|attribute| attribute.ints.as_slice())
+    }
+
+    fn find(&self, name: &str) -> Result<&AttributeProto> {
+        let found = self.0.attribute.iter().find(|attribute| attribute.name == name);
+        found.ok_or_else(|| {
+            Error::Malformed(vec![format!("node \"{}\" ({}) has no attribute {name}", self.0.name, self.0.op_type)])
+        })
+    }
+}
+
+/// The numbers of a constant of f32, f16, int8 or int32, as f32.
+pub(crate) fn values_f32(tensor: &TensorProto) -> Result<Vec<f32>> {
+    let bytes = tensor.raw_data.as_slice();
+    Ok(match DataType::try_from(tensor.data_type) {
+        Ok(DataType::Float) => words(bytes).map(f32::from_le_bytes).collect(),
+        Ok(DataType::Float16) => words(bytes).map(|word| half::f16::from_le_bytes(word).to_f32()).collect(),
+        Ok(DataType::Int8) => bytes.iter().map(|byte| f32::from(*byte as i8)).collect(),
+        Ok(DataType::Int32) => words(bytes).map(|word| i32::from_le_bytes(word) as f32).collect(),
+        other => return Err(Error::Malformed(vec![format!("constant \"{}\" has type {other:?}", tensor.name)])),
+    })
+}
+
+/// The numbers of a constant of int64.
+pub(crate) fn values_i64(tensor: &TensorProto) -> Vec<i64> {
+    words(&tensor.raw_data).map(i64::from_le_bytes).collect()
+}
+
+fn words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
+    bytes.as_chunks::<N>().0.iter().copied()
+}
+
+/// The type of a value's elements, a number of `DataType`.
+pub(crate) fn element_type(info: &ValueInfoProto) -> Option<i32> {
+    tensor_type(info).map(|tensor| tensor.elem_type)
+}
+
+/// What is said of a value that is a tensor.
+pub(crate) fn tensor_type(info: &ValueInfoProto) -> Option<&type_proto::Tensor> {
+    match info.r#type.as_ref()?.value.as_ref()? {
+        type_proto::Value::TensorType(tensor) => Some(tensor),
+        _ => None,
+    }
+}
+
+/// The same shape under another name and of another type.
+pub(crate) fn value_info_like(info: &ValueInfoProto, name: &str, kind: DataType) -> ValueInfoProto {
+    let mut info = ValueInfoProto { name: name.into(), ..info.clone() };
+    if let Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), .. }) = &mut info.r#type {
+        tensor.elem_type = kind as i32;
+    }
+    info
+}
+
+/// Tensors of fewer bytes stay in the model, where a name and an offset would cost as much.
+const MIN_EXTERNAL_BYTES: usize = 1024;
+
+/// External tensors begin on a page, large ones where every system can map them by themselves (64 KiB on Windows).
+const PAGE: usize = 4096;
+const MAP_GRANULARITY: usize = 65536;
+const LARGE: usize = 1 << 20;
+
+/// The model without its large constants, and those in one piece that goes into a file called `location`.
+pub(crate) fn with_external_data(model: &ModelProto, location: &str) -> (ModelProto, Vec<u8>) {
+    let mut outside = Vec::new();
+    let graph = model.graph.as_ref().map(|graph| GraphProto {
+        initializer: graph.initializer.iter().map(|tensor| moved_out(tensor, location, &mut outside)).collect(),
+        name: graph.name.clone(),
+        node: graph.node.clone(),
+        input: graph.input.clone(),
+        output: graph.output.clone(),
+        value_info: graph.value_info.clone(),
+        ..Default::default()
+    });
+    let light = ModelProto {
+        ir_version: model.ir_version,
+        opset_import: model.opset_import.clone(),
+        producer_name: model.producer_name.clone(),
+        producer_version: model.producer_version.clone(),
+        metadata_props: model.metadata_props.clone(),
+        graph,
+        ..Default::default()
+    };
+    (light, outside)
+}
+
+fn moved_out(tensor: &TensorProto, location: &str, outside: &mut Vec<u8>) -> TensorProto {
+    let length = tensor.raw_data.len();
+    if length < MIN_EXTERNAL_BYTES {
+        return tensor.clone();
+    }
+    outside.resize(outside.len().next_multiple_of(if length < LARGE { PAGE } else { MAP_GRANULARITY }), 0);
+    let offset = outside.len();
+    outside.extend_from_slice(&tensor.raw_data);
+    let entry = |key: &str, value: String| StringStringEntryProto { key: key.into(), value };
+    TensorProto {
+        name: tensor.name.clone(),
+        dims: tensor.dims.clone(),
+        data_type: tensor.data_type,
+        data_location: DataLocation::External as i32,
+        external_data: vec![
+            entry("location", location.into()),
+            entry("offset", offset.to_string()),
+            entry("length", length.to_string()),
+        ],
+        ..Default::default()
     }
 }
 

@@ -1,12 +1,12 @@
 //! The proof of an exported file: fixed noises and every label go through each engine that is present, and the
 //! pictures are compared with candle's.
 
-use crate::{Error, Network, Result};
+use crate::{Error, ExportOptions, Network, Precision, Result};
 use candle_core::Tensor;
 use candle_onnx::onnx::ModelProto;
 use dmd_models::Eager;
 use dmd_runtime::{EngineChoice, EngineKind, Options, Output, engines, picture_noise, quantize};
-use ndarray::{Array4, Axis};
+use ndarray::{Array4, ArrayView4, Axis};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -67,17 +67,46 @@ impl std::fmt::Display for EngineVerdict {
     }
 }
 
-/// Fixed noises, their labels, and the pictures that candle makes of them.
-pub(crate) struct Samples {
+/// What a file is fed: fixed noises and, where it takes them, labels, every one of them.
+pub(crate) struct Inputs {
     batch: usize,
     noise: Array4<f32>,
     labels: Vec<i64>,
+}
+
+impl Inputs {
+    /// `n` noises, or as many more as it takes to be a multiple of `batch` and to meet all `classes`. `seeds` are
+    /// taken in turn; `shape` is `[C, H, W]`.
+    pub fn draw(seeds: &[u64], n: usize, shape: [usize; 3], batch: usize, classes: usize) -> Self {
+        let n = n.max(classes).next_multiple_of(batch);
+        let one = |i: usize| picture_noise(seeds[i % seeds.len()], (i / seeds.len()) as u64, 1, shape);
+        let noises: Vec<Array4<f32>> = (0..n).map(one).collect();
+        let labels = (0..n).filter(|_| classes > 0).map(|i| (i % classes) as i64).collect();
+        Inputs { batch, noise: stack(&noises), labels }
+    }
+
+    /// What one run after the other takes.
+    pub fn runs(&self) -> candle_core::Result<Vec<(Tensor, Option<Tensor>)>> {
+        let run = |(i, noise): (usize, ArrayView4<f32>)| {
+            let values: Vec<f32> = noise.iter().copied().collect();
+            let labels = self.labels.get(i * self.batch..(i + 1) * self.batch);
+            Ok((
+                Tensor::from_vec(values, noise.shape(), &CPU)?,
+                labels.map(|labels| Tensor::new(labels, &CPU)).transpose()?,
+            ))
+        };
+        self.noise.axis_chunks_iter(Axis(0), self.batch).enumerate().map(run).collect()
+    }
+}
+
+/// Inputs, and the pictures that candle makes of them.
+pub(crate) struct Samples {
+    inputs: Inputs,
     pictures: Array4<f32>,
 }
 
 impl Samples {
-    /// `shape` is `[C, H, W]`. The number of pictures is a multiple of `batch`; every label occurs.
-    /// With a `fixed` label all are of that class, and the file is given none.
+    /// Every label occurs. With a `fixed` one all are of that class, and the file is given none.
     pub fn draw<N: Network>(
         network: &N,
         shape: [usize; 3],
@@ -85,19 +114,14 @@ impl Samples {
         classes: usize,
         fixed: Option<usize>,
     ) -> Result<Self> {
-        let n = MIN_PICTURES.max(classes).next_multiple_of(batch);
-        let one = |i: usize| picture_noise(SEEDS[i % SEEDS.len()], (i / SEEDS.len()) as u64, 1, shape);
-        let noises: Vec<Array4<f32>> = (0..n).map(one).collect();
-        let label = |i: usize| fixed.unwrap_or(i % classes.max(1)) as i64;
-        let mut labels: Vec<i64> = (0..n).filter(|_| classes > 0).map(label).collect();
-        let mut pictures = Vec::with_capacity(n);
-        for (i, noise) in noises.iter().enumerate() {
-            pictures.push(candle_picture(network, noise, labels.get(i))?);
+        let given = if fixed.is_some() { 0 } else { classes };
+        let inputs = Inputs::draw(&SEEDS, MIN_PICTURES, shape, batch, given);
+        let mut pictures = Vec::new();
+        for (i, noise) in inputs.noise.axis_chunks_iter(Axis(0), 1).enumerate() {
+            let label = fixed.map(|label| label as i64).or_else(|| inputs.labels.get(i).copied());
+            pictures.push(candle_picture(network, &noise.to_owned(), label.as_ref())?);
         }
-        if fixed.is_some() {
-            labels.clear();
-        }
-        Ok(Samples { batch, noise: stack(&noises), labels, pictures: stack(&pictures) })
+        Ok(Samples { pictures: stack(&pictures), inputs })
     }
 
     /// How far `found` is from candle's pictures, in the unit of the output.
@@ -116,14 +140,36 @@ impl Samples {
         Comparison { max, psnr_db: 10.0 * (peak * peak / mse).log10() }
     }
 
-    /// The largest difference that passes: relative to the largest value of all pictures.
-    fn limit(&self, output: Output, tolerance: f64) -> f64 {
-        match output {
-            Output::F32 => tolerance * self.pictures.iter().fold(0f64, |max, x| max.max(x.abs() as f64)),
-            Output::U8 => MAX_LEVELS,
+    /// What `demand` means for these pictures and this output.
+    fn limit(&self, output: Output, demand: Demand) -> Limit {
+        match (demand, output) {
+            (Demand::Difference(tolerance), Output::F32) => {
+                Limit::Difference(tolerance * self.pictures.iter().fold(0f64, |max, x| max.max(x.abs() as f64)))
+            }
+            (Demand::Difference(_), Output::U8) => Limit::Difference(MAX_LEVELS),
+            (Demand::Psnr(psnr), Output::F32) => Limit::Psnr(psnr),
+            (Demand::Psnr(psnr), Output::U8) => Limit::Psnr(psnr.min(ONE_LEVEL_DB)),
         }
     }
 }
+
+/// What pictures must be like.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Demand {
+    /// Within this part of candle's largest value; one step for u8.
+    Difference(f64),
+    /// At least as like as this, in dB.
+    Psnr(f64),
+}
+
+/// [`Demand`] in numbers.
+enum Limit {
+    Difference(f64),
+    Psnr(f64),
+}
+
+/// PSNR of bytes that are all off by one: rounding alone takes u8 pictures into that region.
+const ONE_LEVEL_DB: f64 = 48.13;
 
 struct Comparison {
     max: f64,
@@ -136,18 +182,27 @@ enum Found {
     U8(Vec<u8>),
 }
 
-/// Runs the file through every engine. `tolerance` is relative to candle's largest value.
+/// Runs the file through every engine that is asked for.
 pub(crate) fn verify(
     path: &Path,
     model: &ModelProto,
     samples: &Samples,
-    output: Output,
-    tolerance: f64,
-    library: Option<PathBuf>,
+    options: &ExportOptions,
 ) -> Vec<EngineVerdict> {
-    let limit = samples.limit(output, tolerance);
+    let (output, library) = (options.output, &options.library);
+    let demand = match options.precision {
+        Precision::Fp32 => Demand::Difference(options.tolerance),
+        precision => Demand::Psnr(options.min_psnr_db.unwrap_or(precision.min_psnr_db())),
+    };
+    let limit = &samples.limit(output, demand);
+    let is_asked_for = |kind: EngineKind| match options.engines {
+        EngineChoice::Auto => true,
+        EngineChoice::OnnxRuntime => kind == EngineKind::OnnxRuntime,
+        EngineChoice::Tract => kind == EngineKind::Tract,
+    };
     let mut verdicts: Vec<EngineVerdict> = engines(library.as_deref())
         .into_iter()
+        .filter(|report| is_asked_for(report.kind))
         .map(|report| {
             let found = match report.reason {
                 Some(reason) => Err(Status::Skipped(reason)),
@@ -156,6 +211,9 @@ pub(crate) fn verify(
             verdict(&report.kind.to_string(), report.version, found, samples, limit)
         })
         .collect();
+    if options.engines != EngineChoice::Auto {
+        return verdicts;
+    }
     verdicts.push(verdict("candle-onnx", None, run_candle_onnx(model, samples, output), samples, limit));
     verdicts
 }
@@ -165,13 +223,20 @@ fn verdict(
     version: Option<String>,
     found: std::result::Result<Found, Status>,
     samples: &Samples,
-    limit: f64,
+    limit: &Limit,
 ) -> EngineVerdict {
     let compared = found.map(|found| samples.compare(&found));
     let status = match &compared {
         Err(status) => status.clone(),
-        Ok(comparison) if comparison.max <= limit => Status::Passed,
-        Ok(comparison) => Status::Failed(format!("differs by {:.3e}, at most {limit:.3e} is allowed", comparison.max)),
+        Ok(Comparison { max, psnr_db }) => match limit {
+            Limit::Difference(most) if max <= most => Status::Passed,
+            Limit::Difference(most) => Status::Failed(format!("differs by {max:.3e}, at most {most:.3e} is allowed")),
+            Limit::Psnr(least) if psnr_db >= least => Status::Passed,
+            Limit::Psnr(least) => Status::Failed(format!(
+                "is at {psnr_db:.1} dB PSNR, expected {least:.1} at least; allow less with --min-psnr, or take a higher \
+                 --precision"
+            )),
+        },
     };
     let compared = compared.ok();
     EngineVerdict {
@@ -195,7 +260,7 @@ fn run_engine(
     };
     let run = || {
         let mut generator = dmd_runtime::Generator::load(path, Options { engine, library, ..Options::default() })?;
-        generator.run(samples.noise.view(), &samples.labels)
+        generator.run(samples.inputs.noise.view(), &samples.inputs.labels)
     };
     let images = run().map_err(|error| error.to_string())?;
     Ok(match images.output() {
@@ -217,17 +282,13 @@ fn run_candle_onnx(model: &ModelProto, samples: &Samples, output: Output) -> std
 }
 
 fn candle_onnx_pictures(model: &ModelProto, samples: &Samples, output: Output) -> candle_core::Result<Found> {
-    let batch = samples.batch;
     let mut found = match output {
         Output::F32 => Found::F32(vec![]),
         Output::U8 => Found::U8(vec![]),
     };
-    for (i, noise) in samples.noise.axis_chunks_iter(Axis(0), batch).enumerate() {
-        let values: Vec<f32> = noise.iter().copied().collect();
-        let mut inputs = HashMap::from([("noise".into(), Tensor::from_vec(values, noise.shape(), &CPU)?)]);
-        if !samples.labels.is_empty() {
-            inputs.insert("label".into(), Tensor::new(&samples.labels[i * batch..(i + 1) * batch], &CPU)?);
-        }
+    for (noise, label) in samples.inputs.runs()? {
+        let mut inputs = HashMap::from([("noise".into(), noise)]);
+        inputs.extend(label.map(|label| ("label".to_string(), label)));
         let mut outputs = candle_onnx::simple_eval(model, inputs)?;
         let image = outputs.remove("image").ok_or_else(|| candle_core::Error::Msg("it gave no image".into()))?;
         match &mut found {

@@ -3,7 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use dmd_export::{
-    Batch, Dialect, Error, ExportOptions, ExportReport, ModelInfo, Network, Output, Status, export, weights_sha256,
+    Batch, Dialect, EngineChoice, Error, ExportOptions, ExportReport, ModelInfo, Network, Output, Precision, Status,
+    export, weights_sha256,
 };
 use dmd_models::layers::{Conv2d, Embedding};
 use dmd_models::unet::ClassEmbedding;
@@ -474,11 +475,221 @@ fn the_onnx_checker_accepts_the_file_where_it_is_installed() {
         return eprintln!("skipped: {python} has no onnx package (set PYTHON to one that has)");
     }
     for dialect in [Dialect::Portable, Dialect::Native] {
-        for batch in [Batch::Fixed(2), Batch::Dynamic] {
-            let options = ExportOptions { dialect, batch, output: Output::U8, force: true, ..Default::default() };
+        let kinds = [Precision::Fp32, Precision::Fp16, Precision::W8, Precision::W8a8].map(|p| (Batch::Fixed(2), p));
+        for (batch, precision) in [(Batch::Dynamic, Precision::Fp32)].into_iter().chain(kinds) {
+            let (output, force, min_psnr_db) = (Output::U8, true, Some(20.0));
+            let options = ExportOptions { dialect, batch, precision, output, force, min_psnr_db, ..Default::default() };
             export(&generator, &info(&config), &options, &path).unwrap();
             let output = std::process::Command::new(&python).args(["-c", script]).arg(&path).output().unwrap();
-            assert!(output.status.success(), "{dialect} {batch:?}: {}", String::from_utf8_lossy(&output.stderr));
+            assert!(
+                output.status.success(),
+                "{dialect} {batch:?} {precision}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
     }
+}
+
+/// The small generator, with weights of its own, in one dialect and precision.
+fn in_precision(dialect: Dialect, precision: Precision) -> (ExportReport, candle_onnx::onnx::GraphProto) {
+    let config = small(&[("attention_head_dim", 8.into()), ("block_out_channels", [32, 64].as_slice().into())]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let options = ExportOptions { dialect, precision, ..Default::default() };
+    export_and_read(&format!("{dialect} {precision}"), &generator, &info(&config), &options)
+}
+
+#[test]
+fn every_precision_keeps_its_likeness_in_every_dialect_and_every_engine() {
+    for dialect in Dialect::ALL {
+        let (plain, _) = in_precision(dialect, Precision::Fp32);
+        // Part of fp32's size, with room for a graph that is large for its few weights.
+        for (precision, size) in [(Precision::Fp16, 0.6), (Precision::W8, 0.45), (Precision::W8a8, 0.65)] {
+            let (report, graph) = in_precision(dialect, precision);
+            let part = report.bytes as f64 / plain.bytes as f64;
+            assert!(part < size, "{dialect} {precision}: {part} of fp32's size");
+            let found = operators(&graph);
+            assert_eq!(found.contains("DequantizeLinear"), precision != Precision::Fp16, "{found:?}");
+            assert_eq!(found.contains("QuantizeLinear"), precision == Precision::W8a8, "{found:?}");
+            for verdict in report.engines.iter().filter(|verdict| verdict.engine != "candle-onnx") {
+                let absent = matches!(&verdict.status, Status::Skipped(_));
+                assert!(
+                    absent || verdict.psnr_db.unwrap() >= precision.min_psnr_db(),
+                    "{dialect} {precision}: {verdict}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn w8a8_keeps_the_outermost_layers_and_the_worst_in_fp32() {
+    let layers = |max_drop_db: f64| {
+        let config = small(&[]);
+        let generator = edm(&config, &random_weights(&config), 2.5);
+        let options =
+            ExportOptions { precision: Precision::W8a8, max_drop_db, min_psnr_db: Some(20.0), ..Default::default() };
+        export_and_read(&format!("w8a8 within {max_drop_db} dB"), &generator, &info(&config), &options)
+    };
+    let (tight, graph) = layers(4.0);
+    let (loose, _) = layers(60.0);
+    let kept = |report: &ExportReport| report.layers.iter().filter(|layer| layer.kept_float).count();
+    assert!(kept(&loose) == 0 && kept(&tight) > 0 && kept(&tight) < tight.layers.len(), "{:?}", tight.layers);
+    // The worst come first, and they are the ones that stay.
+    assert!(tight.layers.is_sorted_by(|a, b| a.psnr_db <= b.psnr_db));
+    assert!(tight.layers.iter().rev().skip_while(|layer| !layer.kept_float).all(|layer| layer.kept_float));
+    assert!(tight.layers.iter().all(|layer| layer.node != "conv_in" && layer.node != "conv_out"));
+    let reads = |name: &str| graph.node.iter().find(|node| node.name == name).unwrap().input.clone();
+    assert_eq!(reads("conv_in")[0], "noise");
+    assert_eq!(reads(&tight.layers.last().unwrap().node)[1].rsplit('.').next(), Some("float"));
+    let psnr = |report: &ExportReport| report.engines.iter().find(|v| v.engine == "tract").unwrap().psnr_db.unwrap();
+    assert!(psnr(&tight) > psnr(&loose) + 1.0, "{} and {}", psnr(&tight), psnr(&loose));
+}
+
+#[test]
+fn a_value_that_half_precision_cannot_hold_is_refused_by_its_node() {
+    let config = small(&[]);
+    let mut weights = random_weights(&config);
+    // Large before a norm, which hides it from the picture.
+    let name = "down_blocks.0.resnets.0.conv1.weight";
+    weights.insert(name, (weights.get(name).unwrap() * 3e4).unwrap());
+    let generator = edm(&config, &weights, 2.5);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.onnx");
+    let options = ExportOptions { precision: Precision::Fp16, ..Default::default() };
+    let error = export(&generator, &info(&config), &options, &path).unwrap_err();
+    let Error::Overflow { node, value } = &error else { panic!("{error}") };
+    assert!(node == "down_blocks.0.resnets.0.conv1" && *value > 65504.0, "{error}");
+    assert!(error.to_string().contains("--precision fp32 or w8"), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    export(&generator, &info(&config), &ExportOptions { precision: Precision::W8, ..options }, &path).unwrap();
+}
+
+#[test]
+fn external_data_lies_beside_the_file_aligned_and_makes_the_same_pictures() {
+    let config = small(&[]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let folder = tempfile::tempdir().unwrap();
+    let [inside, outside] = ["inside.onnx", "outside.onnx"].map(|name| folder.path().join(name));
+    let options = ExportOptions { external_data: true, ..Default::default() };
+    let report = export(&generator, &info(&config), &options, &outside).unwrap();
+    export(&generator, &info(&config), &ExportOptions::default(), &inside).unwrap();
+    let data = folder.path().join("outside.onnx.data");
+    assert_eq!(report.bytes as u64, fs::metadata(&outside).unwrap().len() + fs::metadata(&data).unwrap().len());
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3);
+    let graph = candle_onnx::read_file(&outside).unwrap().graph.unwrap();
+    let offsets = graph.initializer.iter().flat_map(|tensor| &tensor.external_data);
+    let offsets: Vec<usize> = offsets.filter(|e| e.key == "offset").map(|e| e.value.parse().unwrap()).collect();
+    assert!(offsets.len() > 10 && offsets.iter().all(|offset| offset % 4096 == 0), "{offsets:?}");
+    let noise = dmd_runtime::picture_noise(5, 0, 3, [3, 8, 8]);
+    let pictures = |path: &Path, engine| {
+        let options = dmd_runtime::Options { engine, ..Default::default() };
+        dmd_runtime::Generator::load(path, options).unwrap().run(noise.view(), &[0, 1, 2]).unwrap().to_f32()
+    };
+    for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
+        assert_eq!(pictures(&outside, engine), pictures(&inside, engine));
+    }
+    let error = export(&generator, &info(&config), &options, &outside).unwrap_err();
+    assert!(matches!(error, Error::Exists { .. }), "{error}");
+    // Weights that are cut off, or named elsewhere, are found before an engine follows them.
+    let whole = fs::read(&data).unwrap();
+    fs::write(&data, &whole[..whole.len() / 2]).unwrap();
+    let error = dmd_runtime::Info::read(&outside).unwrap_err().to_string();
+    assert!(error.contains("beyond the end of") && error.contains("outside.onnx.data"), "{error}");
+    fs::remove_file(&data).unwrap();
+    assert!(dmd_runtime::Info::read(&outside).unwrap_err().to_string().contains("its weights, "));
+    let bytes = fs::read(&outside).unwrap();
+    let name = b"outside.onnx.data";
+    let elsewhere: Vec<u8> =
+        bytes.iter().enumerate().map(|(i, byte)| if bytes[i..].starts_with(name) { b'/' } else { *byte }).collect();
+    fs::write(&outside, elsewhere).unwrap();
+    let error = dmd_runtime::Info::read(&outside).unwrap_err().to_string();
+    assert!(error.contains("expected one file beside it"), "{error}");
+}
+
+#[test]
+fn a_file_over_its_limit_is_refused_with_its_size() {
+    let (error, files) = refused(|_, options| options.max_size = Some(10_000), "new.onnx");
+    assert!(matches!(error, Error::OverMaxSize { limit: 10_000, .. }), "{error}");
+    assert!(error.to_string().contains("--precision fp16"), "{error}");
+    assert_eq!(files, 1);
+}
+
+#[test]
+fn every_dialect_and_precision_has_the_same_bytes_every_time() {
+    let config = small(&[]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = |name: &str, options: &ExportOptions| {
+        let path = folder.path().join(name);
+        export(&generator, &info(&config), options, &path).unwrap();
+        fs::read(path).unwrap()
+    };
+    for dialect in Dialect::ALL {
+        for precision in Precision::ALL {
+            let (engines, force, min_psnr_db) = (EngineChoice::Tract, true, Some(20.0));
+            let options = ExportOptions { dialect, precision, engines, force, min_psnr_db, ..Default::default() };
+            assert!(bytes("a.onnx", &options) == bytes("b.onnx", &options), "{dialect} {precision}");
+        }
+    }
+}
+
+/// A picture that is the noise: what comes out of a u8 file is then all that its tail does.
+struct Same;
+
+impl Network for Same {
+    fn channels(&self) -> usize {
+        3
+    }
+
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+        b.affine(noise, &[1.0], 0.0)
+    }
+}
+
+/// floor(127.5·x + 128), clipped: at every byte's value, at the edges between bytes, and outside of the range.
+#[test]
+fn bytes_are_rounded_exactly() {
+    let info = ModelInfo { size: [16, 16], classes: vec![], weights_sha256: String::new() };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("same.onnx");
+    export(&Same, &info, &ExportOptions { output: Output::U8, ..Default::default() }, &path).unwrap();
+    let levels = |at: f32| (0..256).map(move |byte| (byte as f32 + at) / 127.5 - 1.0);
+    let values: Vec<f32> = levels(0.0).chain(levels(0.4990)).chain(levels(-0.4990)).collect();
+    let mut noise = ndarray::Array4::from_shape_vec((1, 3, 16, 16), values).unwrap();
+    for outside in [1.0, 3.0] {
+        for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
+            let options = dmd_runtime::Options { engine, ..Default::default() };
+            let images = dmd_runtime::Generator::load(&path, options).unwrap().run(noise.view(), &[]).unwrap();
+            let found = images.to_u8();
+            for ((_, c, y, x), value) in noise.indexed_iter() {
+                assert_eq!(found[[0, y, x, c]], dmd_runtime::quantize(*value), "{value} ×{outside} {engine:?}");
+            }
+            let byte = |c: usize| found.index_axis(ndarray::Axis(3), c).iter().copied().collect::<Vec<u8>>();
+            assert!(outside > 1.0 || [0, 1, 2].iter().all(|c| byte(*c) == (0..=255).collect::<Vec<u8>>()));
+        }
+        noise *= 3.0;
+    }
+}
+
+#[test]
+fn a_file_that_no_engine_ran_is_refused_unless_that_is_allowed() {
+    // A library that is none: no engine is left when only ONNX Runtime is asked for. In a process that has loaded the
+    // real one already, naming another is refused as well.
+    let nowhere = |options: &mut ExportOptions| {
+        (options.engines, options.library) = (EngineChoice::OnnxRuntime, Some("/nowhere/libonnxruntime.so".into()));
+    };
+    let (error, files) = refused(|_, options| nowhere(options), "new.onnx");
+    assert!(
+        matches!(&error, Error::Unverified(checks) if checks.iter().any(|c| c.contains("ONNX Runtime"))),
+        "{error}"
+    );
+    assert!(error.to_string().contains("--allow-unverified"), "{error}");
+    assert_eq!(files, 1);
+    let config = small(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = ExportOptions { allow_unverified: true, ..Default::default() };
+    nowhere(&mut options);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let report = export(&generator, &info(&config), &options, &folder.path().join("a.onnx")).unwrap();
+    assert!(report.path.exists() && report.engines.iter().all(|v| matches!(v.status, Status::Skipped(_))));
 }

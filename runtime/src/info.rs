@@ -28,6 +28,8 @@ pub struct Info {
     pub version: String,
     /// `dmd.dialect`: which operators the graph is spelled in.
     pub dialect: String,
+    /// `dmd.precision`: how numbers are stored and computed: fp32, fp16, w8 or w8a8.
+    pub precision: String,
     /// `dmd.sigma`: the noise level at which the generator was trained. It is folded into the graph.
     pub sigma: f64,
     /// Pictures in one engine call; where the batch is dynamic, the fewest.
@@ -54,8 +56,10 @@ pub struct Info {
     pub opset: u64,
     /// Operators in the graph.
     pub nodes: usize,
-    /// Bytes of weights in the file.
+    /// Bytes of weights, in the file and beside it.
     pub weight_bytes: u64,
+    /// The file beside it that holds the weights, where there is one.
+    pub external_data: Option<String>,
     /// Bytes of the file.
     pub file_bytes: u64,
 }
@@ -85,6 +89,7 @@ impl Info {
         }
         let info = from_metadata(&model, format).map_err(inconsistent)?;
         check_graph(&info, &model).map_err(inconsistent)?;
+        check_outside(path, &model).map_err(inconsistent)?;
         Ok(info)
     }
 
@@ -122,6 +127,7 @@ fn from_metadata(model: &Model, format: u32) -> Result<Info, String> {
         format,
         version: text(model, "dmd.version")?.into(),
         dialect: text(model, "dmd.dialect")?.into(),
+        precision: optional(model, "dmd.precision")?.unwrap_or_else(|| "fp32".into()),
         sigma,
         batch: size(model, "dmd.batch")?,
         dynamic_batch: optional(model, "dmd.dynamic_batch")?.unwrap_or(false),
@@ -135,7 +141,8 @@ fn from_metadata(model: &Model, format: u32) -> Result<Info, String> {
         weights_sha256: text(model, "dmd.weights_sha256")?.into(),
         opset: model.opset.unwrap_or(0),
         nodes: model.nodes,
-        weight_bytes: model.weight_bytes,
+        weight_bytes: model.weight_bytes + model.outside.iter().map(|part| part.length).sum::<u64>(),
+        external_data: model.outside.first().map(|part| part.location.clone()),
         file_bytes: model.file_bytes,
     })
 }
@@ -159,6 +166,29 @@ fn check_graph(info: &Info, model: &Model) -> Result<(), String> {
     }
     check_ports("input", &model.inputs, &inputs)?;
     check_ports("output", &model.outputs, &[image])
+}
+
+/// Weights outside the file must lie in one file beside it, and all of them must be there: an engine would follow any
+/// path that it is given.
+fn check_outside(path: &Path, model: &Model) -> Result<(), String> {
+    let Some(first) = model.outside.first() else { return Ok(()) };
+    let name = first.location.as_str();
+    if Path::new(name).file_name() != Some(name.as_ref()) || model.outside.iter().any(|part| part.location != name) {
+        let all: std::collections::BTreeSet<_> = model.outside.iter().map(|part| part.location.as_str()).collect();
+        return Err(format!("its weights lie in {all:?}, expected one file beside it"));
+    }
+    let beside = path.with_file_name(name);
+    let bytes =
+        std::fs::metadata(&beside).map_err(|error| format!("its weights, {}: {error}", beside.display()))?.len();
+    match model.outside.iter().find(|part| part.offset.checked_add(part.length).is_none_or(|end| end > bytes)) {
+        Some(part) => Err(format!(
+            "a weight of {} bytes at {} lies beyond the end of {}, which has {bytes}",
+            part.length,
+            part.offset,
+            beside.display()
+        )),
+        None => Ok(()),
+    }
 }
 
 fn check_ports(kind: &str, found: &[Port], expected: &[(&str, u64, Vec<Option<usize>>)]) -> Result<(), String> {

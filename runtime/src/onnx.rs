@@ -21,8 +21,19 @@ pub(crate) struct Model {
     pub inputs: Vec<Port>,
     pub outputs: Vec<Port>,
     pub nodes: usize,
+    /// Weights in the file itself.
     pub weight_bytes: u64,
+    /// Weights that lie elsewhere.
+    pub outside: Vec<Outside>,
     pub file_bytes: u64,
+}
+
+/// Where a weight lies that is not in the file.
+#[derive(Debug, Default)]
+pub(crate) struct Outside {
+    pub location: String,
+    pub offset: u64,
+    pub length: u64,
 }
 
 /// An input or output of the graph.
@@ -114,7 +125,11 @@ impl<R: Read + Seek> Walk<R> {
                     model.nodes += 1;
                     self.node(self.at + n)?;
                 }
-                (5, Field::Len(n)) => model.weight_bytes += self.tensor(self.at + n)?,
+                (5, Field::Len(n)) => {
+                    let (bytes, outside) = self.tensor(self.at + n)?;
+                    model.weight_bytes += bytes;
+                    model.outside.extend(outside);
+                }
                 (11, Field::Len(n)) => {
                     let port = self.port(self.at + n)?;
                     model.inputs.push(port);
@@ -152,9 +167,11 @@ impl<R: Read + Seek> Walk<R> {
         Ok(())
     }
 
-    /// A `TensorProto`: gives the bytes it holds, after a check that its dimensions ask for no more elements.
-    fn tensor(&mut self, end: u64) -> Walked<u64> {
+    /// A `TensorProto`: gives the bytes it holds and where the others are, after a check that its dimensions ask for no
+    /// more elements.
+    fn tensor(&mut self, end: u64) -> Walked<(u64, Option<Outside>)> {
         let (mut elements, mut bytes, mut external) = (1u64, 0u64, false);
+        let mut outside = Outside::default();
         let mut name = String::new();
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
@@ -166,6 +183,16 @@ impl<R: Read + Seek> Walk<R> {
                     }
                 }
                 (8, Field::Len(n)) => name = self.string(n)?,
+                (13, Field::Len(n)) => {
+                    let (key, value) = self.entry(self.at + n)?;
+                    let number = || value.parse().or_else(|_| broken(format!("{key} {value:?} of tensor {name:?}")));
+                    match key.as_str() {
+                        "offset" => outside.offset = number()?,
+                        "length" => outside.length = number()?,
+                        "location" => outside.location = value,
+                        _ => {}
+                    }
+                }
                 (14, Field::Number(location)) => external = location == 1,
                 (4..=7 | 9..=11, Field::Len(n)) => {
                     bytes = bytes.saturating_add(n);
@@ -177,10 +204,11 @@ impl<R: Read + Seek> Walk<R> {
             }
         }
         // The smallest element type has four to a byte.
-        if !external && elements > bytes.saturating_mul(4) && elements > 0 {
-            return broken(format!("tensor {name:?} claims {elements} elements and holds {bytes} bytes"));
+        let held = if external { outside.length } else { bytes };
+        if elements > held.saturating_mul(4) && elements > 0 {
+            return broken(format!("tensor {name:?} claims {elements} elements and holds {held} bytes"));
         }
-        Ok(bytes)
+        Ok((bytes, external.then_some(outside)))
     }
 
     fn port(&mut self, end: u64) -> Walked<Port> {

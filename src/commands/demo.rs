@@ -47,7 +47,7 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
     say("2/4  exporting it as ONNX, and checking the file with every engine here");
     let onnx = args.out.join("generator.onnx");
     let export = ExportArgs { force: true, ..ExportArgs::plain(run.join("generator"), onnx.clone()) };
-    let export = super::export::run(&export)?;
+    let export = super::export::run(&export, threads)?;
 
     say("3/4  making pictures");
     let after_folder = ModelFolder::load(&run.join("generator"), &Device::Cpu)?;

@@ -1,54 +1,101 @@
 //! `dmd export`: a generator's folder to a verified ONNX file.
 
-use super::{check_free, make_parent};
+use super::{check_free, engine_choice, engine_options, make_parent};
 use crate::cli::{ExportArgs, OutputKind};
 use crate::output::say;
+use crate::report::export::{self as report, Reference};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use dmd_export::{Batch, ExportOptions, ModelInfo, Output, weights_sha256};
+use dmd_export::{Batch, ExportOptions, ExportReport, ModelInfo, Output, Status, weights_sha256};
 use dmd_models::{Generator, ModelFolder};
 use serde_json::Value;
+use std::path::Path;
 
 /// Exports a generator.
-pub fn run(args: &ExportArgs) -> Result<Value> {
+pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     crate::config::at_least_one("batch", args.batch as u64)?;
-    check_free(&args.onnx, args.force)?;
+    let reports = args.report.then(|| report::paths(&args.onnx));
+    for path in [&args.onnx].into_iter().chain(reports.iter().flatten()) {
+        check_free(path, args.force)?;
+    }
     let folder = ModelFolder::load(&args.generator, &Device::Cpu)?;
-    let generator = generator(&folder, args)?;
-    let classes = folder.classes();
-    let info = ModelInfo {
-        size: folder.size()?,
-        weights_sha256: weights_sha256(&folder.weights.to(DType::F32, &Device::Cpu)?)?,
-        classes: classes.clone(),
-    };
+    let generator = generator(&folder, &args.generator, args.sigma)?;
+    let info = info(&folder)?;
     let output = match args.output {
         OutputKind::F32 => Output::F32,
         OutputKind::U8 => Output::U8,
     };
     let options = ExportOptions {
         dialect: args.dialect,
+        precision: args.precision,
+        min_psnr_db: args.min_psnr,
+        max_drop_db: args.max_drop_db,
+        external_data: args.external_data,
+        max_size: args.max_size,
+        engines: engine_choice(args.engine),
+        allow_unverified: args.allow_unverified,
         batch: if args.dynamic_batch { Batch::Dynamic } else { Batch::Fixed(args.batch) },
-        fixed_label: args.fixed_label.as_deref().map(|class| label(class, &classes)).transpose()?,
+        fixed_label: args.fixed_label.as_deref().map(|class| label(class, &info.classes)).transpose()?,
         output,
         force: args.force,
         ..ExportOptions::default()
     };
     make_parent(&args.onnx)?;
-    let report = dmd_export::export(&generator, &info, &options, &args.onnx)?;
-    for verdict in &report.engines {
+    let exported = dmd_export::export(&generator, &info, &options, &args.onnx)?;
+    for verdict in &exported.engines {
         say(&verdict.to_string());
     }
-    say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), report.nodes, report.bytes as f64 / 1e6));
-    Ok(serde_json::to_value(&report)?)
+    say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
+    if args.report {
+        return write_report(args, &generator, &options, &exported, threads);
+    }
+    Ok(serde_json::to_value(&exported)?)
 }
 
-/// The folder's generator; or its teacher held at `--sigma`, where that is asked for.
-fn generator(folder: &ModelFolder, args: &ExportArgs) -> Result<Generator> {
-    let path = args.generator.display();
-    match (folder.generator(&Device::Cpu)?, args.sigma) {
+/// Runs the file beside the network, by the engine that verified it, and writes what was seen.
+fn write_report(
+    args: &ExportArgs,
+    generator: &Generator,
+    options: &ExportOptions,
+    report: &ExportReport,
+    threads: Option<usize>,
+) -> Result<Value> {
+    let config = generator.denoiser.unet.config();
+    let [height, width] = config.size().context("a generator that was exported has a size")?;
+    let reference = Reference::of(generator, [config.in_channels, height, width], options.fixed_label)?;
+    let passed = report.engines.iter().any(|verdict| verdict.status == Status::Passed);
+    let measured = passed.then(|| reference.measure(&args.onnx, engine_options(args.engine, threads))).transpose()?;
+    let value = report::write(report, &reference, measured.as_ref())?;
+    let [_, html] = report::paths(&args.onnx);
+    match &measured {
+        Some((measured, _)) => say(&format!(
+            "{}: PSNR {:.1} dB, largest difference {:.1e}, {:.2} ms a pass",
+            html.display(),
+            measured.psnr_db,
+            measured.max_difference,
+            measured.latency_ms
+        )),
+        None => say(&format!("{}: no engine is present; likeness and latency were not checked", html.display())),
+    }
+    Ok(value)
+}
+
+/// What goes into a file beside the network.
+pub fn info(folder: &ModelFolder) -> Result<ModelInfo> {
+    Ok(ModelInfo {
+        size: folder.size()?,
+        classes: folder.classes(),
+        weights_sha256: weights_sha256(&folder.weights.to(DType::F32, &Device::Cpu)?)?,
+    })
+}
+
+/// The folder's generator; or its teacher held at `sigma`, where that is asked for.
+pub fn generator(folder: &ModelFolder, path: &Path, sigma: Option<f64>) -> Result<Generator> {
+    let path = path.display();
+    match (folder.generator(&Device::Cpu)?, sigma) {
         (Some(generator), None) => Ok(generator),
         (Some(generator), Some(_)) => {
-            bail!("{path}: is a generator already, held at sigma {}; leave --as-generator out", generator.sigma)
+            bail!("{path}: is a generator already, held at sigma {}; leave --sigma out", generator.sigma)
         }
         (None, None) => bail!(
             "{path}: is a teacher, which needs many steps; distil it first (dmd distill) and export RUN/generator, or \

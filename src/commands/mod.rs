@@ -1,6 +1,7 @@
 //! One file per verb. Each does its work, tells people on stderr, and returns the object that `--json` prints.
 
 mod ablate;
+mod bench_export;
 mod bench_run;
 mod bench_train;
 mod config_show;
@@ -28,11 +29,12 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Distill(args) => distill::run(args),
         Command::Pairs(args) => pairs::run(args),
         Command::Config(ConfigCommand::Show(args)) => config_show::run(args, cli.json),
-        Command::Export(args) => export::run(args),
+        Command::Export(args) => export::run(args, cli.threads),
         Command::Sample(args) => sample::run(args, cli.threads),
         Command::Score(args) => score::run(args, cli.threads),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
+        Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, cli.threads),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),
         Command::Ablate(args) => ablate::run(args),
         Command::Demo(args) => demo::run(args, cli.threads),
@@ -41,12 +43,15 @@ pub fn run(cli: &Cli) -> Result<Value> {
 
 /// The runtime's options for what the command line says.
 fn engine_options(engine: Engine, threads: Option<usize>) -> dmd_runtime::Options {
-    let engine = match engine {
+    dmd_runtime::Options { engine: engine_choice(engine), library: None, threads }
+}
+
+fn engine_choice(engine: Engine) -> EngineChoice {
+    match engine {
         Engine::Auto => EngineChoice::Auto,
         Engine::Onnxruntime => EngineChoice::OnnxRuntime,
         Engine::Tract => EngineChoice::Tract,
-    };
-    dmd_runtime::Options { engine, library: None, threads }
+    }
 }
 
 /// Whether a path names an exported file rather than a folder.

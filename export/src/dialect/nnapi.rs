@@ -17,14 +17,14 @@ pub(super) fn group_norm(lowering: &mut Lowering, norm: &Norm, x: &str) -> Resul
     let mean = || vec![ints("axes", &[2]), int("keepdims", 1)];
     let x = lowering.reshape(&part("groups"), x, &grouped);
     let file = &mut lowering.file;
-    let center = file.node(&part("mean"), "ReduceMean", &[&x], mean(), &means);
-    let centered = file.node(&part("centered"), "Sub", &[&x, &center], vec![], &grouped);
-    let squares = file.node(&part("squares"), "Mul", &[&centered, &centered], vec![], &grouped);
-    let variance = file.node(&part("variance"), "ReduceMean", &[&squares], mean(), &means);
+    let center = file.island(&part("mean"), "ReduceMean", &[&x], mean(), &means);
+    let centered = file.island(&part("centered"), "Sub", &[&x, &center], vec![], &grouped);
+    let squares = file.island(&part("squares"), "Mul", &[&centered, &centered], vec![], &grouped);
+    let variance = file.island(&part("variance"), "ReduceMean", &[&squares], mean(), &means);
     let eps = file.scalar(norm.eps as f32);
-    let guarded = file.node(&part("guarded"), "Add", &[&variance, &eps], vec![], &means);
-    let deviation = file.node(&part("deviation"), "Sqrt", &[&guarded], vec![], &means);
-    let normalized = file.node(&part("normalize"), "Div", &[&centered, &deviation], vec![], &grouped);
+    let guarded = file.island(&part("guarded"), "Add", &[&variance, &eps], vec![], &means);
+    let deviation = file.island(&part("deviation"), "Sqrt", &[&guarded], vec![], &means);
+    let normalized = file.island(&part("normalize"), "Div", &[&centered, &deviation], vec![], &grouped);
     lowering.ungrouped(norm, &normalized)
 }
 

@@ -16,7 +16,7 @@ pub(super) fn group_norm(lowering: &mut Lowering, norm: &Norm, x: &str) -> Resul
     if let (Some([scale, shift]), true) = (norm.affine, groups == c) {
         let scale = lowering.file.weight(&format!("{name}.weight"), scale, &[c])?;
         let shift = lowering.file.weight(&format!("{name}.bias"), shift, &[c])?;
-        return Ok(lowering.file.node(name, "InstanceNormalization", &[x, &scale, &shift], epsilon, &norm.shape));
+        return Ok(lowering.file.island(name, "InstanceNormalization", &[x, &scale, &shift], epsilon, &norm.shape));
     }
     let ones = lowering.file.floats(&format!("ones_{groups}"), &vec![1.0; groups]);
     let zeros = lowering.file.floats(&format!("zeros_{groups}"), &vec![0.0; groups]);
@@ -24,7 +24,7 @@ pub(super) fn group_norm(lowering: &mut Lowering, norm: &Norm, x: &str) -> Resul
     let normalized = lowering.reshape(&format!("{name}.groups"), x, &grouped);
     let inputs = [normalized.as_str(), &ones, &zeros];
     let normalized =
-        lowering.file.node(&format!("{name}.normalize"), "InstanceNormalization", &inputs, epsilon, &grouped);
+        lowering.file.island(&format!("{name}.normalize"), "InstanceNormalization", &inputs, epsilon, &grouped);
     lowering.ungrouped(norm, &normalized)
 }
 

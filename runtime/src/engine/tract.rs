@@ -8,7 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tract_onnx::prelude::*;
+use tract_onnx::tract_core::floats::FloatPrecisionTranslator;
 use tract_onnx::tract_core::internal::{RunOptions, multithread::Executor};
+use tract_onnx::tract_core::transform::ModelTransform;
 
 use super::{Engine, EngineInfo, EngineKind, Out, threads};
 use crate::{Error, Info, Options, Result};
@@ -50,6 +52,11 @@ fn load(path: &Path, info: &Info, threads: usize) -> TractResult<Tract> {
             model.set_input_fact(at, fact.into())?;
         }
         model.set_output_fact(0, InferenceFact::default())?;
+    }
+    let mut model = model.into_typed()?;
+    if info.precision == "fp16" {
+        // In software, halves take minutes where singles take milliseconds. The weights keep their rounding.
+        FloatPrecisionTranslator::new(DatumType::F16, DatumType::F32).transform(&mut model)?;
     }
     let plan = model.into_optimized()?.into_runnable_with_options(&options)?;
     Ok(Tract { plan, shape, label_first })

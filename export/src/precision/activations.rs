@@ -1,0 +1,321 @@
+//! w8a8: what convolutions and matrix products read is rounded to int8 too, by QuantizeLinear and DequantizeLinear
+//! around them, which engines merge into integer kernels. Ranges come from the distribution that the file will see,
+//! unit normal noise and every label, so that no data is needed. Layers differ widely in what they lose: each is
+//! measured alone, and the worst stay in single precision until the picture is close enough (Zhao et al. 2024, "MixDQ").
+
+use super::weights::{Quantized, quantized};
+use super::{Constants, outermost_convs, sweep_constants};
+use crate::interpret::Interpreter;
+use crate::onnx::{Dim, initializer, int as int_attribute, little_endian, value_info, value_info_like, values_f32};
+use crate::verify::Inputs;
+use crate::{Error, Result};
+use candle_core::Tensor;
+use candle_onnx::onnx::tensor_proto::DataType;
+use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
+use serde::Serialize;
+use std::collections::{HashMap, HashSet};
+
+/// What a layer costs if it alone is quantised.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerSensitivity {
+    /// The node.
+    pub node: String,
+    /// PSNR of the pictures against fp32, in dB.
+    pub psnr_db: f64,
+    /// Whether it was kept in single precision.
+    pub kept_float: bool,
+}
+
+/// Quantises all layers but as many of the worst as it takes to be within `max_drop_db` of `weights_only`, the same
+/// graph with its weights alone quantised.
+pub(crate) fn rewrite(
+    graph: &GraphProto,
+    weights_only: &GraphProto,
+    inputs: &Inputs,
+    max_drop_db: f64,
+) -> Result<(GraphProto, Vec<LayerSensitivity>)> {
+    let calibration = calibrate(graph, inputs)?;
+    let psnr = |graph: &GraphProto| Ok::<f64, Error>(psnr_db(&calibration.pictures, &pictures(graph, inputs)?));
+    let with = |layers: &HashSet<&str>| quantize(graph, layers, &calibration.ranges);
+    let mut layers = Vec::new();
+    for node in layers_of(graph) {
+        layers.push((node, psnr(&with(&HashSet::from([node]))?)?));
+    }
+    layers.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(b.0)));
+    let wanted = psnr(weights_only)? - max_drop_db;
+    // The fewest that may stay: between all quantised and none.
+    let (mut low, mut high) = (0, layers.len());
+    while low < high {
+        let kept = low.midpoint(high);
+        let close = psnr(&with(&layers[kept..].iter().map(|layer| layer.0).collect())?)? >= wanted;
+        if close { high = kept } else { low = kept + 1 }
+    }
+    let result = with(&layers[high..].iter().map(|layer| layer.0).collect())?;
+    let report = |(i, (node, psnr_db)): (usize, &(&str, f64))| LayerSensitivity {
+        node: node.to_string(),
+        psnr_db: *psnr_db,
+        kept_float: i < high,
+    };
+    Ok((result, layers.iter().enumerate().map(report).collect()))
+}
+
+/// Convolutions but the outermost, and products of two values.
+fn layers_of(graph: &GraphProto) -> Vec<&str> {
+    let kept: HashSet<&str> = outermost_convs(graph).into_iter().collect();
+    let is_layer =
+        |node: &&NodeProto| node.op_type == "MatMul" || (node.op_type == "Conv" && !kept.contains(node.name.as_str()));
+    graph.node.iter().filter(is_layer).map(|node| node.name.as_str()).collect()
+}
+
+/// Numbers of a value that are kept to choose its range by.
+const MAX_SEEN: usize = 1 << 15;
+
+struct Calibration {
+    ranges: HashMap<String, Range>,
+    pictures: Vec<Tensor>,
+}
+
+/// Runs the graph and chooses a range for whatever a layer reads or a convolution gives.
+fn calibrate(graph: &GraphProto, inputs: &Inputs) -> Result<Calibration> {
+    let layers: HashSet<&str> = layers_of(graph).into_iter().collect();
+    let mut seen: HashMap<String, Vec<f32>> = HashMap::new();
+    let interpreter = Interpreter::new(graph)?;
+    let runs = inputs.runs()?;
+    let mut pictures = Vec::with_capacity(runs.len());
+    let mut keep = |name: &str, tensor: &Tensor| -> Result<()> {
+        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+        let step = (values.len() * runs.len()).div_ceil(MAX_SEEN).max(1);
+        let kept = seen.entry(name.into()).or_default();
+        kept.extend(values.iter().step_by(step));
+        // The extremes count whether they are among the kept or not.
+        kept.extend([values.iter().copied().fold(0.0, f32::min), values.iter().copied().fold(0.0, f32::max)]);
+        Ok(())
+    };
+    for (noise, label) in &runs {
+        let mut see = |node: &NodeProto, x: &[&Tensor], y: &Tensor| -> Result<()> {
+            match node.op_type.as_str() {
+                _ if !layers.contains(node.name.as_str()) => Ok(()),
+                "Conv" => keep(&node.input[0], x[0]).and_then(|()| keep(&node.output[0], y)),
+                _ => keep(&node.input[0], x[0]).and_then(|()| keep(&node.input[1], x[1])),
+            }
+        };
+        pictures.push(interpreter.run(noise, label.as_ref(), &mut see)?);
+    }
+    let ranges = seen.into_iter().map(|(name, values)| (name, Range::of(&values))).collect();
+    Ok(Calibration { ranges, pictures })
+}
+
+/// An affine map from −128..=127 to numbers: `(q − zero)·scale`.
+#[derive(Clone, Copy, Debug)]
+struct Range {
+    scale: f32,
+    zero: i8,
+}
+
+impl Range {
+    /// The range with the least squared error; it always holds 0, which padding needs exactly.
+    fn of(values: &[f32]) -> Self {
+        let low = values.iter().copied().fold(0.0, f32::min);
+        let high = values.iter().copied().fold(0.0, f32::max);
+        let shrunk = (0..=12).map(|step| 1.0 - 0.05 * step as f32);
+        let ranges = shrunk.map(|part| Range::between(low * part, high * part));
+        let error = |range: &Range| -> f64 { values.iter().map(|x| f64::from(range.round(*x) - x).powi(2)).sum() };
+        let best = ranges.map(|range| (error(&range), range)).min_by(|a, b| a.0.total_cmp(&b.0));
+        best.map_or(Range { scale: 1.0, zero: 0 }, |(_, range)| range)
+    }
+
+    fn between(low: f32, high: f32) -> Self {
+        let scale = (high - low) / 255.0;
+        if scale <= f32::MIN_POSITIVE {
+            return Range { scale: 1.0, zero: 0 };
+        }
+        Range { scale, zero: (-128.0 - low / scale).round_ties_even() as i8 }
+    }
+
+    fn round(self, x: f32) -> f32 {
+        let zero = f32::from(self.zero);
+        (((x / self.scale).round_ties_even() + zero).clamp(-128.0, 127.0) - zero) * self.scale
+    }
+}
+
+/// The graph with these layers quantised.
+fn quantize(graph: &GraphProto, layers: &HashSet<&str>, ranges: &HashMap<String, Range>) -> Result<GraphProto> {
+    let infos = graph.value_info.iter().chain(&graph.input);
+    let mut rewrite = Rewrite {
+        source: graph,
+        constants: Constants::of(graph),
+        infos: infos.map(|info| (info.name.as_str(), info)).collect(),
+        ranges,
+        rounded: HashSet::new(),
+        given: HashSet::new(),
+        result: GraphProto { node: vec![], ..graph.clone() },
+    };
+    for node in &graph.node {
+        match (layers.contains(node.name.as_str()), node.op_type.as_str()) {
+            (true, "Conv") => rewrite.conv(node)?,
+            (true, _) => {
+                let input = node.input.iter().map(|name| rewrite.rounded(name)).collect::<Result<_>>()?;
+                rewrite.result.node.push(NodeProto { input, ..node.clone() });
+            }
+            (false, _) => rewrite.result.node.push(node.clone()),
+        }
+    }
+    sweep_constants(&mut rewrite.result);
+    Ok(rewrite.result)
+}
+
+struct Rewrite<'a> {
+    source: &'a GraphProto,
+    constants: Constants,
+    infos: HashMap<&'a str, &'a ValueInfoProto>,
+    ranges: &'a HashMap<String, Range>,
+    /// Values that have been rounded, and constants that have been made.
+    rounded: HashSet<String>,
+    /// Values of quantised convolutions, which are on their range already.
+    given: HashSet<String>,
+    result: GraphProto,
+}
+
+impl Rewrite<'_> {
+    /// An integer kernel takes over where everything around a convolution is quantised: what it reads, its weight, its
+    /// bias as whole multiples of the products' step, and what it gives.
+    fn conv(&mut self, node: &NodeProto) -> Result<()> {
+        let (name, value) = (&node.name, &node.output[0]);
+        let place = self.constants.find(self.source, &node.input[1], DataType::Float);
+        let weight = &self.source.initializer[place.ok_or_else(|| no_constant(node, 1))?];
+        let input = self.rounded(&node.input[0])?;
+        let step = self.range(&node.input[0])?.scale;
+        let Quantized { values, scales } = quantized(weight)?;
+        let bytes = values.iter().map(|value| *value as u8).collect();
+        let dims: Vec<usize> = weight.dims.iter().map(|dim| *dim as usize).collect();
+        let mut inputs = vec![input];
+        inputs.push(self.constant(&node.input[1], initializer("", DataType::Int8, &dims, bytes), &scales));
+        if let Some(bias) = node.input.get(2) {
+            let place = self.constants.find(self.source, bias, DataType::Float);
+            let tensor = &self.source.initializer[place.ok_or_else(|| no_constant(node, 2))?];
+            let scales: Vec<f32> = scales.iter().map(|scale| scale * step).collect();
+            let whole = |(value, scale): (f32, &f32)| (value / scale).round_ties_even() as i32;
+            let bytes = values_f32(tensor)?.into_iter().zip(&scales).map(whole).flat_map(i32::to_le_bytes).collect();
+            // Two convolutions may share a bias, but not its step.
+            let tensor = initializer("", DataType::Int32, &[scales.len()], bytes);
+            inputs.push(self.constant(&format!("{name}.bias_of_products"), tensor, &scales));
+        }
+        let exact = format!("{name}.exact");
+        self.result.node.push(NodeProto { input: inputs, output: vec![exact.clone()], ..node.clone() });
+        self.declare(value, &exact, DataType::Float);
+        self.given.insert(value.clone());
+        self.pair(value, &exact, value)
+    }
+
+    /// The value behind a rounding to its range; made once.
+    fn rounded(&mut self, name: &str) -> Result<String> {
+        if self.given.contains(name) {
+            return Ok(name.into());
+        }
+        let rounded = format!("{name}.rounded");
+        if self.rounded.insert(rounded.clone()) {
+            self.declare(name, &rounded, DataType::Float);
+            self.pair(name, name, &rounded)?;
+        }
+        Ok(rounded)
+    }
+
+    /// QuantizeLinear and DequantizeLinear from value `from` to value `to`, over the range of `name`.
+    fn pair(&mut self, name: &str, from: &str, to: &str) -> Result<()> {
+        let Range { scale, zero } = self.range(name)?;
+        let [step, origin, whole] = ["step", "zero", "int8"].map(|part| format!("{name}.{part}"));
+        if self.rounded.insert(step.clone()) {
+            self.result.initializer.push(initializer(&step, DataType::Float, &[], little_endian(&[scale])));
+            self.result.initializer.push(initializer(&origin, DataType::Int8, &[], vec![zero as u8]));
+        }
+        let whole = if from == name { format!("{to}.int8") } else { whole };
+        self.declare(name, &whole, DataType::Int8);
+        for (operator, from, to) in [("QuantizeLinear", from, whole.as_str()), ("DequantizeLinear", &whole, to)] {
+            self.result.node.push(NodeProto {
+                name: format!("{to}.{}", if operator == "QuantizeLinear" { "quantize" } else { "dequantize" }),
+                op_type: operator.into(),
+                input: vec![from.into(), step.clone(), origin.clone()],
+                output: vec![to.into()],
+                ..Default::default()
+            });
+        }
+        Ok(())
+    }
+
+    /// A constant as whole numbers times `scales`, one per output channel; made once.
+    fn constant(&mut self, name: &str, whole: TensorProto, scales: &[f32]) -> String {
+        let value = format!("{name}.float");
+        if self.rounded.insert(value.clone()) {
+            let [int, scale] = ["int", "scale"].map(|part| format!("{name}.{part}"));
+            let dims: Vec<Dim> = whole.dims.iter().map(|dim| Dim::Fixed(*dim as usize)).collect();
+            self.result.initializer.push(TensorProto { name: int.clone(), ..whole });
+            self.result.initializer.push(initializer(&scale, DataType::Float, &[scales.len()], little_endian(scales)));
+            self.result.node.push(NodeProto {
+                name: format!("{value}.dequantize"),
+                op_type: "DequantizeLinear".into(),
+                input: vec![int, scale],
+                output: vec![value.clone()],
+                attribute: vec![int_attribute("axis", 0)],
+                ..Default::default()
+            });
+            self.result.value_info.push(value_info(&value, DataType::Float, &dims));
+        }
+        value
+    }
+
+    fn range(&self, name: &str) -> Result<Range> {
+        let found = self.ranges.get(name).copied();
+        found.ok_or_else(|| Error::Malformed(vec![format!("value \"{name}\" was not seen while calibrating")]))
+    }
+
+    /// States the shape of a new value, which is that of another.
+    fn declare(&mut self, like: &str, name: &str, kind: DataType) {
+        self.result.value_info.extend(self.infos.get(like).map(|info| value_info_like(info, name, kind)));
+    }
+}
+
+fn no_constant(node: &NodeProto, at: usize) -> Error {
+    Error::Node { node: node.name.clone(), message: format!("\"{}\" is no constant of f32", node.input[at]) }
+}
+
+fn pictures(graph: &GraphProto, inputs: &Inputs) -> Result<Vec<Tensor>> {
+    let interpreter = Interpreter::new(graph)?;
+    let run = |(noise, label): (Tensor, Option<Tensor>)| interpreter.run(&noise, label.as_ref(), &mut |_, _, _| Ok(()));
+    inputs.runs()?.into_iter().map(run).collect()
+}
+
+/// Peak signal to noise ratio of pictures in [−1, 1].
+fn psnr_db(expected: &[Tensor], found: &[Tensor]) -> f64 {
+    let square = |(a, b): (&Tensor, &Tensor)| -> candle_core::Result<f64> {
+        Ok(f64::from((a - b)?.sqr()?.mean_all()?.to_scalar::<f32>()?))
+    };
+    let mean: candle_core::Result<f64> = expected.iter().zip(found).map(square).sum();
+    mean.map_or(f64::NEG_INFINITY, |sum| 10.0 * (4.0 / (sum / expected.len() as f64)).log10())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_holds_zero_exactly_and_rounds_within_half_a_step() {
+        for values in [vec![-0.3f32, 0.0, 2.5], vec![1.0, 2.0], vec![-4.0, -1.0], vec![0.0]] {
+            let range = Range::of(&values);
+            assert_eq!(range.round(0.0), 0.0, "{range:?}");
+            for x in &values {
+                // The zero point is rounded too, which may cost the extremes half a step.
+                assert!((range.round(*x) - x).abs() <= range.scale * 1.001, "{x} in {range:?}");
+            }
+        }
+    }
+
+    /// One outlier among many small values: the step is set by the many.
+    #[test]
+    fn a_range_gives_outliers_up_where_that_pays() {
+        let mut values: Vec<f32> = (0..100_000).map(|i| (i % 200) as f32 / 100.0 - 1.0).collect();
+        values.push(2.2);
+        let range = Range::of(&values);
+        assert!(range.scale < 2.2 * 255.0f32.recip() * 1.4, "{range:?}");
+        assert!(range.round(2.2) < 2.2 * 0.95, "{range:?}");
+    }
+}

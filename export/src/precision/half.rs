@@ -1,0 +1,159 @@
+//! fp16: weights and activations in half precision. Islands stay in single precision: the statistics of norms, whose
+//! squares overflow and whose epsilon would vanish, and everything from the last convolution on, where the picture is a
+//! small difference of large numbers.
+
+use super::Constants;
+use crate::interpret::Interpreter;
+use crate::onnx::{Attributes, Lowered, element_type, initializer, int, value_info_like, values_f32};
+use crate::verify::Inputs;
+use crate::{Error, Result};
+use candle_onnx::onnx::tensor_proto::DataType;
+use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
+use half::f16;
+use std::collections::{HashMap, HashSet};
+
+/// Rewrites a graph of f32.
+pub(crate) fn rewrite(lowered: &Lowered) -> Result<GraphProto> {
+    let graph = &lowered.graph;
+    let mut islands = tail(graph);
+    islands.extend(lowered.islands.iter().map(String::as_str));
+    let infos = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
+    let mut rewrite = Rewrite {
+        source: graph,
+        constants: Constants::of(graph),
+        infos: infos.map(|info| (info.name.as_str(), info)).collect(),
+        half_values: HashSet::new(),
+        made: HashSet::new(),
+        result: GraphProto { initializer: vec![], node: vec![], value_info: vec![], ..graph.clone() },
+    };
+    for node in &graph.node {
+        rewrite.node(node, !islands.contains(node.name.as_str()))?;
+    }
+    Ok(rewrite.result)
+}
+
+/// Runs the graph on a picture of every label and looks at each value: one that half precision cannot hold is an error
+/// that names its node.
+pub(crate) fn check_finite(graph: &GraphProto, inputs: &Inputs) -> Result<()> {
+    let half: HashSet<&str> = graph
+        .value_info
+        .iter()
+        .filter(|info| element_type(info) == Some(DataType::Float16 as i32))
+        .map(|info| info.name.as_str())
+        .collect();
+    let interpreter = Interpreter::new(graph)?;
+    for (noise, label) in inputs.runs()? {
+        interpreter.run(&noise, label.as_ref(), &mut |node, _, output| {
+            if !output.dtype().is_float() {
+                return Ok(());
+            }
+            let value = largest(&output.flatten_all()?.to_vec1::<f32>()?);
+            let limit = if half.contains(node.output[0].as_str()) { f16::MAX.to_f32() } else { f32::MAX };
+            if value <= limit { Ok(()) } else { Err(Error::Overflow { node: node.name.clone(), value }) }
+        })?;
+    }
+    Ok(())
+}
+
+/// The largest magnitude; infinite where there is a value that is no number.
+fn largest(values: &[f32]) -> f32 {
+    values.iter().fold(0f32, |max, x| if x.is_nan() { f32::INFINITY } else { max.max(x.abs()) })
+}
+
+/// The nodes between the last convolutions, them included, and the picture.
+pub(super) fn tail(graph: &GraphProto) -> HashSet<&str> {
+    let makers: HashMap<&str, &NodeProto> =
+        graph.node.iter().flat_map(|node| node.output.iter().map(move |name| (name.as_str(), node))).collect();
+    let mut found = HashSet::new();
+    let mut open = vec!["image"];
+    while let Some(node) = open.pop().and_then(|name| makers.get(name)) {
+        if found.insert(node.name.as_str()) && matches!(node.op_type.as_str(), "Add" | "Clip" | "Transpose" | "Cast") {
+            open.extend(node.input.iter().map(String::as_str).filter(|name| makers.contains_key(name)));
+        }
+    }
+    found
+}
+
+struct Rewrite<'a> {
+    source: &'a GraphProto,
+    constants: Constants,
+    infos: HashMap<&'a str, &'a ValueInfoProto>,
+    half_values: HashSet<&'a str>,
+    /// Names of constants and casts that the result has already.
+    made: HashSet<String>,
+    result: GraphProto,
+}
+
+impl<'a> Rewrite<'a> {
+    fn node(&mut self, node: &'a NodeProto, half: bool) -> Result<()> {
+        let mut copy = node.clone();
+        for (at, name) in node.input.iter().enumerate() {
+            // A Resize takes its region and its factors in single precision always.
+            let follows = !(node.op_type == "Resize" && at > 0);
+            copy.input[at] = self.input(name, half && follows)?;
+        }
+        let casts = node.op_type == "Cast" && Attributes(node).int("to")? == DataType::Uint8 as i64;
+        for name in &node.output {
+            let Some(info) = self.infos.get(name.as_str()) else { continue };
+            let mut info = (*info).clone();
+            if half && !casts {
+                info = value_info_like(&info, name, DataType::Float16);
+                self.half_values.insert(name);
+            }
+            if *name != "image" {
+                self.result.value_info.push(info);
+            }
+        }
+        self.result.node.push(copy);
+        Ok(())
+    }
+
+    /// What a node reads instead of `name`, in half or single precision. Whole numbers are left alone.
+    fn input(&mut self, name: &'a str, half: bool) -> Result<String> {
+        if let Some(place) = self.constants.find(self.source, name, DataType::Float) {
+            let tensor = &self.source.initializer[place];
+            let tensor = if half { halved(tensor)? } else { tensor.clone() };
+            return Ok(self.constant(tensor));
+        }
+        if let Some(tensor) = self.source.initializer.iter().find(|tensor| tensor.name == name) {
+            return Ok(self.constant(tensor.clone()));
+        }
+        if self.half_values.contains(name) == half || name == "label" {
+            return Ok(name.into());
+        }
+        let (kind, suffix) = if half { (DataType::Float16, "f16") } else { (DataType::Float, "f32") };
+        let cast = format!("{name}.{suffix}");
+        if self.made.insert(cast.clone()) {
+            self.result.node.push(NodeProto {
+                name: cast.clone(),
+                op_type: "Cast".into(),
+                input: vec![name.into()],
+                output: vec![cast.clone()],
+                attribute: vec![int("to", kind as i64)],
+                ..Default::default()
+            });
+            self.result.value_info.extend(self.infos.get(name).map(|info| value_info_like(info, &cast, kind)));
+        }
+        Ok(cast)
+    }
+
+    fn constant(&mut self, tensor: TensorProto) -> String {
+        let name = tensor.name.clone();
+        if self.made.insert(name.clone()) {
+            self.result.initializer.push(tensor);
+        }
+        name
+    }
+}
+
+/// A constant in half precision, under a name of its own because an island may read it too.
+fn halved(tensor: &TensorProto) -> Result<TensorProto> {
+    let values = values_f32(tensor)?;
+    let halves: Vec<f16> = values.iter().map(|value| f16::from_f32(*value)).collect();
+    if let Some((value, _)) = values.iter().zip(&halves).find(|(_, half)| !half.is_finite()) {
+        return Err(Error::Overflow { node: tensor.name.clone(), value: value.abs() });
+    }
+    let bytes = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
+    let dims: Vec<usize> = tensor.dims.iter().map(|dim| *dim as usize).collect();
+    Ok(initializer(&format!("{}.f16", tensor.name), DataType::Float16, &dims, bytes))
+}

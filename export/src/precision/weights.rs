@@ -1,0 +1,122 @@
+//! w8: the weights of convolutions as int8, symmetric, one scale per output channel, which DequantizeLinear turns back
+//! where they are read. Engines keep them as bytes; the file is a quarter of its size.
+
+use super::{Constants, outermost_convs, sweep_constants};
+use crate::Result;
+use crate::onnx::{initializer, int, little_endian, value_info, values_f32};
+use candle_onnx::onnx::tensor_proto::DataType;
+use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto};
+use std::collections::HashSet;
+
+/// Rewrites a graph of f32. The outermost convolutions, small as they are, stay in single precision.
+pub(crate) fn rewrite(graph: &GraphProto) -> Result<GraphProto> {
+    let kept: HashSet<&str> = outermost_convs(graph).into_iter().collect();
+    let convs = graph.node.iter().filter(|node| node.op_type == "Conv" && !kept.contains(node.name.as_str()));
+    let convs: HashSet<&str> = convs.map(|node| node.name.as_str()).collect();
+    let mut result = graph.clone();
+    result.node.clear();
+    let mut done = HashSet::new();
+    for node in &graph.node {
+        let mut node = node.clone();
+        if convs.contains(node.name.as_str()) {
+            node.input[1] =
+                quantize_weight(graph, &mut result, &node.input[1], &mut done)?.unwrap_or(node.input[1].clone());
+        }
+        result.node.push(node);
+    }
+    sweep_constants(&mut result);
+    Ok(result)
+}
+
+/// Puts a weight into the result as int8 and the node that turns it back; gives the name of the latter's value.
+pub(super) fn quantize_weight(
+    graph: &GraphProto,
+    result: &mut GraphProto,
+    name: &str,
+    done: &mut HashSet<String>,
+) -> Result<Option<String>> {
+    let Some(place) = Constants::of(graph).find(graph, name, DataType::Float) else { return Ok(None) };
+    let weight = &graph.initializer[place];
+    let value = format!("{name}.float");
+    if done.insert(name.into()) {
+        let Quantized { values, scales } = quantized(weight)?;
+        let dims: Vec<usize> = weight.dims.iter().map(|dim| *dim as usize).collect();
+        let [int8, scale] = ["int8", "scale"].map(|part| format!("{name}.{part}"));
+        let bytes = values.iter().map(|value| *value as u8).collect();
+        result.initializer.push(initializer(&int8, DataType::Int8, &dims, bytes));
+        result.initializer.push(initializer(&scale, DataType::Float, &[scales.len()], little_endian(&scales)));
+        result.node.push(NodeProto {
+            name: value.clone(),
+            op_type: "DequantizeLinear".into(),
+            input: vec![int8, scale],
+            output: vec![value.clone()],
+            attribute: vec![int("axis", 0)],
+            ..Default::default()
+        });
+        let dims: Vec<_> = dims.into_iter().map(crate::onnx::Dim::Fixed).collect();
+        result.value_info.push(value_info(&value, DataType::Float, &dims));
+    }
+    Ok(Some(value))
+}
+
+/// A weight in 8 bits: `values · scales`, per output channel.
+pub(super) struct Quantized {
+    pub values: Vec<i8>,
+    pub scales: Vec<f32>,
+}
+
+pub(super) fn quantized(weight: &TensorProto) -> Result<Quantized> {
+    let values = values_f32(weight)?;
+    let per_channel = values.len() / weight.dims[0].max(1) as usize;
+    let mut result = Quantized { values: Vec::with_capacity(values.len()), scales: vec![] };
+    for channel in values.chunks(per_channel.max(1)) {
+        let scale = best_scale(channel);
+        result.values.extend(channel.iter().map(|value| rounded(*value, scale) as i8));
+        result.scales.push(scale);
+    }
+    Ok(result)
+}
+
+/// The scale with the least squared error: clipping the few largest values a little often pays for the others.
+fn best_scale(values: &[f32]) -> f32 {
+    let largest = values.iter().fold(0f32, |max, value| max.max(value.abs()));
+    if largest == 0.0 {
+        return 1.0;
+    }
+    let scales = (0..=20).map(|step| largest / 127.0 * (1.0 - 0.02 * step as f32));
+    let error = |scale: f32| -> f64 {
+        values.iter().map(|value| f64::from(rounded(*value, scale) * scale - value).powi(2)).sum()
+    };
+    scales.min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(1.0)
+}
+
+/// A whole number in −127..=127.
+fn rounded(value: f32, scale: f32) -> f32 {
+    (value / scale).round_ties_even().clamp(-127.0, 127.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every value is within half a step of its own channel's scale, and the extremes of a channel that has a plain
+    /// spread use the whole range.
+    #[test]
+    fn each_channel_has_its_own_step() {
+        let values: Vec<f32> = (0..8).map(|i| i as f32 - 3.5).chain((0..8).map(|i| (i as f32 - 3.5) * 100.0)).collect();
+        let weight = initializer("w", DataType::Float, &[2, 8, 1, 1], little_endian(&values));
+        let Quantized { values: found, scales } = quantized(&weight).unwrap();
+        assert!((scales[1] / scales[0] - 100.0).abs() < 1e-3, "{scales:?}");
+        for (i, (found, value)) in found.iter().zip(&values).enumerate() {
+            let scale = scales[i / 8];
+            assert!((f32::from(*found) * scale - value).abs() <= 0.5 * scale * 1.001, "{found} · {scale} for {value}");
+        }
+        assert!(found.iter().any(|value| *value == 127));
+    }
+
+    #[test]
+    fn a_channel_of_zeros_is_zeros() {
+        let weight = initializer("w", DataType::Float, &[1, 3, 1, 1], little_endian(&[0.0; 3]));
+        assert_eq!(quantized(&weight).unwrap().values, [0, 0, 0]);
+    }
+}

@@ -1,0 +1,162 @@
+//! How an exported file compares with the network that it was made of: 256 fixed noises through both, as numbers and as
+//! pictures. `FILE.report.json` and `FILE.report.html`.
+
+use super::page;
+use crate::aside::write_aside;
+use crate::eval::{distance, median};
+use crate::picture;
+use crate::sample::Model;
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use dmd_export::ExportReport;
+use dmd_models::Generator;
+use ndarray::{Array4, s};
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Noises that every file is measured on.
+const PICTURES: usize = 256;
+/// Of those, how many are shown.
+const SHOWN: usize = 16;
+/// Passes before the clock starts, and timed ones.
+const WARM_UP: usize = 3;
+const RUNS: usize = 30;
+
+/// Fixed noises with their labels, and the network's own pictures in fp32.
+pub struct Reference {
+    noise: Array4<f32>,
+    labels: Vec<i64>,
+    pictures: Array4<f32>,
+}
+
+/// A file against the reference.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measured {
+    /// What ran the file.
+    pub engine: String,
+    /// Pictures compared.
+    pub pictures: usize,
+    /// Peak signal to noise ratio, dB.
+    pub psnr_db: f64,
+    /// Largest difference of a value in [-1, 1].
+    pub max_difference: f64,
+    /// Sliced Wasserstein distance between both sets of pictures.
+    pub distance: f64,
+    /// One pass of the bare engine, milliseconds.
+    pub latency_ms: f64,
+}
+
+impl Reference {
+    /// Runs the network. All pictures are of the class `fixed`, or of every class in turn.
+    pub fn of(generator: &Generator, shape: [usize; 3], fixed: Option<usize>) -> Result<Self> {
+        let noise = dmd_runtime::picture_noise(0, 0, PICTURES, shape);
+        let classes = generator.denoiser.n_classes().unwrap_or(0);
+        let label = |i: usize| fixed.unwrap_or(i % classes.max(1)) as i64;
+        let labels: Vec<i64> = (0..PICTURES).filter(|_| classes > 0).map(label).collect();
+        let tensor = Tensor::from_vec(noise.iter().copied().collect(), noise.dim(), &Device::Cpu)?;
+        let pictures = Model::Generator(generator.clone()).pictures(&tensor, &labels, 32)?;
+        Ok(Reference { noise, labels, pictures })
+    }
+
+    /// Runs a file; gives what was measured, and its pictures.
+    pub fn measure(&self, path: &Path, options: dmd_runtime::Options) -> Result<(Measured, Array4<f32>)> {
+        let mut generator = dmd_runtime::Generator::load(path, options)?;
+        let labels = if generator.info().labelled { self.labels.as_slice() } else { &[] };
+        let found = generator.run(self.noise.view(), labels)?.to_f32();
+        let mut times = Vec::with_capacity(RUNS);
+        for run in 0..WARM_UP + RUNS {
+            let started = Instant::now();
+            generator.run_engine()?;
+            if run >= WARM_UP {
+                times.push(started.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        let (mut max, mut sum) = (0f64, 0f64);
+        for (a, b) in self.pictures.iter().zip(&found) {
+            let difference = f64::from((a - b).abs());
+            (max, sum) = (max.max(difference), sum + difference * difference);
+        }
+        let measured = Measured {
+            engine: format!("{} {}", generator.engine().kind, generator.engine().version),
+            pictures: PICTURES,
+            psnr_db: 10.0 * (4.0 / (sum / found.len() as f64)).log10(),
+            max_difference: max,
+            distance: distance(&self.pictures, &found)?,
+            latency_ms: median(&mut times),
+        };
+        Ok((measured, found))
+    }
+}
+
+/// `FILE.report.json` and `FILE.report.html`.
+pub fn paths(onnx: &Path) -> [PathBuf; 2] {
+    ["report.json", "report.html"].map(|suffix| {
+        let mut path = onnx.as_os_str().to_owned();
+        path.push(format!(".{suffix}"));
+        path.into()
+    })
+}
+
+/// Writes both. `measured` is missing where no engine is present; the report then says what was not checked.
+pub fn write(
+    report: &ExportReport,
+    reference: &Reference,
+    measured: Option<&(Measured, Array4<f32>)>,
+) -> Result<Value> {
+    let value = json!({ "export": report, "measured": measured.map(|(measured, _)| measured) });
+    let [json, html] = paths(&report.path);
+    write_aside(&json, |file| Ok(writeln!(file, "{value:#}")?))?;
+    let page = page(report, reference, measured)?;
+    write_aside(&html, |file| Ok(file.write_all(page.as_bytes())?))?;
+    Ok(value)
+}
+
+fn page(report: &ExportReport, reference: &Reference, measured: Option<&(Measured, Array4<f32>)>) -> Result<String> {
+    let name = report.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let row = |key: &str, value: String| vec![key.to_string(), value];
+    let mut facts = vec![
+        row("dialect", report.dialect.to_string()),
+        row("precision", report.precision.to_string()),
+        row("size", format!("{} bytes", report.bytes)),
+        row("nodes", report.nodes.to_string()),
+    ];
+    let mut body = String::new();
+    match measured {
+        None => {
+            body += "<p class=\"failed\">Not checked: no engine is present, so that the file has not been run. Likeness, \
+                     distance and latency are not known.</p>\n"
+        }
+        Some((measured, found)) => {
+            facts.extend([
+                row("engine", measured.engine.clone()),
+                row("PSNR against fp32", format!("{:.1} dB over {} noises", measured.psnr_db, measured.pictures)),
+                row("largest difference", format!("{:.2e} of values in [-1, 1]", measured.max_difference)),
+                row("sliced Wasserstein distance", format!("{:.5}", measured.distance)),
+                row("latency", format!("{:.3} ms a pass", measured.latency_ms)),
+            ]);
+            let shown = |images: &Array4<f32>| {
+                let images = images.slice(s![..SHOWN.min(images.dim().0), .., .., ..]).to_owned();
+                let scale = (64 / images.dim().2.max(1) as u32).max(1);
+                picture::grid(&images, picture::columns(images.dim().0), scale)
+            };
+            body += &page::figure("fp32", &shown(&reference.pictures))?;
+            body += &page::figure(report.precision.name(), &shown(found))?;
+            body += &page::figure("difference ×10", &shown(&((found - &reference.pictures) * 10.0)))?;
+        }
+    }
+    body += &page::table(&["", ""], &facts);
+    let engines: Vec<Vec<String>> = report.engines.iter().map(|verdict| vec![verdict.to_string()]).collect();
+    body += &page::table(&["what ran the file"], &engines);
+    if !report.layers.is_empty() {
+        let kept = |kept: bool| if kept { "fp32" } else { "8 bits" }.to_string();
+        let layer = |layer: &dmd_export::LayerSensitivity| {
+            vec![layer.node.clone(), format!("{:.1}", layer.psnr_db), kept(layer.kept_float)]
+        };
+        let layers: Vec<Vec<String>> = report.layers.iter().map(layer).collect();
+        body += &page::table(&["layer", "PSNR with it alone in 8 bits, dB", "stays"], &layers);
+    }
+    Ok(page::page(&name, &body))
+}
