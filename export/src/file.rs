@@ -264,7 +264,7 @@ fn check_settings([channels, height, width]: [usize; 3], classes: &[String], opt
     let named = [("batch", options.batch.traced()), ("height", height), ("width", width), ("channels", channels)];
     match named.into_iter().find(|(_, value)| *value == 0) {
         Some((name, _)) => Err(Error::Setting(format!("{name} is 0, expected at least 1"))),
-        None if !(options.max_drop_db >= 0.0) => {
+        None if options.max_drop_db.is_nan() || options.max_drop_db < 0.0 => {
             Err(Error::Setting(format!("max_drop_db is {}, expected 0 or more", options.max_drop_db)))
         }
         None if options.tolerance > 0.0 => Ok(()),

@@ -530,7 +530,7 @@ fn w8a8_keeps_the_outermost_layers_and_the_worst_in_fp32() {
             ExportOptions { precision: Precision::W8a8, max_drop_db, min_psnr_db: Some(20.0), ..Default::default() };
         export_and_read(&format!("w8a8 within {max_drop_db} dB"), &generator, &info(&config), &options)
     };
-    let (tight, graph) = layers(4.0);
+    let (tight, graph) = layers(1.0);
     let (loose, _) = layers(60.0);
     let kept = |report: &ExportReport| report.layers.iter().filter(|layer| layer.kept_float).count();
     assert!(kept(&loose) == 0 && kept(&tight) > 0 && kept(&tight) < tight.layers.len(), "{:?}", tight.layers);

@@ -111,7 +111,7 @@ mod tests {
             let scale = scales[i / 8];
             assert!((f32::from(*found) * scale - value).abs() <= 0.5 * scale * 1.001, "{found} · {scale} for {value}");
         }
-        assert!(found.iter().any(|value| *value == 127));
+        assert!(found.contains(&127));
     }
 
     #[test]
