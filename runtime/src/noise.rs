@@ -161,6 +161,22 @@ mod tests {
         }
     }
 
+    /// The vectors come from a Python program beside them; examples/web tests its JavaScript by the same file.
+    #[test]
+    fn the_test_vectors_for_ports_hold_here() {
+        let vectors = include_str!("../tests/fixtures/noise.json");
+        let vectors: Vec<serde_json::Value> = serde_json::from_str(vectors).unwrap();
+        assert!(!vectors.is_empty());
+        for vector in vectors {
+            let number = |key: &str| vector[key].as_str().unwrap().parse().unwrap();
+            let stream = Stream::new(number("seed"), PICTURE_NOISE, number("index"));
+            let words: Vec<u32> = serde_json::from_value(vector["words"].clone()).unwrap();
+            let normals: Vec<f32> = serde_json::from_value(vector["normals"].clone()).unwrap();
+            assert_eq!(stream.words(words.len()), words, "{vector}");
+            assert_eq!(stream.normal(normals.len()), normals, "{vector}");
+        }
+    }
+
     #[test]
     fn counter_and_key_hold_the_parts_of_a_stream_in_the_documented_order() {
         let stream = Stream::new(0x0000_0002_0000_0001, 3, 0x0000_0005_0000_0004);

@@ -12,6 +12,7 @@ Usage: cargo xtask <TASK> [ARGS]
   setup [--no-onnxruntime]  prepare this checkout: protoc from a crate, ONNX Runtime's library through Python's pip
   demo [ARGS]               set up, build, distil a small model, export it, run it, and show the pictures
   test [ARGS]               set up and run every test; ARGS go to cargo test
+  web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
   check                     formatting, clippy and documentation, warnings refused
   ci                        check, then test
   dmd [ARGS]                run dmd as it was last built for release (built first where there is none)
@@ -28,6 +29,7 @@ pub enum Task {
     Setup { onnxruntime: bool },
     Demo(Vec<OsString>),
     Test(Vec<OsString>),
+    WebTest,
     Check,
     Ci,
     Dmd(Vec<OsString>),
@@ -50,6 +52,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         _ => {}
     }
     let parsed = match task.as_ref() {
+        "web-test" => Task::WebTest,
         "check" => Task::Check,
         "ci" => Task::Ci,
         "env" => Task::Env,
@@ -84,6 +87,7 @@ mod tests {
         check("setup", Ok(Task::Setup { onnxruntime: true }));
         check("setup --no-onnxruntime", Ok(Task::Setup { onnxruntime: false }));
         check("setup --help", Ok(Task::Help));
+        check("web-test", Ok(Task::WebTest));
         check("check", Ok(Task::Check));
         check("ci", Ok(Task::Ci));
         check("env", Ok(Task::Env));

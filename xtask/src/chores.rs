@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::setup::{self, Environment};
 
@@ -68,6 +68,13 @@ pub fn print_environment() -> Result<ExitCode> {
         eprintln!("ONNX Runtime: none here; cargo xtask setup fetches it");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `dmd`, built for release as the sources stand.
+pub fn built_dmd(environment: &Environment) -> Result<PathBuf> {
+    let status = run(cargo(environment).args(["build", "--release", "--bin", "dmd"]))?;
+    ensure!(status.success(), "dmd cannot be built");
+    dmd_program(&env::current_exe()?).context("xtask does not lie in a target folder")
 }
 
 /// Runs one stage and says what it took. A missing component skips its stage, aloud: without a network, rustup

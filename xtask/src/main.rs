@@ -7,6 +7,7 @@ mod args;
 mod chores;
 mod onnxruntime;
 mod setup;
+mod web;
 
 use std::process::ExitCode;
 
@@ -36,6 +37,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Setup { onnxruntime: false } => setup::protoc_only().map(|_| ExitCode::SUCCESS),
         Task::Demo(args) => chores::demo(&args),
         Task::Test(args) => chores::test(&args),
+        Task::WebTest => web::test(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),
         Task::Dmd(args) => chores::dmd(&args),

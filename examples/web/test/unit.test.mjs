@@ -1,0 +1,40 @@
+// What needs no browser: `npm test`.
+
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import { test } from "node:test";
+import { describe } from "../metadata.mjs";
+import { PICTURE_NOISE, pictureNoise, words } from "../noise.mjs";
+
+const FIXTURES = new URL("../../../runtime/tests/fixtures/", import.meta.url);
+
+test("the test vectors of dmd-runtime hold here", async () => {
+  const vectors = JSON.parse(await readFile(new URL("noise.json", FIXTURES), "utf8"));
+  assert.ok(vectors.length > 0);
+  for (const vector of vectors) {
+    const [seed, index] = [BigInt(vector.seed), BigInt(vector.index)];
+    const blocks = Array.from({ length: vector.words.length / 4 }, (_, block) => words(seed, PICTURE_NOISE, index, block));
+    assert.deepEqual(blocks.flat(), vector.words);
+    const normals = pictureNoise(seed, index, vector.normals.length);
+    // The engine's own logarithm, sine and cosine: one unit in the last place of an f32 is allowed.
+    normals.forEach((x, i) => assert.ok(Math.abs(x - vector.normals[i]) <= 2 ** -23 * Math.max(1, Math.abs(x))));
+  }
+});
+
+test("an odd number of values is a prefix", () => {
+  assert.deepEqual(pictureNoise(7, 0, 5), pictureNoise(7n, 0n, 8).slice(0, 5));
+});
+
+test("a file says what it is", async () => {
+  const { classes, ...info } = describe(await readFile(new URL("classes-u8.onnx", FIXTURES)));
+  assert.deepEqual(info, { batch: 2, channels: 3, height: 8, width: 6, output: "u8", version: info.version });
+  assert.equal(classes.length, 3);
+});
+
+test("what is no file of ours is refused", async () => {
+  const ours = await readFile(new URL("plain-f32.onnx", FIXTURES));
+  assert.throws(() => describe(new TextEncoder().encode("<!doctype html>")), /ONNX file/);
+  assert.throws(() => describe(new Uint8Array()), /not a file that dmd export has written/);
+  assert.throws(() => describe(ours.subarray(0, ours.length - 1)), /not a whole ONNX file/);
+  assert.throws(() => describe(new Uint8Array([0x3a, 0xff])), /not a whole ONNX file/);
+});
