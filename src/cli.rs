@@ -5,6 +5,7 @@ use crate::device::Choice;
 use crate::sample::Sampler;
 use clap::{Args, Parser, Subcommand};
 use dmd_export::{Dialect, Precision};
+use dmd_export::lint::Target;
 use std::path::PathBuf;
 
 /// Distil a diffusion model into a one-step generator and export it for edge devices.
@@ -43,6 +44,8 @@ pub enum Command {
     Score(ScoreArgs),
     /// Say what a file or folder of ours holds.
     Inspect(InspectArgs),
+    /// Say which nodes of an ONNX file an accelerator takes, and why it refuses the others.
+    Lint(LintArgs),
     /// Time training, or an exported file.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -393,6 +396,18 @@ pub struct InspectArgs {
     /// A model folder, a run, an .onnx file, a .safetensors file.
     pub path: PathBuf,
 }
+
+/// `dmd lint`.
+#[derive(Debug, Args)]
+pub struct LintArgs {
+    /// Any ONNX file.
+    pub onnx: PathBuf,
+    /// The accelerator.
+    #[arg(long, value_name = TARGETS)]
+    pub target: Target,
+}
+
+const TARGETS: &str = "coreml|nnapi|qnn|xnnpack|directml|webgpu|tensorrt|cpu";
 
 /// What can be timed.
 #[derive(Debug, Subcommand)]

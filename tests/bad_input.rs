@@ -281,6 +281,19 @@ fn a_file_that_is_not_one_of_ours_is_refused() {
 
 /// Asked for by name, ONNX Runtime must be there; left to choose, the program takes tract and says so once.
 #[test]
+fn what_cannot_be_linted_is_named() {
+    let w = Workplace::new();
+    w.write("page.onnx", "<!doctype html>");
+    w.write("empty.onnx", "");
+    w.refuses("lint page.onnx --target cpu", 1, &["page.onnx: not an ONNX file: "]);
+    w.refuses("lint empty.onnx --target cpu", 1, &["empty.onnx: not an ONNX file: there is no graph in it"]);
+    w.refuses("lint missing.onnx --target cpu", 1, &["missing.onnx: cannot read: "]);
+    w.refuses("lint . --target cpu", 1, &[".: cannot read: "]);
+    w.refuses("lint page.onnx --target core-ml", 2, &["no target \"core-ml\", did you mean \"coreml\"?", "nnapi, qnn"]);
+    w.refuses("lint page.onnx", 2, &["--target <coreml|nnapi|"]);
+}
+
+#[test]
 fn a_missing_onnx_runtime_is_an_error_or_one_warning() {
     let w = generator();
     w.ok("export run/generator --onnx g.onnx");

@@ -36,6 +36,7 @@ fn pictures_become_a_teacher_a_generator_and_a_file_that_agree() {
     samples_agree(&w);
     noise_goes_round(&w);
     everything_can_be_inspected(&w);
+    accelerators_take_what_was_exported(&w);
     let timed = w.ok("bench run generator.onnx --runs 3");
     for number in ["median_ms", "p95_ms", "load_ms"] {
         assert!(timed[number].as_f64().unwrap() > 0.0, "{timed}");
@@ -119,6 +120,18 @@ fn noise_goes_round(w: &Workplace) {
     let part = w.ok("sample run/generator --noise noise.npy -n 2 --npy part.npy");
     assert_eq!(part["pictures"], 2);
     assert_eq!(w.npy("part.npy").dim().0, 2);
+}
+
+/// All nodes in one piece; for CoreML and XNNPACK see what they do not have.
+fn accelerators_take_what_was_exported(w: &Workplace) {
+    for target in ["qnn", "directml", "webgpu", "tensorrt", "cpu"] {
+        let report = w.ok(&format!("lint generator.onnx --target {target}"));
+        assert_eq!(report["partitions"], json!([report["nodes"]]), "{report}");
+        assert_eq!(report["refused"], json!([]));
+    }
+    let coreml = w.ok("lint generator.onnx --target coreml");
+    let refused: Vec<_> = coreml["refused"].as_array().unwrap().iter().map(|r| &r["operator"]).collect();
+    assert_eq!((refused, coreml["partitions"].as_array().unwrap().len()), (vec![&json!("Gather")], 1), "{coreml}");
 }
 
 fn everything_can_be_inspected(w: &Workplace) {

@@ -76,6 +76,22 @@ pub enum Error {
         /// The system's own words.
         source: std::io::Error,
     },
+    /// A file could not be read.
+    #[error("{path}: cannot read: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's own words.
+        source: std::io::Error,
+    },
+    /// The bytes are no ONNX model.
+    #[error("{path}: not an ONNX file: {reason}")]
+    NotOnnx {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with them.
+        reason: String,
+    },
     /// No engine could run the file, so nothing is known about it.
     #[error(
         "no engine could check the file, so none was written: {}; --allow-unverified writes it all the same",

@@ -30,5 +30,7 @@ pub use file::{Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, expor
 pub use network::Network;
 pub use verify::{EngineVerdict, Status};
 
+pub mod lint;
+
 mod error;
 pub use error::{Error, Result};

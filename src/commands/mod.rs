@@ -10,6 +10,7 @@ mod distill;
 mod export;
 mod inspect;
 mod pairs;
+mod lint;
 mod sample;
 mod score;
 mod teacher_train;
@@ -33,6 +34,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Sample(args) => sample::run(args, cli.threads),
         Command::Score(args) => score::run(args, cli.threads),
         Command::Inspect(args) => inspect::run(args),
+        Command::Lint(args) => lint::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, cli.threads),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),

@@ -1,0 +1,150 @@
+//! What is known of every value of a graph before it runs: its type, its shape, and its numbers where it is constant.
+//! Shapes come from the file where it states them, and are inferred where it does not.
+
+use super::shapes;
+use candle_onnx::onnx::tensor_proto::DataType;
+use candle_onnx::onnx::tensor_shape_proto::dimension::Value;
+use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
+use std::collections::HashMap;
+
+/// One dimension after the other; `None` for one that the file leaves open.
+pub(super) type Shape = Vec<Option<u64>>;
+
+/// What is known of the values of a graph, those of the graphs around it included.
+#[derive(Clone, Default)]
+pub(super) struct Facts<'a> {
+    kinds: HashMap<&'a str, i32>,
+    shapes: HashMap<&'a str, Shape>,
+    constants: HashMap<&'a str, &'a TensorProto>,
+}
+
+impl<'a> Facts<'a> {
+    /// Everything about a graph that stands inside another one, of which `outer` tells.
+    pub fn of(graph: &'a GraphProto, outer: &Facts<'a>) -> Self {
+        let mut facts = outer.clone();
+        graph.initializer.iter().for_each(|tensor| facts.add_constant(&tensor.name, tensor));
+        for info in graph.input.iter().chain(&graph.output).chain(&graph.value_info) {
+            facts.add_info(info);
+        }
+        for node in &graph.node {
+            match constant_of(node) {
+                Some(tensor) => facts.add_constant(&node.output[0], tensor),
+                None => facts.infer(node),
+            }
+        }
+        facts
+    }
+
+    /// The element type, a number of `TensorProto.DataType`.
+    pub fn kind(&self, name: &str) -> Option<i32> {
+        self.kinds.get(name).copied()
+    }
+
+    /// The shape; `None` where not even the rank is known.
+    pub fn shape(&self, name: &str) -> Option<&Shape> {
+        self.shapes.get(name)
+    }
+
+    /// Whether the shape is known and every dimension of it is a positive number, or the value is stored in the file.
+    pub fn is_static(&self, name: &str) -> bool {
+        let positive = |dim: &Option<u64>| dim.is_some_and(|n| n > 0);
+        self.is_constant(name) || self.shape(name).is_some_and(|shape| shape.iter().all(positive))
+    }
+
+    /// Whether the value is stored in the file.
+    pub fn is_constant(&self, name: &str) -> bool {
+        self.constants.contains_key(name)
+    }
+
+    /// The numbers of a constant of integers.
+    pub fn integers(&self, name: &str) -> Option<Vec<i64>> {
+        let tensor = self.constants.get(name)?;
+        match DataType::try_from(tensor.data_type).ok()? {
+            DataType::Int64 if tensor.raw_data.is_empty() => Some(tensor.int64_data.clone()),
+            DataType::Int64 => Some(tensor.raw_data.as_chunks().0.iter().map(|n| i64::from_le_bytes(*n)).collect()),
+            DataType::Int32 if tensor.raw_data.is_empty() => {
+                Some(tensor.int32_data.iter().map(|n| (*n).into()).collect())
+            }
+            DataType::Int32 => {
+                Some(tensor.raw_data.as_chunks().0.iter().map(|n| i32::from_le_bytes(*n).into()).collect())
+            }
+            _ => None,
+        }
+    }
+
+    /// The numbers of a constant of f32.
+    pub fn floats(&self, name: &str) -> Option<Vec<f32>> {
+        let tensor = self.constants.get(name)?;
+        (tensor.data_type == DataType::Float as i32).then(|| match tensor.raw_data.is_empty() {
+            true => tensor.float_data.clone(),
+            false => tensor.raw_data.as_chunks().0.iter().map(|n| f32::from_le_bytes(*n)).collect(),
+        })
+    }
+
+    fn add_constant(&mut self, name: &'a str, tensor: &'a TensorProto) {
+        self.kinds.insert(name, tensor.data_type);
+        self.shapes.insert(name, tensor.dims.iter().map(|n| dimension(*n)).collect());
+        self.constants.insert(name, tensor);
+    }
+
+    /// What the file itself says of a value.
+    fn add_info(&mut self, info: &'a ValueInfoProto) {
+        let Some(tensor) = tensor_type(info) else { return };
+        self.kinds.insert(&info.name, tensor.elem_type);
+        if let Some(shape) = stated_shape(info) {
+            self.shapes.insert(&info.name, shape);
+        }
+    }
+
+    /// What follows for the outputs of a node from its inputs, where the file does not say it.
+    fn infer(&mut self, node: &'a NodeProto) {
+        if let Some(output) = node.output.first()
+            && !self.kinds.contains_key(output.as_str())
+            && let Some(kind) = shapes::output_type(node, self)
+        {
+            self.kinds.insert(output, kind);
+        }
+        if node.output.iter().all(|output| self.shapes.contains_key(output.as_str())) {
+            return;
+        }
+        for (output, shape) in node.output.iter().zip(shapes::output_shapes(node, self)) {
+            // What the file states and leaves open, the inputs may still tell.
+            let stated = self.shapes.get(output.as_str());
+            if let Some(shape) = shape
+                && stated.is_none_or(|stated| stated.len() != shape.len())
+            {
+                let sensible = |n: Option<u64>| n.filter(|n| *n <= MAX_DIMENSION);
+                self.shapes.insert(output, shape.into_iter().map(sensible).collect());
+            }
+        }
+    }
+}
+
+/// No real dimension is longer, and sums and products of these stay within 64 bits.
+const MAX_DIMENSION: u64 = 1 << 31;
+
+fn dimension(n: i64) -> Option<u64> {
+    u64::try_from(n).ok().filter(|n| *n <= MAX_DIMENSION)
+}
+
+fn tensor_type(info: &ValueInfoProto) -> Option<&type_proto::Tensor> {
+    match info.r#type.as_ref()?.value.as_ref()? {
+        type_proto::Value::TensorType(tensor) => Some(tensor),
+        _ => None,
+    }
+}
+
+/// The shape that the file gives for a value.
+pub(super) fn stated_shape(info: &ValueInfoProto) -> Option<Shape> {
+    let dim = |value: &Option<Value>| match value {
+        Some(Value::DimValue(n)) => dimension(*n),
+        _ => None,
+    };
+    Some(tensor_type(info)?.shape.as_ref()?.dim.iter().map(|d| dim(&d.value)).collect())
+}
+
+/// The tensor of a node Constant, which ONNX Runtime stores as an initializer when it loads the file.
+pub(super) fn constant_of(node: &NodeProto) -> Option<&TensorProto> {
+    let is_constant = node.op_type == "Constant" && node.domain.is_empty() && !node.output.is_empty();
+    is_constant.then(|| node.attribute.iter().find_map(|attribute| attribute.t.as_ref())).flatten()
+}

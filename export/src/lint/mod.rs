@@ -1,0 +1,252 @@
+//! Which nodes of an ONNX file an accelerator takes, into how many pieces the graph falls, and why a node is refused.
+//! Any file will do, not only those of this crate. What is known about accelerators is in rules.toml and nowhere else.
+//!
+//! For NNAPI and CoreML, operators, shapes, ranks and partitions are judged as ONNX Runtime's own
+//! `check_onnx_model_mobile_usability` judges them; a test compares. On top of it the conditions are checked that the
+//! tool lists as "caveats that have not been checked" ([`Kind::Form`]).
+
+mod facts;
+mod partition;
+mod report;
+mod rules;
+mod shapes;
+
+pub use report::{Kind, Refusal, Report};
+
+use crate::Error;
+use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto};
+use facts::Facts;
+use prost::Message;
+use rules::Rules;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::str::FromStr;
+use std::{fmt, fs};
+
+/// An accelerator, seen through the software that gives it graphs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
+    /// Apple's, by ONNX Runtime's CoreML provider.
+    CoreMl,
+    /// Android's, by ONNX Runtime's NNAPI provider.
+    Nnapi,
+    /// Qualcomm's, by the QNN provider.
+    Qnn,
+    /// CPUs of phones, by ONNX Runtime's XNNPACK provider.
+    Xnnpack,
+    /// GPUs under Windows, by ONNX Runtime's DirectML provider.
+    DirectMl,
+    /// GPUs, by ONNX Runtime's WebGPU provider.
+    WebGpu,
+    /// NVIDIA's, by TensorRT's parser.
+    TensorRt,
+    /// ONNX Runtime's own kernels.
+    Cpu,
+}
+
+impl Target {
+    /// All of them.
+    pub const ALL: [Target; 8] = [
+        Target::CoreMl,
+        Target::Nnapi,
+        Target::Qnn,
+        Target::Xnnpack,
+        Target::DirectMl,
+        Target::WebGpu,
+        Target::TensorRt,
+        Target::Cpu,
+    ];
+
+    /// As it stands on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Target::CoreMl => "coreml",
+            Target::Nnapi => "nnapi",
+            Target::Qnn => "qnn",
+            Target::Xnnpack => "xnnpack",
+            Target::DirectMl => "directml",
+            Target::WebGpu => "webgpu",
+            Target::TensorRt => "tensorrt",
+            Target::Cpu => "cpu",
+        }
+    }
+
+    /// The dialect that suits it, by name.
+    pub fn dialect(self) -> &'static str {
+        &rules::of(self).dialect
+    }
+
+    /// The precision that suits it, by name.
+    pub fn precision(self) -> &'static str {
+        &rules::of(self).precision
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(target) = Target::ALL.into_iter().find(|target| target.name() == text) {
+            return Ok(target);
+        }
+        let likeness = |target: &Target| (strsim::jaro_winkler(&text.to_lowercase(), target.name()) * 1e6) as u64;
+        let nearest = Target::ALL.into_iter().max_by_key(likeness).map_or("", Target::name);
+        let all: Vec<&str> = Target::ALL.into_iter().map(Target::name).collect();
+        Err(format!("no target \"{text}\", did you mean \"{nearest}\"? There are {}", all.join(", ")))
+    }
+}
+
+/// Judges a model.
+///
+/// ```
+/// use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto};
+/// use dmd_export::lint::{Target, lint};
+///
+/// let node = |name: &str, operator: &str, input: &str| NodeProto {
+///     name: name.into(),
+///     op_type: operator.into(),
+///     input: vec![input.into()],
+///     output: vec![name.into()],
+///     ..Default::default()
+/// };
+/// let nodes = vec![node("squash", "Tanh", "x"), node("round", "Round", "squash"), node("clip", "Relu", "round")];
+/// let model = ModelProto { graph: Some(GraphProto { node: nodes, ..Default::default() }), ..Default::default() };
+///
+/// let report = lint(&model, Target::TensorRt);
+/// assert!(report.is_whole());
+/// let report = lint(&model, Target::WebGpu);
+/// assert_eq!((report.taken, report.partitions.as_slice()), (2, &[1, 1][..]));
+/// assert_eq!(report.refused[0].reason, "webgpu has no operator Round");
+/// ```
+pub fn lint(model: &ModelProto, target: Target) -> Report {
+    let rules = rules::of(target);
+    let mut report = Report {
+        target,
+        about: &rules.about,
+        nodes: 0,
+        taken: 0,
+        partitions: vec![],
+        refused: vec![],
+        note: &rules.note,
+    };
+    if let Some(graph) = &model.graph {
+        judge_graph(graph, &Facts::default(), target, &mut report);
+    }
+    report
+}
+
+/// Reads any ONNX file. Weights that lie outside it are not looked at.
+pub fn read(path: &Path) -> crate::Result<ModelProto> {
+    let bytes = fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let refuse = |reason: &str| Error::NotOnnx { path: path.into(), reason: reason.into() };
+    let model = ModelProto::decode(bytes.as_slice()).map_err(|error| refuse(&error.to_string()))?;
+    // Other bytes may pass for a message without fields.
+    match &model.graph {
+        Some(graph) if !graph.node.is_empty() => Ok(model),
+        Some(_) => Err(refuse("its graph has no nodes")),
+        None => Err(refuse("there is no graph in it")),
+    }
+}
+
+/// Judges a graph, and those inside its nodes, each of which is cut into pieces by itself.
+fn judge_graph<'a>(graph: &'a GraphProto, outer: &Facts<'a>, target: Target, report: &mut Report) {
+    let facts = Facts::of(graph, outer);
+    let mut taken = vec![false; graph.node.len()];
+    for (i, node) in graph.node.iter().enumerate() {
+        if facts::constant_of(node).is_some() {
+            continue;
+        }
+        report.nodes += 1;
+        match refusal(node, &facts, target, rules::of(target)) {
+            None => taken[i] = true,
+            Some(refusal) => {
+                let node = if node.name.is_empty() { format!("#{i}") } else { node.name.clone() };
+                report.refused.push(Refusal { node, ..refusal });
+            }
+        }
+    }
+    let partitions = partition::partitions(graph, &taken);
+    report.taken += taken.iter().filter(|taken| **taken).count();
+    report.partitions.extend(partitions.iter().map(Vec::len));
+    for inner in graph.node.iter().flat_map(|node| &node.attribute).filter_map(|attribute| attribute.g.as_ref()) {
+        judge_graph(inner, &facts, target, report);
+    }
+}
+
+/// The first rule that a node breaks.
+fn refusal(node: &NodeProto, facts: &Facts, target: Target, rules: &'static Rules) -> Option<Refusal> {
+    let operator = match node.domain.as_str() {
+        "" | "ai.onnx" => node.op_type.clone(),
+        domain => format!("{domain}:{}", node.op_type),
+    };
+    let refuse = |kind, reason: String, remedy, source| {
+        Some(Refusal { node: String::new(), operator: operator.clone(), kind, reason, remedy, source })
+    };
+    let Some(entry) = rules.takes(&operator) else {
+        let (remedy, source) = rules.refuses(&operator);
+        return refuse(Kind::Operator, format!("{target} has no operator {operator}"), remedy, source);
+    };
+    if rules.static_shapes
+        && let Some((reason, remedy)) = shape_problem(node, facts, rules)
+    {
+        return refuse(Kind::Shape, reason, Some(remedy), rules.source());
+    }
+    if let Some(reason) = rank_problem(node, facts, rules) {
+        return refuse(Kind::Rank, reason, None, rules.source());
+    }
+    let kinds = node.input.iter().filter_map(|name| facts.kind(name)).map(rules::type_name);
+    if let Some(kind) = kinds.into_iter().find(|kind| rules.refused_types.contains(kind)) {
+        return refuse(Kind::Form, format!("{target} has it, but not for {kind}"), None, rules.source());
+    }
+    let broken = entry.only_if.iter().find_map(|condition| condition.broken(node, facts))?;
+    refuse(Kind::Form, broken, None, entry.source())
+}
+
+const FIX_SHAPES: &str = "fix the dimensions of the inputs, and run ONNX's shape inference on the file";
+const FILL_IN: &str = "give the input as a constant without elements";
+
+fn shape_problem(node: &NodeProto, facts: &Facts, rules: &Rules) -> Option<(String, &'static str)> {
+    let problem = |(i, name): (usize, &String)| match name.as_str() {
+        "" if rules.omitted_inputs => {
+            Some((format!("input {i} is left out, which counts as a dynamic shape"), FILL_IN))
+        }
+        "" => None,
+        name if facts.is_static(name) => None,
+        name if facts.shape(name).is_some() => Some((format!("input {i} has a dynamic shape"), FIX_SHAPES)),
+        _ => Some((format!("the shape of input {i} is not known"), FIX_SHAPES)),
+    };
+    node.input.iter().enumerate().find_map(problem)
+}
+
+/// The rank of what it reads; of a Transpose it is known from its own attribute.
+fn rank_problem(node: &NodeProto, facts: &Facts, rules: &Rules) -> Option<String> {
+    let perm = node.attribute.iter().find(|attribute| attribute.name == "perm" && node.op_type == "Transpose");
+    let ranks = node.input.iter().filter_map(|name| facts.shape(name)).map(Vec::len);
+    let rank = ranks.chain(perm.map(|perm| perm.ints.len())).max()?;
+    (rank > rules.max_rank).then(|| format!("it reads a value of rank {rank}, expected {} at most", rules.max_rank))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_go_by_name_and_a_misspelt_one_is_told_the_nearest() {
+        for target in Target::ALL {
+            assert_eq!(target.name().parse(), Ok(target));
+            assert_eq!(serde_json::to_value(target).unwrap(), target.name());
+        }
+        let error = "Core-ML".parse::<Target>().unwrap_err();
+        assert!(
+            error.starts_with("no target \"Core-ML\", did you mean \"coreml\"? There are coreml, nnapi,"),
+            "{error}"
+        );
+    }
+}
