@@ -46,6 +46,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Say which nodes of an ONNX file an accelerator takes, and why it refuses the others.
     Lint(LintArgs),
+    /// Write an exported file in ONNX Runtime's own format, for its minimal builds.
+    Ort(OrtArgs),
     /// Time training, or an exported file.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -408,6 +410,22 @@ pub struct LintArgs {
 }
 
 const TARGETS: &str = "coreml|nnapi|qnn|xnnpack|directml|webgpu|tensorrt|cpu";
+
+/// `dmd ort`.
+#[derive(Debug, Args)]
+pub struct OrtArgs {
+    /// An exported file.
+    pub onnx: PathBuf,
+    /// The file to write.
+    #[arg(long, value_name = "FILE.ort")]
+    pub out: PathBuf,
+    /// List the operators that a minimal build has to contain, for ONNX Runtime's build.py --include_ops_by_config.
+    #[arg(long, value_name = "FILE")]
+    pub required_operators: Option<PathBuf>,
+    /// Replace existing files.
+    #[arg(long)]
+    pub force: bool,
+}
 
 /// What can be timed.
 #[derive(Debug, Subcommand)]

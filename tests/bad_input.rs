@@ -294,6 +294,20 @@ fn what_cannot_be_linted_is_named() {
 }
 
 #[test]
+fn what_cannot_be_written_for_a_minimal_build_is_named() {
+    let w = generator();
+    w.ok("export run/generator --onnx ours.onnx");
+    w.write("theirs.onnx", b"\x08\x08\x12\x07pytorch\x3a\x00\x42\x02\x10\x11");
+    w.write("there.ort", "");
+    w.refuses("ort ours.onnx --out there.ort", 1, &["there.ort: exists already"]);
+    w.refuses("ort ours.onnx --out new.ort --required-operators there.ort", 1, &["there.ort: exists already"]);
+    w.refuses("ort ours.onnx --out ours.bin", 1, &["ours.bin: expected a name that ends in .ort"]);
+    w.refuses("ort theirs.onnx --out new.ort", 1, &["theirs.onnx: not one of ours"]);
+    w.refuses("ort missing.onnx --out new.ort", 1, &["missing.onnx: "]);
+    w.refuses("ort ours.onnx", 2, &["--out <FILE.ort>"]);
+}
+
+#[test]
 fn a_missing_onnx_runtime_is_an_error_or_one_warning() {
     let w = generator();
     w.ok("export run/generator --onnx g.onnx");

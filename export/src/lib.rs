@@ -3,6 +3,40 @@
 //! A network written over [`dmd_models::Backend`] is [traced](trace()) by partial evaluation, the graph is
 //! [folded](fold) by exact rewrites, spelled in a dialect, checked, and the file is run by every engine
 //! present and compared with candle before it gets its name. This crate knows nothing of training.
+//!
+//! # A network of your own
+//!
+//! Nothing here is bound to the networks of `dmd-models`: implement [`Network`] over the operations of `Backend`, and
+//! [`export`] does the rest, or take the graph from [`trace`](trace()) alone. `examples/your_network.rs` is a whole
+//! program.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use dmd_export::{Network, trace};
+//! use dmd_models::{Activation, Backend, Result, layers::Conv2d};
+//!
+//! /// One convolution and one activation, and a way up and down again.
+//! struct Detour(Conv2d);
+//!
+//! impl Network for Detour {
+//!     fn channels(&self) -> usize {
+//!         3
+//!     }
+//!
+//!     fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: Option<&B::Value>) -> Result<B::Value> {
+//!         let x = b.activation(&b.conv2d(noise, &self.0)?, Activation::Silu)?;
+//!         b.avg_pool_2x(&b.upsample_2x(&x)?)
+//!     }
+//! }
+//!
+//! let weight = Tensor::ones((3, 3, 3, 3), DType::F32, &Device::Cpu)?;
+//! let network = Detour(Conv2d { name: "paint".into(), weight, bias: None, stride: 1, padding: 1 });
+//! let graph = trace([1, 3, 8, 8], 0, |b, noise, label| network.generate(b, noise, label))?;
+//! let nodes: Vec<String> = graph.nodes().iter().map(|node| format!("{} {:?}", node.name, node.shape)).collect();
+//! assert_eq!(nodes, ["noise [1, 3, 8, 8]", "paint [1, 3, 8, 8]", "silu [1, 3, 8, 8]",
+//!     "upsample [1, 3, 16, 16]", "pool [1, 3, 8, 8]"]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![deny(missing_docs)]
 
 mod trace;
@@ -31,6 +65,8 @@ pub use network::Network;
 pub use verify::{EngineVerdict, Status};
 
 pub mod lint;
+mod ort_format;
+pub use ort_format::{OperatorSet, OrtReport, required_operators_config, to_ort};
 
 mod error;
 pub use error::{Error, Result};

@@ -29,7 +29,7 @@ pub mod library;
 mod error;
 mod onnx;
 
-pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, engines};
+pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, rewrite};
 pub use error::{Error, Result};
 pub use generator::{Generator, Options, Request};
 pub use images::{Images, quantize};

@@ -11,6 +11,7 @@ mod export;
 mod inspect;
 mod pairs;
 mod lint;
+mod ort;
 mod sample;
 mod score;
 mod teacher_train;
@@ -35,6 +36,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Score(args) => score::run(args, cli.threads),
         Command::Inspect(args) => inspect::run(args),
         Command::Lint(args) => lint::run(args),
+        Command::Ort(args) => ort::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, cli.threads),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),

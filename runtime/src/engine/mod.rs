@@ -119,6 +119,21 @@ pub fn engines(library: Option<&Path>) -> Vec<EngineReport> {
     vec![onnxruntime, report(EngineKind::Tract, tract_info())]
 }
 
+/// What ONNX Runtime makes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rewrite {
+    /// ONNX with the optimisations that hold on every processor; it may contain ONNX Runtime's own operators.
+    Optimise,
+    /// ONNX Runtime's own format, `.ort`, with the nodes as they are.
+    Ort,
+}
+
+/// Lets ONNX Runtime read any ONNX file and write it in another form, and gives its version. `library` is as in
+/// [`Options`]. The caller takes care of what stands at `to`.
+pub fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<&Path>) -> Result<String> {
+    rewrite_by_onnxruntime(from, to, rewrite, library)
+}
+
 /// Loads a file by the engine that the options ask for.
 pub(crate) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     match options.engine {
@@ -145,7 +160,7 @@ pub(crate) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<d
 }
 
 #[cfg(feature = "onnxruntime")]
-use onnxruntime::{info as onnxruntime_info, open as open_onnxruntime};
+use onnxruntime::{info as onnxruntime_info, open as open_onnxruntime, rewrite as rewrite_by_onnxruntime};
 #[cfg(feature = "tract")]
 use tract::{info as tract_info, open as open_tract};
 
@@ -156,6 +171,11 @@ fn onnxruntime_info(_: Option<&Path>) -> Result<EngineInfo> {
 
 #[cfg(not(feature = "onnxruntime"))]
 fn open_onnxruntime(_: &Path, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    Err(Error::EngineDisabled { engine: EngineKind::OnnxRuntime })
+}
+
+#[cfg(not(feature = "onnxruntime"))]
+fn rewrite_by_onnxruntime(_: &Path, _: &Path, _: Rewrite, _: Option<&Path>) -> Result<String> {
     Err(Error::EngineDisabled { engine: EngineKind::OnnxRuntime })
 }
 

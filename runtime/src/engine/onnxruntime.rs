@@ -14,7 +14,7 @@ use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
-use super::{Engine, EngineInfo, EngineKind, Out, threads};
+use super::{Engine, EngineInfo, EngineKind, Out, Rewrite, threads};
 use crate::library::{Host, Place, libraries_at};
 use crate::{Error, Info, Options, Result, Tried};
 
@@ -62,6 +62,30 @@ fn session(environment: &Environment, path: &Path, threads: usize) -> ort::Resul
         .with_intra_threads(threads)?
         .with_inter_threads(1)?
         .commit_from_file(path)
+}
+
+/// Writes what the library makes of a file; gives the library's version.
+pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<&Path>) -> Result<String> {
+    let runtime = runtime(library)?;
+    let (level, format) = match rewrite {
+        // One level below the highest, whose layouts suit this machine's processor alone.
+        Rewrite::Optimise => (GraphOptimizationLevel::Level2, "ONNX"),
+        Rewrite::Ort => (GraphOptimizationLevel::Disable, "ORT"),
+    };
+    let written = || -> ort::Result<Session> {
+        Session::builder(&runtime.environment)?
+            .with_optimization_level(level)?
+            .with_config_entry("session.save_model_format", format)?
+            .with_optimized_model_path(to)?
+            .commit_from_file(from)
+    };
+    let failed = |error: ort::Error| Error::Load {
+        path: from.into(),
+        engine: EngineKind::OnnxRuntime,
+        reason: error.to_string(),
+    };
+    written().map_err(failed)?;
+    Ok(runtime.version)
 }
 
 impl Engine for OnnxRuntime {
