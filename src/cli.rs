@@ -229,8 +229,9 @@ pub struct ExportArgs {
     pub dialect: Dialect,
     /// How numbers are stored and computed: fp16 halves the file, w8 (8-bit weights) quarters it, w8a8 also computes
     /// in 8 bits.
-    #[arg(long, default_value = "fp32", value_name = "fp32|fp16|w8|w8a8")]
-    pub precision: Precision,
+    /// [default: fp32, or what suits the --target]
+    #[arg(long, value_name = "fp32|fp16|w8|w8a8")]
+    pub precision: Option<Precision>,
     /// Least PSNR against fp32 that is accepted [default: 60 for fp16, 40 for w8, 30 for w8a8].
     #[arg(long, value_name = "DB")]
     pub min_psnr: Option<f64>,
@@ -249,6 +250,9 @@ pub struct ExportArgs {
     /// Write the file even if no engine is present to run it.
     #[arg(long)]
     pub allow_unverified: bool,
+    /// The accelerator that it is for: picks dialect and precision, and says which nodes the accelerator takes.
+    #[arg(long, value_name = TARGETS, conflicts_with = "dialect")]
+    pub target: Option<Target>,
     /// Pictures per pass, fixed in the file.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub batch: usize,
@@ -282,13 +286,14 @@ impl ExportArgs {
             generator,
             onnx,
             dialect: Dialect::default(),
-            precision: Precision::default(),
+            precision: None,
             min_psnr: None,
             max_drop_db: dmd_export::MAX_DROP_DB,
             external_data: false,
             max_size: None,
             engine: Engine::Auto,
             allow_unverified: false,
+            target: None,
             batch: 1,
             dynamic_batch: false,
             fixed_label: None,

@@ -291,6 +291,11 @@ fn what_cannot_be_linted_is_named() {
     w.refuses("lint . --target cpu", 1, &[".: cannot read: "]);
     w.refuses("lint page.onnx --target core-ml", 2, &["no target \"core-ml\", did you mean \"coreml\"?", "nnapi, qnn"]);
     w.refuses("lint page.onnx", 2, &["--target <coreml|nnapi|"]);
+    w.refuses(
+        "export a --onnx b --target nnapi --dialect native",
+        2,
+        &["--target", "cannot be used with", "--dialect"],
+    );
 }
 
 #[test]

@@ -132,6 +132,12 @@ fn accelerators_take_what_was_exported(w: &Workplace) {
     let coreml = w.ok("lint generator.onnx --target coreml");
     let refused: Vec<_> = coreml["refused"].as_array().unwrap().iter().map(|r| &r["operator"]).collect();
     assert_eq!((refused, coreml["partitions"].as_array().unwrap().len()), (vec![&json!("Gather")], 1), "{coreml}");
+    for target in ["nnapi", "coreml"] {
+        let line = format!("export run/generator --onnx {target}.onnx --target {target} --fixed-label red");
+        let lint = &w.ok(&line)["lint"];
+        assert_eq!((&lint["target"], &lint["partitions"]), (&json!(target), &json!([lint["nodes"]])), "{lint}");
+        assert_eq!(w.ok(&format!("inspect {target}.onnx"))["dialect"], lint["dialect"]);
+    }
 }
 
 fn everything_can_be_inspected(w: &Workplace) {

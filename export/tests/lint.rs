@@ -88,7 +88,7 @@ fn conditions_that_the_checker_leaves_open_are_checked() {
         ("attention", Target::Xnnpack, "MatMul", "input 1 has rank 3, expected 1 or 2"),
         ("dynamic_batch", Target::Qnn, "Conv", "input 0 has a dynamic shape"),
         ("shape_arithmetic", Target::Nnapi, "Reshape", "has a dynamic shape"),
-        ("shape_arithmetic", Target::Nnapi, "Softmax", "the shape of input 0 is not known"),
+        ("shape_arithmetic", Target::Nnapi, "Softmax", "input 0 has a dynamic shape"),
         ("resize_without_roi", Target::Nnapi, "Resize", "input 1 is left out, which counts as a dynamic shape"),
         ("rank_six", Target::Qnn, "Transpose", "it reads a value of rank 6, expected 5 at most"),
         ("norm_native", Target::WebGpu, "GroupNormalization", "webgpu has no operator GroupNormalization"),
@@ -135,6 +135,7 @@ fn a_person_reads_a_table_and_a_program_json() {
         "takes 16 of 18 nodes (88.9 %) in 3 partitions of [2, 7, 7] nodes",
         "   2 × InstanceNormalization  nnapi has no operator InstanceNormalization (instancenormalization_2, ",
         "remedy: write the norm with ReduceMean",
+        "suited by: dialect nnapi, fp32",
         "note: Android 15 deprecates NNAPI",
     ] {
         assert!(text.contains(part), "{part:?} is not in {text}");

@@ -6,7 +6,8 @@ use crate::output::say;
 use crate::report::export::{self as report, Reference};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use dmd_export::{Batch, ExportOptions, ExportReport, ModelInfo, Output, Status, weights_sha256};
+use dmd_export::lint::{Target, lint, read};
+use dmd_export::{Batch, ExportOptions, ExportReport, ModelInfo, Output, Precision, Status, weights_sha256};
 use dmd_models::{Generator, ModelFolder};
 use serde_json::Value;
 use std::path::Path;
@@ -26,8 +27,8 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         OutputKind::U8 => Output::U8,
     };
     let options = ExportOptions {
-        dialect: args.dialect,
-        precision: args.precision,
+        dialect: args.target.map_or(args.dialect, Target::dialect),
+        precision: args.precision.unwrap_or_else(|| args.target.map_or(Precision::Fp32, Target::precision)),
         min_psnr_db: args.min_psnr,
         max_drop_db: args.max_drop_db,
         external_data: args.external_data,
@@ -46,10 +47,16 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         say(&verdict.to_string());
     }
     say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
-    if args.report {
-        return write_report(args, &generator, &options, &exported, threads);
+    let mut result = match args.report {
+        true => write_report(args, &generator, &options, &exported, threads)?,
+        false => serde_json::to_value(&exported)?,
+    };
+    if let Some(target) = args.target {
+        let linted = lint(&read(&args.onnx)?, target);
+        say(&linted.to_string());
+        result["lint"] = serde_json::to_value(&linted)?;
     }
-    Ok(serde_json::to_value(&exported)?)
+    Ok(result)
 }
 
 /// Runs the file beside the network, by the engine that verified it, and writes what was seen.

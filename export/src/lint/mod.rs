@@ -13,7 +13,7 @@ mod shapes;
 
 pub use report::{Kind, Refusal, Report};
 
-use crate::Error;
+use crate::{Dialect, Error, Precision};
 use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto};
 use facts::Facts;
 use prost::Message;
@@ -72,14 +72,22 @@ impl Target {
         }
     }
 
-    /// The dialect that suits it, by name.
-    pub fn dialect(self) -> &'static str {
-        &rules::of(self).dialect
+    /// The dialect that suits it.
+    pub fn dialect(self) -> Dialect {
+        let name = rules::of(self).dialect.as_str();
+        Dialect::ALL
+            .into_iter()
+            .find(|dialect| dialect.name() == name)
+            .expect("a test reads every dialect in the table")
     }
 
-    /// The precision that suits it, by name.
-    pub fn precision(self) -> &'static str {
-        &rules::of(self).precision
+    /// The precision that suits it.
+    pub fn precision(self) -> Precision {
+        let name = rules::of(self).precision.as_str();
+        Precision::ALL
+            .into_iter()
+            .find(|precision| precision.name() == name)
+            .expect("a test reads every precision in the table")
     }
 }
 
@@ -134,6 +142,8 @@ pub fn lint(model: &ModelProto, target: Target) -> Report {
         taken: 0,
         partitions: vec![],
         refused: vec![],
+        dialect: target.dialect(),
+        precision: target.precision(),
         note: &rules.note,
     };
     if let Some(graph) = &model.graph {
@@ -241,6 +251,8 @@ mod tests {
     fn targets_go_by_name_and_a_misspelt_one_is_told_the_nearest() {
         for target in Target::ALL {
             assert_eq!(target.name().parse(), Ok(target));
+            assert!(matches!(target.precision(), Precision::Fp32 | Precision::Fp16));
+            assert_eq!(target.dialect() == Dialect::Nnapi, target == Target::Nnapi);
             assert_eq!(serde_json::to_value(target).unwrap(), target.name());
         }
         let error = "Core-ML".parse::<Target>().unwrap_err();

@@ -1,6 +1,7 @@
 //! What a lint finds, for a program as JSON and for a person as a table.
 
 use super::Target;
+use crate::{Dialect, Precision};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,6 +21,10 @@ pub struct Report {
     pub partitions: Vec<usize>,
     /// The nodes that run elsewhere, in the order of the file.
     pub refused: Vec<Refusal>,
+    /// The dialect that suits the accelerator.
+    pub dialect: Dialect,
+    /// The precision that suits it.
+    pub precision: Precision,
     /// What else to know.
     pub note: &'static str,
 }
@@ -89,6 +94,6 @@ impl fmt::Display for Report {
                 write!(f, "\n         {:width$}  remedy: {remedy}", "")?;
             }
         }
-        write!(f, "\nnote: {}", self.note)
+        write!(f, "\nsuited by: dialect {}, {}\nnote: {}", self.dialect.name(), self.precision, self.note)
     }
 }

@@ -101,7 +101,11 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
             };
             Some(vec![side(shape(0)?, "transA", 0)?, side(shape(1)?, "transB", 1)?])
         }
-        "Reshape" => reshape(shape(0)?, &facts.integers(node.input.get(1)?)?, int(node, "allowzero") == Some(1)),
+        "Reshape" => match facts.integers(node.input.get(1)?) {
+            Some(wanted) => reshape(shape(0)?, &wanted, int(node, "allowzero") == Some(1)),
+            // How many dimensions there are is the length of the shape that is computed.
+            None => Some(vec![None; shape(1)?.first().copied()??.try_into().ok().filter(|n| *n <= MAX_RANK)?]),
+        },
         "Flatten" => {
             let x = x()?;
             let axis = place(int(node, "axis").unwrap_or(1), x.len() + 1)?;
@@ -246,6 +250,9 @@ fn matmul(a: &Shape, b: &Shape) -> Option<Shape> {
     shape.extend([*rows, *columns]);
     Some(shape)
 }
+
+/// No real value has more dimensions.
+const MAX_RANK: usize = 64;
 
 /// A 0 copies a dimension, a -1 is what is left.
 fn reshape(x: &Shape, wanted: &[i64], allow_zero: bool) -> Option<Shape> {
