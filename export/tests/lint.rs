@@ -154,7 +154,7 @@ fn broken_files_are_errors_or_harmless() {
     let path = folder_of_test.path().join("broken.onnx");
     for name in ["shape_arithmetic", "gelu_and_pad", "choice"] {
         let bytes = std::fs::read(folder().join(name).with_extension("onnx")).unwrap();
-        for at in (0..bytes.len()).step_by(7) {
+        for at in (0..bytes.len()).step_by(29) {
             let mut broken = bytes.clone();
             broken[at] ^= 0xff;
             if at % 2 == 0 {
