@@ -4,8 +4,8 @@ use crate::config::Recipe;
 use crate::device::Choice;
 use crate::sample::Sampler;
 use clap::{Args, Parser, Subcommand};
-use dmd_export::{Dialect, Precision};
 use dmd_export::lint::Target;
+use dmd_export::{Dialect, Precision};
 use std::path::PathBuf;
 
 /// Distil a diffusion model into a one-step generator and export it for edge devices.

@@ -116,7 +116,7 @@ pub struct Gradients(Vec<Option<Tensor>>);
 
 impl Gradients {
     /// The sum of both.
-    pub fn add(self, other: Gradients) -> Result<Gradients> {
+    pub fn plus(self, other: Gradients) -> Result<Gradients> {
         let sum = |(a, b): (Option<Tensor>, Option<Tensor>)| -> Result<Option<Tensor>> {
             Ok(match (a, b) {
                 (Some(a), Some(b)) => Some((a + b)?),

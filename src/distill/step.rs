@@ -230,7 +230,7 @@ impl Networks {
             let (x, loss, measured) = self.generator_loss(config, step, &part)?;
             let found = self.generator_optimizer.gradients(&(loss * share)?.backward()?);
             gradients = Some(match gradients {
-                Some(sum) => sum.add(found)?,
+                Some(sum) => sum.plus(found)?,
                 None => found,
             });
             health.add(&measured, share);
@@ -334,9 +334,9 @@ impl Networks {
             let found = (self.fake_optimizer.gradients(&grads), heads);
             gradients = Some(match gradients {
                 Some((sum, heads)) => (
-                    sum.add(found.0)?,
+                    sum.plus(found.0)?,
                     match (heads, found.1) {
-                        (Some(a), Some(b)) => Some(a.add(b)?),
+                        (Some(a), Some(b)) => Some(a.plus(b)?),
                         (a, b) => a.or(b),
                     },
                 ),

@@ -69,8 +69,8 @@ mod tests {
     fn the_perceptual_distance_compares_directions() {
         let a = t(&[3.0, 0.0], &[1, 2, 1, 1]);
         let b = t(&[0.0, 0.1], &[1, 2, 1, 1]);
-        assert!((number(perceptual(&[a.clone()], &[b]).unwrap()) - 2.0).abs() < 1e-5);
-        assert!(number(perceptual(&[a.clone()], &[(&a * 7.0).unwrap()]).unwrap()).abs() < 1e-9);
+        assert!((number(perceptual(std::slice::from_ref(&a), &[b]).unwrap()) - 2.0).abs() < 1e-5);
+        assert!(number(perceptual(std::slice::from_ref(&a), &[(&a * 7.0).unwrap()]).unwrap()).abs() < 1e-9);
         assert!(perceptual(&[a], &[]).is_err());
     }
 
