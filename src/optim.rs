@@ -115,15 +115,19 @@ impl Optimizer {
 pub struct Gradients(Vec<Option<Tensor>>);
 
 impl Gradients {
-    /// The sum of both.
-    pub fn plus(self, other: Gradients) -> Result<Gradients> {
-        let sum = |(a, b): (Option<Tensor>, Option<Tensor>)| -> Result<Option<Tensor>> {
+    /// Adds these to a sum, which they begin where there is none yet.
+    pub fn add_to(self, sum: &mut Option<Gradients>) -> Result<()> {
+        let both = |(a, b): (Option<Tensor>, Option<Tensor>)| -> Result<Option<Tensor>> {
             Ok(match (a, b) {
                 (Some(a), Some(b)) => Some((a + b)?),
                 (a, b) => a.or(b),
             })
         };
-        Ok(Gradients(self.0.into_iter().zip(other.0).map(sum).collect::<Result<_>>()?))
+        *sum = Some(match sum.take() {
+            Some(sum) => Gradients(sum.0.into_iter().zip(self.0).map(both).collect::<Result<_>>()?),
+            None => self,
+        });
+        Ok(())
     }
 }
 

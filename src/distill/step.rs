@@ -16,7 +16,7 @@ use crate::loss::{
     RatioBins, approximate_r1, denoising, density_ratio, discriminator, distribution_matching, generator_adversarial,
     score_identity,
 };
-use crate::optim::{Gradients, Optimizer, average_into, ramped_decay, rate_at};
+use crate::optim::{Optimizer, average_into, ramped_decay, rate_at};
 use crate::pairs::Pairs;
 use crate::random::{Purpose, Random};
 use crate::regression::Comparison;
@@ -224,15 +224,11 @@ impl Networks {
     /// One update of the generator and of its averages; nothing else changes.
     pub fn update_generator(&mut self, config: &Config, random: &Random, step: u64) -> Result<Health> {
         let draw = self.draw_for_generator(config, random, step)?;
-        let (mut health, mut gradients, mut samples) = (Health::default(), None::<Gradients>, Vec::new());
+        let (mut health, mut gradients, mut samples) = (Health::default(), None, Vec::new());
         let share = 1.0 / config.accumulate as f64;
         for part in draw.parts(config.accumulate)? {
             let (x, loss, measured) = self.generator_loss(config, step, &part)?;
-            let found = self.generator_optimizer.gradients(&(loss * share)?.backward()?);
-            gradients = Some(match gradients {
-                Some(sum) => sum.plus(found)?,
-                None => found,
-            });
+            self.generator_optimizer.gradients(&(loss * share)?.backward()?).add_to(&mut gradients)?;
             health.add(&measured, share);
             samples.push(x.detach());
         }
@@ -325,29 +321,21 @@ impl Networks {
     /// One update of the fake score (and of the discriminator), the `turn`-th of this step; nothing else changes.
     pub fn update_fake_score(&mut self, config: &Config, random: &Random, step: u64, turn: u64) -> Result<Health> {
         let draw = self.draw_for_fake_score(config, random, step, turn)?;
-        let (mut health, mut gradients) = (Health::default(), None::<(Gradients, Option<Gradients>)>);
+        let (mut health, mut of_score, mut of_heads) = (Health::default(), None, None);
         let share = 1.0 / config.accumulate as f64;
         for part in draw.parts(config.accumulate)? {
             let (loss, measured) = self.fake_score_loss(config, step, &part)?;
             let grads = (loss * share)?.backward()?;
-            let heads = self.discriminator.as_ref().map(|d| d.optimizer.gradients(&grads));
-            let found = (self.fake_optimizer.gradients(&grads), heads);
-            gradients = Some(match gradients {
-                Some((sum, heads)) => (
-                    sum.plus(found.0)?,
-                    match (heads, found.1) {
-                        (Some(a), Some(b)) => Some(a.plus(b)?),
-                        (a, b) => a.or(b),
-                    },
-                ),
-                None => found,
-            });
+            self.fake_optimizer.gradients(&grads).add_to(&mut of_score)?;
+            if let Some(d) = &self.discriminator {
+                d.optimizer.gradients(&grads).add_to(&mut of_heads)?;
+            }
             health.add(&measured, share);
         }
         let s = &config.fake_score;
         let update = step * config.ratio + turn;
         let rate = self.rate_factor * rate_at(s.rate, s.decay, s.warmup, update, config.steps * config.ratio);
-        let (of_score, of_heads) = gradients.expect("a batch has at least one part: accumulate was checked");
+        let of_score = of_score.expect("a batch has at least one part: accumulate was checked");
         self.fake_optimizer.update(&of_score, rate).context("loss_fake")?;
         if let (Some(d), Some(gradients)) = (&mut self.discriminator, of_heads)
             && step >= config.loss.gan.start_step
