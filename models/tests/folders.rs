@@ -476,8 +476,14 @@ fn a_dmd_json_that_does_not_fit_is_refused() {
     let expected = "DIR: dmd.json says generator with sigma None, expected a positive number";
     check("edm-tiny", about(generator), expected);
     let unknown = r#"{ "kind": "teacher", "version": "0.1.0", "sigmas": 2.5 }"#;
-    let expected = "DIR/dmd.json: unknown field `sigmas`, expected one of `kind`, `sigma`, `classes`, `data`, `version`, `run` at line 1 column 49";
+    let expected = "DIR/dmd.json: unknown field `sigmas`, expected one of `kind`, `sigma`, `steps`, `classes`, `null_class`, `data`, `version`, `run` at line 1 column 49";
     check("edm-tiny", about(unknown), expected);
+    let no_class = r#"{ "kind": "teacher", "version": "0.1.0", "null_class": true }"#;
+    let expected = "DIR: dmd.json says null_class, but the model has no classes to leave out";
+    check("ddpm-tiny", about(no_class), expected);
+    let steps = r#"{ "kind": "generator", "version": "0.1.0", "sigma": 2.5, "steps": [2.5, 4.0] }"#;
+    let expected = "DIR: dmd.json says steps [2.5, 4.0], expected descending from sigma (2.5)";
+    check("edm-tiny", about(steps), expected);
 }
 
 #[test]
