@@ -1,12 +1,13 @@
 //! Parses the arguments, calls one function, prints its result or its error.
 
 use clap::Parser;
-use dmd::{cli, commands, output};
+use dmd::{cli, commands, memory, output};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     output::start_logging();
+    memory::keep_freed();
     match commands::run(&cli) {
         Ok(result) => {
             if cli.json {

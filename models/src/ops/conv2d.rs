@@ -1,8 +1,9 @@
-//! Convolution on the CPU as matrix products, a few pictures at a time: the patches of a group of pictures are laid out
-//! as columns in a buffer that stays in the cache (never those of the whole batch), and multiplied by `gemm`. Backward
-//! walks the same groups: columns once for the weights' gradient, and the transposed product scattered back for the
-//! picture's. candle's own backward convolves with a picture-sized kernel and takes several times as long.
+//! Convolution on the CPU. The forward pass and both gradients read the picture as planes (see [`super::tile`]): moved
+//! sideways once per kernel column, a few pictures at a time, so that they stay in the second-level cache. The gradient
+//! of the picture is a convolution with the kernel turned round, except where a stride skips pixels: there a matrix
+//! product's columns are scattered back.
 
+use super::tile::{Forward, Packed, Planes, SLACK, WeightGradient};
 use super::{Gemm, Values, on_cpu_f32, values};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -61,7 +62,7 @@ impl CustomOp3 for Conv2d {
         if b.len() != g.out_channels {
             bail!("conv2d: bias has {} values, expected {}", b.len(), g.out_channels);
         }
-        let y = g.forward(x, w, b);
+        let y = g.forward(x, &g.pack(w), b);
         Ok((CpuStorage::F32(y), Shape::from((g.batch, g.out_channels, g.out_height, g.out_width))))
     }
 
@@ -114,12 +115,12 @@ struct Geometry {
     padding: usize,
 }
 
-/// Columns per matrix product: enough to keep its inner kernel busy, few enough for the second-level cache.
-const COLUMNS: usize = 256;
+/// Floats of planes that a thread works on at a time; half a megabyte, half of a usual second-level cache.
+const GROUP: usize = 1 << 17;
 
 thread_local! {
-    /// Scratch that lives as long as its thread: columns, and the outputs of a group before they are dealt out.
-    static SCRATCH: RefCell<[Vec<f32>; 3]> = const { RefCell::new([Vec::new(), Vec::new(), Vec::new()]) };
+    /// Memory that lives as long as its thread: planes, and the columns of a strided gradient.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Geometry {
@@ -128,7 +129,8 @@ impl Geometry {
             bail!("conv2d: input {x:?} and weight {w:?}, expected four axes each")
         };
         let Conv2d { stride, padding } = *conv;
-        let fits = height + 2 * padding >= kh && width + 2 * padding >= kw && kh > 0 && kw > 0;
+        let fits = height + 2 * padding >= kh && width + 2 * padding >= kw;
+        let fits = fits && [channels, height, width, out_channels, kh, kw].iter().all(|&size| size > 0);
         if w_channels != channels || stride == 0 || !fits {
             bail!("conv2d: input {x:?}, weight {w:?}, stride {stride}, padding {padding} do not go together");
         }
@@ -155,251 +157,89 @@ impl Geometry {
     }
 
     /// Length of a patch.
-    fn patch(&self) -> usize {
+    fn taps(&self) -> usize {
         self.channels * self.kernel[0] * self.kernel[1]
     }
 
-    /// 1×1, stride 1: the picture is its own matrix of columns.
-    fn pointwise(&self) -> bool {
-        self.kernel == [1, 1] && self.stride == 1 && self.padding == 0
-    }
-
-    /// Stride 1 with a padding that makes up for the kernel: a row of columns is then the picture, moved.
-    fn keeps_size(&self) -> bool {
-        self.stride == 1 && self.out_height == self.height && self.out_width == self.width
-    }
-
-    /// Pictures that share one matrix product.
-    fn group(&self) -> usize {
-        let by_size = COLUMNS.div_ceil(self.pixels_out().max(1));
-        by_size.min(self.batch.div_ceil(rayon::current_num_threads())).max(1)
-    }
-
-    fn forward(&self, x: &[f32], w: &[f32], bias: &[f32]) -> Vec<f32> {
-        let (pixels, group) = (self.pixels_out(), self.group());
-        let mut y = vec![0f32; self.batch * self.out_channels * pixels];
-        y.par_chunks_mut((group * self.out_channels * pixels).max(1))
-            .zip(x.par_chunks((group * self.channels * self.pixels_in()).max(1)))
-            .for_each(|(y, x)| {
-                with_scratch(|[columns, product, _]| {
-                    let n_pictures = y.len() / (self.out_channels * pixels);
-                    let n = n_pictures * pixels;
-                    let columns = self.columns(x, n_pictures, columns);
-                    if n_pictures == 1 {
-                        fill_rows(y, bias);
-                        self.product(w, columns, n).run(y);
-                    } else {
-                        product.resize(self.out_channels * n, 0.0);
-                        fill_rows(product, bias);
-                        self.product(w, columns, n).run(product);
-                        deal(product, y, self.out_channels, pixels);
-                    }
-                });
-            });
-        y
-    }
-
-    /// W·columns, added to what is there.
-    fn product<'a>(&self, w: &'a [f32], columns: &'a [f32], n: usize) -> Gemm<'a> {
-        let k = self.patch();
-        Gemm { m: self.out_channels, n, k, lhs: (w, k, 1), rhs: (columns, n, 1), alpha: 1.0, accumulate: true }
-    }
-
-    fn backward(&self, x: &[f32], w: &[f32], grad: &[f32], wanted: Wanted) -> Gradients {
-        let (pixels, k) = (self.pixels_out(), self.patch());
-        let picture = self.channels * self.pixels_in();
-        // One share of the batch per thread, fixed by the shape and the number of threads: the sums over the batch come
-        // out the same every time.
-        let share = self.batch.div_ceil(rayon::current_num_threads()).max(1);
-        let turned = self.turned().filter(|_| wanted.x);
-        let by_scatter = wanted.x && turned.is_none();
-        let mut dx = match turned {
-            Some(turned) => turned.forward(grad, &self.turn(w), &vec![0f32; self.channels]),
-            None => vec![0f32; if wanted.x { x.len() } else { 0 }],
-        };
-        let wanted = Wanted { x: by_scatter, ..wanted };
-        let mut no_dx = [];
-        let mut dx_shares: Vec<&mut [f32]> =
-            if by_scatter { &mut dx[..] } else { &mut no_dx[..] }.chunks_mut((share * picture).max(1)).collect();
-        let n_shares = self.batch.div_ceil(share);
-        dx_shares.resize_with(n_shares, || &mut []);
-        let partial: Vec<(Vec<f32>, Vec<f32>)> = dx_shares
-            .into_par_iter()
-            .enumerate()
-            .map(|(i, dx)| {
-                let pictures = i * share..((i + 1) * share).min(self.batch);
-                let x = &x[pictures.start * picture..pictures.end * picture];
-                let grad =
-                    &grad[pictures.start * self.out_channels * pixels..pictures.end * self.out_channels * pixels];
-                self.backward_share(x, w, grad, dx, wanted)
-            })
-            .collect();
-        let mut weight = vec![0f32; if wanted.weight { self.out_channels * k } else { 0 }];
-        let mut bias = vec![0f32; if wanted.weight { self.out_channels } else { 0 }];
-        for (dw, db) in &partial {
-            weight.iter_mut().zip(dw).for_each(|(sum, v)| *sum += v);
-            bias.iter_mut().zip(db).for_each(|(sum, v)| *sum += v);
-        }
-        Gradients { x: dx, weight, bias }
-    }
-
-    /// The convolution that gives the picture's gradient, where there is one of the same kind: stride 1, and a kernel
-    /// that its padding centres. It multiplies long rows (O·kh·kw) where scattering multiplies short ones (O).
-    fn turned(&self) -> Option<Geometry> {
+    /// Planes per input channel. A stride of 1 lets the taps of a kernel column share a plane; other strides read
+    /// different pixels for each.
+    fn planes_per_channel(&self) -> usize {
         let [kh, kw] = self.kernel;
-        let centred = self.stride == 1 && kh == kw && 2 * self.padding + 1 == kh && kh > 1;
-        centred.then_some(Geometry {
-            channels: self.out_channels,
-            out_channels: self.channels,
-            height: self.out_height,
-            width: self.out_width,
-            out_height: self.height,
-            out_width: self.width,
-            ..*self
+        if self.stride == 1 { kw } else { kh * kw }
+    }
+
+    /// Rows of a plane.
+    fn plane_height(&self) -> usize {
+        self.out_height + self.taps() / (self.channels * self.planes_per_channel()).max(1) - 1
+    }
+
+    /// Floats of one picture's planes.
+    fn planes_size(&self) -> usize {
+        self.channels * self.planes_per_channel() * self.plane_height() * self.out_width
+    }
+
+    /// Whether the picture can be read as it lies: 1×1, stride 1, whole vectors.
+    fn in_place(&self) -> bool {
+        self.kernel == [1, 1] && self.stride == 1 && self.padding == 0 && self.pixels_in().is_multiple_of(SLACK)
+    }
+
+    /// Lays out pictures `(n, C, H, W)` as planes and hands them over.
+    fn with_planes<R>(&self, pictures: &[f32], work: impl FnOnce(Planes) -> R) -> R {
+        let plane = self.plane_height() * self.out_width;
+        let rows = self.taps() / (self.channels * self.planes_per_channel());
+        let row = self.out_width;
+        if self.in_place() {
+            return work(Planes { values: pictures, plane, rows, row });
+        }
+        with_scratch(pictures.len() / self.pixels_in() * self.planes_per_channel() * plane + SLACK, |buffer| {
+            let channels = buffer.chunks_exact_mut(self.planes_per_channel() * plane);
+            for (channel, planes) in pictures.chunks_exact(self.pixels_in()).zip(channels) {
+                for (i, plane) in planes.chunks_exact_mut(plane).enumerate() {
+                    // Either all of a column's rows or, strided, one of them.
+                    self.lay(channel, plane, i / self.kernel[1], i % self.kernel[1]);
+                }
+            }
+            let end = buffer.len() - SLACK;
+            buffer[end..].fill(0.0);
+            work(Planes { values: buffer, plane, rows, row })
         })
     }
 
-    /// The weights that go with it: input and output channels exchanged, kernels turned by 180 degrees.
-    fn turn(&self, w: &[f32]) -> Vec<f32> {
-        let (c, o, taps) = (self.channels, self.out_channels, self.kernel[0] * self.kernel[1]);
-        let mut turned = vec![0f32; w.len()];
-        for (output, kernels) in w.chunks_exact(c * taps).enumerate() {
-            for (input, kernel) in kernels.chunks_exact(taps).enumerate() {
-                let to = &mut turned[(input * o + output) * taps..][..taps];
-                to.iter_mut().rev().zip(kernel).for_each(|(to, v)| *to = *v);
-            }
+    /// One plane: `to[y][x] = channel[y·stride + dy − padding][x·stride + dx − padding]`, zero outside.
+    fn lay(&self, channel: &[f32], to: &mut [f32], dy: usize, dx: usize) {
+        if self.stride == 1 && self.out_width == self.width {
+            return self.lay_whole(channel, to, dx);
         }
-        turned
-    }
-
-    fn backward_share(
-        &self,
-        x: &[f32],
-        w: &[f32],
-        grad: &[f32],
-        dx: &mut [f32],
-        wanted: Wanted,
-    ) -> (Vec<f32>, Vec<f32>) {
-        let (pixels, k, o) = (self.pixels_out(), self.patch(), self.out_channels);
-        let (picture, group) = (self.channels * self.pixels_in(), self.group());
-        let mut dw = vec![0f32; if wanted.weight { o * k } else { 0 }];
-        let mut db = vec![0f32; if wanted.weight { o } else { 0 }];
-        with_scratch(|[columns, rows, dcolumns]| {
-            for (i, (x, grad)) in
-                x.chunks((group * picture).max(1)).zip(grad.chunks((group * o * pixels).max(1))).enumerate()
-            {
-                let n_pictures = grad.len() / (o * pixels);
-                let n = n_pictures * pixels;
-                let grad = if n_pictures == 1 {
-                    grad
-                } else {
-                    rows.resize(o * n, 0.0);
-                    gather(grad, rows, o, pixels);
-                    &rows[..]
-                };
-                if wanted.weight {
-                    let columns = self.columns(x, n_pictures, columns);
-                    Gemm { m: o, n: k, k: n, lhs: (grad, n, 1), rhs: (columns, 1, n), alpha: 1.0, accumulate: true }
-                        .run(&mut dw);
-                    super::simd::dispatch(|| {
-                        for (sum, row) in db.iter_mut().zip(grad.chunks_exact(n)) {
-                            *sum += super::simd::sum_by(row, |v| v);
-                        }
-                    });
-                }
-                if wanted.x {
-                    let dx = &mut dx[i * group * picture..][..x.len()];
-                    let product =
-                        Gemm { m: k, n, k: o, lhs: (w, 1, k), rhs: (grad, n, 1), alpha: 1.0, accumulate: false };
-                    if self.pointwise() && n_pictures == 1 {
-                        product.run(dx);
-                    } else {
-                        dcolumns.resize(k * n, 0.0);
-                        product.run(dcolumns);
-                        self.scatter(dcolumns, n_pictures, dx);
-                    }
-                }
-            }
-        });
-        (dw, db)
-    }
-
-    /// The patches of some pictures as a matrix `(patch, pictures·pixels)`.
-    fn columns<'a>(&self, x: &'a [f32], n_pictures: usize, buffer: &'a mut Vec<f32>) -> &'a [f32] {
-        if self.pointwise() && n_pictures == 1 {
-            return x;
-        }
-        let n = n_pictures * self.pixels_out();
-        buffer.resize(self.patch() * n, 0.0);
-        self.each_row(|row, channel, dy, dx| {
-            let (start, end) = self.inside(dx);
-            let columns = &mut buffer[row * n..(row + 1) * n];
-            for (picture, columns) in columns.chunks_exact_mut(self.pixels_out()).enumerate() {
-                let plane = &x[(picture * self.channels + channel) * self.pixels_in()..][..self.pixels_in()];
-                if self.keeps_size() {
-                    shift(plane, columns, self.width, [dy, dx].map(|d| d as isize - self.padding as isize));
-                    continue;
-                }
-                for (y, line) in columns.chunks_exact_mut(self.out_width).enumerate() {
-                    let Some(from) = self.source_row(plane, y, dy) else {
-                        line.fill(0.0);
-                        continue;
-                    };
-                    line[..start].fill(0.0);
-                    line[end..].fill(0.0);
-                    let first = start * self.stride + dx - self.padding;
-                    if self.stride == 1 {
-                        line[start..end].copy_from_slice(&from[first..first + end - start]);
-                    } else {
-                        line[start..end]
-                            .iter_mut()
-                            .zip(from[first..].iter().step_by(self.stride))
-                            .for_each(|(to, v)| *to = *v);
-                    }
-                }
-            }
-        });
-        &buffer[..]
-    }
-
-    /// The transpose of [`Self::columns`]: adds every entry back to the pixel it came from. `dx` starts at zero.
-    fn scatter(&self, columns: &[f32], n_pictures: usize, dx_pictures: &mut [f32]) {
-        let n = n_pictures * self.pixels_out();
-        self.each_row(|row, channel, dy, dx| {
-            let (start, end) = self.inside(dx);
-            let columns = &columns[row * n..(row + 1) * n];
-            for (picture, columns) in columns.chunks_exact(self.pixels_out()).enumerate() {
-                let plane = (picture * self.channels + channel) * self.pixels_in();
-                let plane = &mut dx_pictures[plane..plane + self.pixels_in()];
-                for (y, line) in columns.chunks_exact(self.out_width).enumerate() {
-                    let Some(row) = (y * self.stride + dy).checked_sub(self.padding).filter(|&row| row < self.height)
-                    else {
-                        continue;
-                    };
-                    let to = &mut plane[row * self.width..(row + 1) * self.width];
-                    let first = start * self.stride + dx - self.padding;
-                    if self.stride == 1 {
-                        to[first..first + end - start].iter_mut().zip(&line[start..end]).for_each(|(to, v)| *to += v);
-                    } else {
-                        to[first..].iter_mut().step_by(self.stride).zip(&line[start..end]).for_each(|(to, v)| *to += v);
-                    }
-                }
-            }
-        });
-    }
-
-    /// Every row of the matrix of columns: `(row, channel, dy, dx)`.
-    fn each_row(&self, mut f: impl FnMut(usize, usize, usize, usize)) {
-        let [kh, kw] = self.kernel;
-        for row in 0..self.patch() {
-            f(row, row / (kh * kw), row / kw % kh, row % kw);
+        let (start, end) = self.inside(dx);
+        for (y, line) in to.chunks_exact_mut(self.out_width).enumerate() {
+            let row = (y * self.stride + dy).checked_sub(self.padding).filter(|&row| row < self.height);
+            let Some(row) = row.filter(|_| start < end) else {
+                line.fill(0.0);
+                continue;
+            };
+            line[..start].fill(0.0);
+            line[end..].fill(0.0);
+            let from = &channel[row * self.width + start * self.stride + dx - self.padding..];
+            line[start..end].iter_mut().zip(from.iter().step_by(self.stride)).for_each(|(to, v)| *to = *v);
         }
     }
 
-    /// The input row under output row `y` at kernel row `dy`, unless it lies in the padding.
-    fn source_row<'a>(&self, plane: &'a [f32], y: usize, dy: usize) -> Option<&'a [f32]> {
-        let row = (y * self.stride + dy).checked_sub(self.padding).filter(|&row| row < self.height)?;
-        Some(&plane[row * self.width..(row + 1) * self.width])
+    /// The same where rows keep their length: one copy of the whole picture, then zeros where it wrapped round. Rows of
+    /// 8 or 16 pixels are too short to be copied one by one.
+    fn lay_whole(&self, channel: &[f32], to: &mut [f32], dx: usize) {
+        let (above, pixels) = (self.padding * self.width, channel.len());
+        to[..above].fill(0.0);
+        to[above + pixels..].fill(0.0);
+        let picture = &mut to[above..above + pixels];
+        let wrapped = dx.abs_diff(self.padding).min(self.width);
+        let kept = pixels - wrapped;
+        if dx < self.padding {
+            picture[wrapped..].copy_from_slice(&channel[..kept]);
+            picture.chunks_exact_mut(self.width).for_each(|row| row[..wrapped].fill(0.0));
+        } else {
+            picture[..kept].copy_from_slice(&channel[wrapped..]);
+            picture.chunks_exact_mut(self.width).for_each(|row| row[self.width - wrapped..].fill(0.0));
+        }
     }
 
     /// The output columns `start..end` whose input at kernel column `dx` lies inside the picture.
@@ -408,55 +248,160 @@ impl Geometry {
         let end = (self.width + self.padding).saturating_sub(dx).div_ceil(self.stride).min(self.out_width);
         (start, end.max(start))
     }
-}
 
-/// `to[y][x] = from[y + dy][x + dx]`, zero outside; both planes are `width` wide and equally large. One copy of the whole
-/// plane, then zeros where it wrapped round: rows of 8 or 16 pixels are too short to be copied one by one.
-fn shift(from: &[f32], to: &mut [f32], width: usize, [dy, dx]: [isize; 2]) {
-    let (len, width_i) = (from.len() as isize, width as isize);
-    let offset = dy * width_i + dx;
-    let rows_start = (-dy * width_i).clamp(0, len);
-    let rows_end = (len - dy * width_i).clamp(0, len);
-    let start = rows_start.max(-offset).min(len) as usize;
-    let end = (rows_end.min(len - offset).max(0) as usize).max(start);
-    to[..start].fill(0.0);
-    to[end..].fill(0.0);
-    if start < end {
-        to[start..end].copy_from_slice(&from[(start as isize + offset) as usize..][..end - start]);
+    /// Goes through one channel's taps, `(in the order of the planes, in a weight's order)`.
+    fn each_tap(&self, mut f: impl FnMut(usize, usize)) {
+        let [kh, kw] = self.kernel;
+        for dy in 0..kh {
+            for dx in 0..kw {
+                f(if self.stride == 1 { dx * kh + dy } else { dy * kw + dx }, dy * kw + dx);
+            }
+        }
     }
-    let wrapped = dx.unsigned_abs().min(width);
-    let first = if dx < 0 { 0 } else { width - wrapped };
-    if wrapped > 0 {
-        to.chunks_exact_mut(width).for_each(|row| row[first..first + wrapped].fill(0.0));
+
+    fn forward(&self, x: &[f32], weights: &Packed, bias: &[f32]) -> Vec<f32> {
+        let (picture, pixels) = (self.channels * self.pixels_in(), self.pixels_out());
+        let mut y = vec![0f32; self.batch * self.out_channels * pixels];
+        y.par_chunks_mut((self.out_channels * pixels).max(1)).zip(x.par_chunks(picture.max(1))).for_each(|(y, x)| {
+            self.with_planes(x, |planes| pulp::Arch::new().dispatch(Forward { weights, bias, planes, y }));
+        });
+        y
     }
-}
 
-fn with_scratch<R>(work: impl FnOnce(&mut [Vec<f32>; 3]) -> R) -> R {
-    SCRATCH.with_borrow_mut(work)
-}
+    /// Weights `(O, C, kh, kw)` for [`Self::forward`].
+    fn pack(&self, w: &[f32]) -> Packed {
+        let (taps, per_channel) = (self.taps(), self.kernel[0] * self.kernel[1]);
+        Packed::new(self.out_channels, taps, |o, line| {
+            let channels = line.chunks_exact_mut(per_channel).zip(w[o * taps..].chunks_exact(per_channel));
+            channels.for_each(|(line, w)| self.each_tap(|k, natural| line[k] = w[natural]));
+        })
+    }
 
-/// Every row gets its own constant.
-fn fill_rows(matrix: &mut [f32], values: &[f32]) {
-    let width = matrix.len() / values.len().max(1);
-    matrix.chunks_exact_mut(width.max(1)).zip(values).for_each(|(row, v)| row.fill(*v));
-}
+    /// The convolution that gives the picture's gradient, where there is one of the same kind. It takes
+    /// [`Self::pack_turned`].
+    fn turned(&self) -> Option<Geometry> {
+        let [kh, kw] = self.kernel;
+        (self.stride == 1 && kh == kw && self.padding < kh).then(|| Geometry {
+            channels: self.out_channels,
+            out_channels: self.channels,
+            height: self.out_height,
+            width: self.out_width,
+            out_height: self.height,
+            out_width: self.width,
+            padding: kh - 1 - self.padding,
+            ..*self
+        })
+    }
 
-/// `(O, pictures, pixels)` to `(pictures, O, pixels)`.
-fn deal(rows: &[f32], pictures: &mut [f32], out_channels: usize, pixels: usize) {
-    let n_pictures = rows.len() / (out_channels * pixels);
-    for (picture, to) in pictures.chunks_exact_mut(out_channels * pixels).enumerate() {
-        for (o, to) in to.chunks_exact_mut(pixels).enumerate() {
-            to.copy_from_slice(&rows[(o * n_pictures + picture) * pixels..][..pixels]);
+    /// `w` with input and output channels exchanged and kernels turned by 180 degrees.
+    fn pack_turned(&self, w: &[f32]) -> Packed {
+        let (taps, per_channel) = (self.taps(), self.kernel[0] * self.kernel[1]);
+        Packed::new(self.channels, self.out_channels * per_channel, |c, line| {
+            for (line, w) in line.chunks_exact_mut(per_channel).zip(w.chunks_exact(taps)) {
+                let w = &w[c * per_channel..][..per_channel];
+                self.each_tap(|k, natural| line[k] = w[per_channel - 1 - natural]);
+            }
+        })
+    }
+
+    fn backward(&self, x: &[f32], w: &[f32], grad: &[f32], wanted: Wanted) -> Gradients {
+        let dx = match self.turned() {
+            _ if !wanted.x => Vec::new(),
+            Some(turned) => turned.forward(grad, &self.pack_turned(w), &vec![0f32; self.channels]),
+            None => self.scattered(w, grad),
+        };
+        let (weight, bias) = if wanted.weight { self.weight_gradient(x, grad) } else { Default::default() };
+        Gradients { x: dx, weight, bias }
+    }
+
+    fn weight_gradient(&self, x: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let (picture, gradient) = (self.channels * self.pixels_in(), self.out_channels * self.pixels_out());
+        // One share of the batch per thread, fixed by the shape and the number of threads: the sums over the batch come
+        // out the same every time.
+        let share = self.batch.div_ceil(rayon::current_num_threads()).max(1);
+        let partial: Vec<(Vec<f32>, Vec<f32>)> = x
+            .par_chunks((share * picture).max(1))
+            .zip(grad.par_chunks((share * gradient).max(1)))
+            .map(|(x, grad)| self.weight_gradient_of_share(x, grad))
+            .collect();
+        let sum = |mut a: Vec<f32>, b: &[f32]| {
+            a.iter_mut().zip(b).for_each(|(sum, v)| *sum += v);
+            a
+        };
+        let zero = (vec![0f32; self.out_channels * self.taps()], vec![0f32; self.out_channels]);
+        let (by_plane, bias) = partial.iter().fold(zero, |(a, b), (dw, db)| (sum(a, dw), sum(b, db)));
+        let per_channel = self.kernel[0] * self.kernel[1];
+        let mut weight = vec![0f32; by_plane.len()];
+        for (to, from) in weight.chunks_exact_mut(per_channel).zip(by_plane.chunks_exact(per_channel)) {
+            self.each_tap(|k, natural| to[natural] = from[k]);
+        }
+        (weight, bias)
+    }
+
+    /// The gradients of weights, in the order of the planes, and of biases over some of the pictures.
+    fn weight_gradient_of_share(&self, x: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let (picture, pixels) = (self.channels * self.pixels_in(), self.pixels_out());
+        let size = if self.in_place() { picture } else { self.planes_size() };
+        let group = (GROUP / size.max(1)).max(1);
+        let (mut dw, mut db) = (vec![0f32; self.out_channels * self.taps()], vec![0f32; self.out_channels]);
+        let groups = x.chunks(group * picture).zip(grad.chunks(group * self.out_channels * pixels));
+        for (x, grad) in groups {
+            self.with_planes(x, |planes| {
+                let (channels, dw) = (self.out_channels, &mut dw[..]);
+                pulp::Arch::new().dispatch(WeightGradient { planes, picture: size, grad, pixels, channels, dw });
+            });
+            super::simd::dispatch(|| {
+                for (i, row) in grad.chunks_exact(pixels).enumerate() {
+                    db[i % self.out_channels] += super::simd::sum_by(row, |v| v);
+                }
+            });
+        }
+        (dw, db)
+    }
+
+    /// The picture's gradient as a matrix product whose columns are added back to the pixels that they came from.
+    fn scattered(&self, w: &[f32], grad: &[f32]) -> Vec<f32> {
+        let (picture, pixels, k) = (self.channels * self.pixels_in(), self.pixels_out(), self.taps());
+        let mut dx = vec![0f32; self.batch * picture];
+        let gradients = grad.par_chunks((self.out_channels * pixels).max(1));
+        dx.par_chunks_mut(picture.max(1)).zip(gradients).for_each(|(dx, grad)| {
+            with_scratch(k * pixels, |columns| {
+                let (lhs, rhs) = ((w, 1, k), (grad, pixels, 1));
+                Gemm { m: k, n: pixels, k: self.out_channels, lhs, rhs, alpha: 1.0, accumulate: false }.run(columns);
+                self.scatter(columns, dx);
+            });
+        });
+        dx
+    }
+
+    fn scatter(&self, columns: &[f32], dx_picture: &mut [f32]) {
+        let [kh, kw] = self.kernel;
+        for (k, columns) in columns.chunks_exact(self.pixels_out()).enumerate() {
+            let (channel, dy, dx) = (k / (kh * kw), k / kw % kh, k % kw);
+            let plane = &mut dx_picture[channel * self.pixels_in()..][..self.pixels_in()];
+            let (start, end) = self.inside(dx);
+            if start == end {
+                continue;
+            }
+            for (y, line) in columns.chunks_exact(self.out_width).enumerate() {
+                let row = (y * self.stride + dy).checked_sub(self.padding).filter(|&row| row < self.height);
+                let Some(row) = row else { continue };
+                let to = &mut plane[row * self.width..][..self.width][start * self.stride + dx - self.padding..];
+                to.iter_mut().step_by(self.stride).zip(&line[start..end]).for_each(|(to, v)| *to += v);
+            }
         }
     }
 }
 
-/// `(pictures, O, pixels)` to `(O, pictures, pixels)`.
-fn gather(pictures: &[f32], rows: &mut [f32], out_channels: usize, pixels: usize) {
-    let n_pictures = rows.len() / (out_channels * pixels);
-    for (picture, from) in pictures.chunks_exact(out_channels * pixels).enumerate() {
-        for (o, from) in from.chunks_exact(pixels).enumerate() {
-            rows[(o * n_pictures + picture) * pixels..][..pixels].copy_from_slice(from);
+/// `len` floats of this thread's scratch memory, from the start of a cache line on; they hold what was left in them.
+fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    const LINE: usize = 64;
+    SCRATCH.with_borrow_mut(|scratch| {
+        let enough = len + LINE / size_of::<f32>();
+        if scratch.len() < enough {
+            scratch.resize(enough, 0.0);
         }
-    }
+        let start = scratch.as_ptr().align_offset(LINE);
+        work(&mut scratch[start..start + len])
+    })
 }

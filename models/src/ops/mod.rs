@@ -9,6 +9,7 @@ mod conv2d;
 mod group_norm;
 mod resample;
 pub mod simd;
+mod tile;
 
 pub use add_per_channel::{add_per_channel, add_per_channel_composite};
 pub use attention::{attention, attention_composite};
