@@ -1,10 +1,10 @@
-//! AdamW, gradient clipping and the exponential moving average, in place on a network's variables. On the CPU each is
-//! one pass over the memory; elsewhere, candle's own operations.
+//! AdamW, gradient clipping and the exponential moving average, in place on a network's variables.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var, bail};
+use candle_core::{Tensor, Var};
 use dmd_models::Weights;
+use dmd_models::ops::{self, AdamwStep};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -38,16 +38,24 @@ pub struct Optimizer {
 struct Parameter {
     name: String,
     var: Var,
-    mean: Var,
-    square: Var,
+    /// Means, then mean squares.
+    moments: Var,
+}
+
+impl Parameter {
+    /// The moments in the variable's shape.
+    fn moments(&self) -> Result<[Tensor; 2]> {
+        let row = |i| self.moments.as_detached_tensor().get(i)?.reshape(self.var.shape());
+        Ok([row(0)?, row(1)?])
+    }
 }
 
 impl Optimizer {
     /// Moments at zero.
     pub fn new(vars: &BTreeMap<String, Var>, settings: AdamW) -> Result<Self> {
         let parameter = |(name, var): (&String, &Var)| -> Result<Parameter> {
-            let zero = || Var::zeros(var.shape(), var.dtype(), var.device());
-            Ok(Parameter { name: name.clone(), var: var.clone(), mean: zero()?, square: zero()? })
+            let moments = Var::zeros((2, var.elem_count()), var.dtype(), var.device())?;
+            Ok(Parameter { name: name.clone(), var: var.clone(), moments })
         };
         Ok(Optimizer { settings, parameters: vars.iter().map(parameter).collect::<Result<_>>()?, n_updates: 0 })
     }
@@ -62,13 +70,13 @@ impl Optimizer {
     pub fn update(&mut self, Gradients(grads): &Gradients, rate: f64) -> Result<f64> {
         let pairs = self.parameters.iter().zip(grads);
         let present: Vec<(&Parameter, &Tensor)> = pairs.filter_map(|(p, grad)| Some((p, grad.as_ref()?))).collect();
-        let norm = global_norm(present.iter().map(|(_, grad)| *grad))?;
+        let norm = ops::sum_of_squares(present.iter().map(|(_, grad)| *grad))?.sqrt();
         // A loss can be finite where its gradient is not; no such weight may reach a checkpoint.
         ensure!(norm.is_finite(), NotFinite { name: "the gradient's norm", value: norm });
         self.n_updates += 1;
         let AdamW { betas, weight_decay, eps, clip } = self.settings;
         let corrections = betas.map(|beta| 1.0 - beta.powf(self.n_updates as f64));
-        let update = Update {
+        let step = AdamwStep {
             grad_scale: if norm > clip { clip / norm } else { 1.0 },
             betas,
             rate: rate / corrections[0],
@@ -77,29 +85,32 @@ impl Optimizer {
             eps,
         };
         for (parameter, grad) in present {
-            update.apply(parameter, grad)?;
+            ops::adamw(&parameter.var, &parameter.moments, grad, step)?;
         }
         Ok(norm)
     }
 
     /// Moments by the name of their variable, for a checkpoint.
-    pub fn state(&self) -> Weights {
+    pub fn state(&self) -> Result<Weights> {
         let mut state = Weights::default();
         for p in &self.parameters {
-            state.insert(format!("mean.{}", p.name), p.mean.as_detached_tensor());
-            state.insert(format!("square.{}", p.name), p.square.as_detached_tensor());
+            let [mean, square] = p.moments()?;
+            state.insert(format!("mean.{}", p.name), mean);
+            state.insert(format!("square.{}", p.name), square);
         }
-        state
+        Ok(state)
     }
 
     /// Takes moments back from a checkpoint after `n_updates`.
     pub fn restore(&mut self, state: &Weights, n_updates: u64) -> Result<()> {
         for p in &self.parameters {
-            for (kind, var) in [("mean", &p.mean), ("square", &p.square)] {
+            let saved = |kind: &str| -> Result<Tensor> {
                 let name = format!("{kind}.{}", p.name);
                 let saved = state.get(&name).with_context(|| format!("the optimiser's state lacks \"{name}\""))?;
-                var.set(saved).with_context(|| format!("the optimiser's state: \"{name}\""))?;
-            }
+                ensure!(saved.shape() == p.var.shape(), "the optimiser's state: \"{name}\" is {:?}", saved.shape());
+                Ok(saved.flatten_all()?)
+            };
+            p.moments.set(&Tensor::stack(&[saved("mean")?, saved("square")?], 0)?)?;
         }
         self.n_updates = n_updates;
         Ok(())
@@ -141,80 +152,11 @@ pub struct NotFinite {
     pub value: f64,
 }
 
-/// L2 norm over all tensors together.
-pub fn global_norm<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<f64> {
-    let mut sum: Option<Tensor> = None;
-    for tensor in tensors {
-        let squares = tensor.sqr()?.sum_all()?;
-        sum = Some(match sum {
-            Some(sum) => (sum + squares)?,
-            None => squares,
-        });
-    }
-    Ok(match sum {
-        Some(sum) => f64::from(sum.to_scalar::<f32>()?).sqrt(),
-        None => 0.0,
-    })
-}
-
-#[derive(Clone, Copy)]
-struct Update {
-    grad_scale: f64,
-    betas: [f64; 2],
-    /// Rate over the mean's bias correction.
-    rate: f64,
-    /// 1/√ of the square's bias correction.
-    root_scale: f64,
-    /// What weight decay leaves.
-    keep: f64,
-    eps: f64,
-}
-
-impl Update {
-    fn apply(self, p: &Parameter, grad: &Tensor) -> Result<()> {
-        let grad = grad.contiguous()?;
-        let [b1, b2] = self.betas;
-        if grad.device().is_cpu() {
-            p.mean.inplace_op2(
-                &grad,
-                &Pass { f: move |m, g| m * b1 as f32 + g * ((1.0 - b1) * self.grad_scale) as f32 },
-            )?;
-            p.square.inplace_op2(
-                &grad,
-                &Pass {
-                    f: move |v, g| v * b2 as f32 + g * g * ((1.0 - b2) * self.grad_scale * self.grad_scale) as f32,
-                },
-            )?;
-            // Two sources, one destination: the ratio is made in the gradient's memory, which nobody needs any more.
-            grad.inplace_op2(&p.mean, &Pass { f: |_, m| m })?;
-            grad.inplace_op2(
-                &p.square,
-                &Pass { f: move |m, v: f32| m / (v.sqrt() * self.root_scale as f32 + self.eps as f32) },
-            )?;
-            p.var.inplace_op2(&grad, &Pass { f: move |p, d| p * self.keep as f32 - d * self.rate as f32 })?;
-            return Ok(());
-        }
-        p.mean.set(&((p.mean.as_tensor() * b1)? + (&grad * ((1.0 - b1) * self.grad_scale))?)?)?;
-        let squares = (grad.sqr()? * ((1.0 - b2) * self.grad_scale * self.grad_scale))?;
-        p.square.set(&((p.square.as_tensor() * b2)? + squares)?)?;
-        let root = ((p.square.sqrt()? * self.root_scale)? + self.eps)?;
-        p.var.set(&((p.var.as_tensor() * self.keep)? - (p.mean.div(&root)? * self.rate)?)?)?;
-        Ok(())
-    }
-}
-
-/// Exponential moving average: `average ← average·decay + value·(1 − decay)`.
+/// Exponential moving average of a network's variables: `average ← average·decay + value·(1 − decay)`.
 pub fn average_into(averages: &BTreeMap<String, Var>, values: &BTreeMap<String, Var>, decay: f64) -> Result<()> {
     for (name, average) in averages {
         let value = values.get(name).with_context(|| format!("no variable \"{name}\" to average"))?;
-        if average.device().is_cpu() {
-            average.inplace_op2(
-                &value.as_detached_tensor(),
-                &Pass { f: move |a, v| a + (v - a) * (1.0 - decay) as f32 },
-            )?;
-        } else {
-            average.set(&((average.as_tensor() * decay)? + (value.as_tensor() * (1.0 - decay))?)?)?;
-        }
+        ops::average_into(average, value, decay)?;
     }
     Ok(())
 }
@@ -223,35 +165,6 @@ pub fn average_into(averages: &BTreeMap<String, Var>, values: &BTreeMap<String, 
 /// decay is reached, so that the start is forgotten (Karras et al. 2022 ramp theirs up for the same reason).
 pub fn ramped_decay(decay: f64, step: u64) -> f64 {
     decay.min((1.0 + step as f64) / (10.0 + step as f64))
-}
-
-/// One pass over a destination and a source, on the CPU.
-struct Pass<F> {
-    f: F,
-}
-
-impl<F: Fn(f32, f32) -> f32> InplaceOp2 for Pass<F> {
-    fn name(&self) -> &'static str {
-        "pass"
-    }
-
-    fn cpu_fwd(
-        &self,
-        to: &mut CpuStorage,
-        to_layout: &Layout,
-        from: &CpuStorage,
-        from_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (CpuStorage::F32(to), CpuStorage::F32(from)) = (to, from) else { bail!("pass: needs f32") };
-        let (Some((to_start, to_end)), Some((start, end))) =
-            (to_layout.contiguous_offsets(), from_layout.contiguous_offsets())
-        else {
-            bail!("pass: needs contiguous tensors")
-        };
-        let (to, from) = (&mut to[to_start..to_end], &from[start..end]);
-        dmd_models::ops::simd::dispatch(|| to.iter_mut().zip(from).for_each(|(t, s)| *t = (self.f)(*t, *s)));
-        Ok(())
-    }
 }
 
 /// Rate as a function of the step: linear warm-up from zero, then constant or down to zero along a half cosine.
@@ -315,7 +228,7 @@ mod tests {
         let grads = (var.sqr().unwrap() * 0.5).unwrap().sum_all().unwrap().backward().unwrap();
         let grads = optimizer.gradients(&grads);
         assert!((optimizer.update(&grads, 0.0).unwrap() - 5.0).abs() < 1e-6);
-        let mean: Vec<f32> = optimizer.state().get("mean.p").unwrap().to_vec1().unwrap();
+        let mean: Vec<f32> = optimizer.state().unwrap().get("mean.p").unwrap().to_vec1().unwrap();
         assert!((mean[0] - 0.06).abs() < 1e-6 && (mean[1] - 0.08).abs() < 1e-6);
     }
 

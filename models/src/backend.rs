@@ -62,6 +62,11 @@ pub trait Backend {
     /// x `(B, C, H, W)` plus v `(B or 1, C)` at every pixel.
     fn add_per_channel(&self, x: &Self::Value, v: &Self::Value) -> Result<Self::Value>;
 
+    /// [`Backend::conv2d`], then [`Backend::add_per_channel`]: how the time embedding enters a resnet.
+    fn conv2d_add_per_channel(&self, x: &Self::Value, layer: &Conv2d, v: &Self::Value) -> Result<Self::Value> {
+        self.add_per_channel(&self.conv2d(x, layer)?, v)
+    }
+
     /// x·(1 + scale) + shift, x `(B, C, H, W)`, scale and shift `(B or 1, C)`.
     fn modulate(&self, x: &Self::Value, scale: &Self::Value, shift: &Self::Value) -> Result<Self::Value>;
 
@@ -100,11 +105,16 @@ impl Backend for Eager {
     }
 
     fn conv2d(&self, x: &Tensor, layer: &Conv2d) -> Result<Tensor> {
-        let weight = match layer.weight.dims() {
-            [output, input] => layer.weight.reshape((*output, *input, 1, 1))?,
-            _ => layer.weight.clone(),
+        Ok(ops::conv2d(x, &kernel(layer)?, layer.bias.as_ref(), layer.stride, layer.padding)?)
+    }
+
+    fn conv2d_add_per_channel(&self, x: &Tensor, layer: &Conv2d, v: &Tensor) -> Result<Tensor> {
+        // A bias per sample, which costs nothing.
+        let bias = match &layer.bias {
+            Some(bias) => v.broadcast_add(bias)?,
+            None => v.clone(),
         };
-        Ok(ops::conv2d(x, &weight, layer.bias.as_ref(), layer.stride, layer.padding)?)
+        Ok(ops::conv2d(x, &kernel(layer)?, Some(&bias), layer.stride, layer.padding)?)
     }
 
     fn linear(&self, x: &Tensor, layer: &Linear) -> Result<Tensor> {
@@ -153,7 +163,7 @@ impl Backend for Eager {
     }
 
     fn add_per_channel(&self, x: &Tensor, v: &Tensor) -> Result<Tensor> {
-        Ok(ops::add_per_channel(x, v)?)
+        Ok(x.broadcast_add(&v.unsqueeze(2)?.unsqueeze(3)?)?)
     }
 
     fn modulate(&self, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
@@ -177,7 +187,7 @@ impl Backend for Eager {
     }
 
     fn concat(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok(Tensor::cat(&[x, y], 1)?)
+        Ok(ops::concat(x, y)?)
     }
 
     fn upsample_2x(&self, x: &Tensor) -> Result<Tensor> {
@@ -191,6 +201,14 @@ impl Backend for Eager {
     fn pad_right_bottom(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?)
     }
+}
+
+/// The weight with four axes; a linear map over channels is a 1×1 convolution.
+fn kernel(layer: &Conv2d) -> Result<Tensor> {
+    Ok(match layer.weight.dims() {
+        [output, input] => layer.weight.reshape((*output, *input, 1, 1))?,
+        _ => layer.weight.clone(),
+    })
 }
 
 /// log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|): no overflow at either end.

@@ -359,15 +359,14 @@ impl ResnetBlock {
             Some(Resample::Down) => (x, h) = (b.avg_pool_2x(&x)?, b.avg_pool_2x(&h)?),
             None => {}
         }
-        h = b.conv2d(&h, &self.conv1)?;
         let emb = b.linear(&b.activation(emb, self.act)?, &self.time_emb_proj)?;
         h = if self.scale_shift {
             let width = b.dims(&emb)[1] / 2;
             let (scale, shift) = (b.columns(&emb, 0, width)?, b.columns(&emb, width, width)?);
-            let h = b.group_norm(&h, &self.norm2, None)?;
+            let h = b.group_norm(&b.conv2d(&h, &self.conv1)?, &self.norm2, None)?;
             b.activation(&b.modulate(&h, &scale, &shift)?, self.act)?
         } else {
-            b.group_norm(&b.add_per_channel(&h, &emb)?, &self.norm2, Some(self.act))?
+            b.group_norm(&b.conv2d_add_per_channel(&h, &self.conv1, &emb)?, &self.norm2, Some(self.act))?
         };
         h = b.conv2d(&h, &self.conv2)?;
         if let Some(conv) = &self.conv_shortcut {

@@ -67,6 +67,17 @@ fn conv2d_equals_its_composite() {
 }
 
 #[test]
+fn conv2d_takes_a_bias_per_sample() {
+    let inputs = [values(&[3, 4, 5, 6], 0.1), values(&[7, 4, 3, 3], 0.2), values(&[3, 7], 0.3)];
+    check(
+        "bias per sample",
+        &inputs,
+        |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, 1),
+        |t| ops::conv2d_composite(&t[0], &t[1], Some(&t[2]), 1, 1),
+    );
+}
+
+#[test]
 fn conv2d_takes_views_that_are_not_contiguous() {
     let inputs = [values(&[4, 6, 8, 2], 0.1), values(&[3, 2, 5, 3, 3], 0.2)];
     let run = |f: fn(&Tensor, &Tensor) -> Result<Tensor>| {
@@ -113,16 +124,9 @@ fn attention_equals_its_composite() {
 
 #[test]
 fn small_operations_equal_their_composites() {
-    for rows in [3, 1] {
-        let inputs = [values(&[3, 4, 5, 2], 0.1), values(&[rows, 4], 0.2)];
-        check(
-            "add_per_channel",
-            &inputs,
-            |t| ops::add_per_channel(&t[0], &t[1]),
-            |t| ops::add_per_channel_composite(&t[0], &t[1]),
-        );
-    }
     let x = [values(&[2, 3, 4, 6], 0.3)];
+    let two = [values(&[2, 3, 4, 5], 0.1), values(&[2, 2, 4, 5], 0.2)];
+    check("concat", &two, |t| ops::concat(&t[0], &t[1]), |t| Tensor::cat(&[&t[0], &t[1]], 1));
     check("upsample", &x, |t| ops::upsample_2x(&t[0]), |t| t[0].upsample_nearest2d(8, 12));
     check("avg_pool", &x, |t| ops::avg_pool_2x(&t[0]), |t| t[0].avg_pool2d(2));
 }

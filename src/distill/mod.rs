@@ -190,8 +190,8 @@ impl<'a> Distillation<'a> {
         let mut parts = vec![
             ("generator".to_string(), run::vars_as_weights(&n.generator_vars)),
             ("fake_score".to_string(), run::vars_as_weights(&n.fake_vars)),
-            ("optimizer_generator".to_string(), n.generator_optimizer.state()),
-            ("optimizer_fake_score".to_string(), n.fake_optimizer.state()),
+            ("optimizer_generator".to_string(), n.generator_optimizer.state()?),
+            ("optimizer_fake_score".to_string(), n.fake_optimizer.state()?),
         ];
         let mut state = json!({
             "n_updates_generator": n.generator_optimizer.n_updates(),
@@ -204,7 +204,7 @@ impl<'a> Distillation<'a> {
         parts.extend((0..n.averages.len()).map(|i| (average_part(i), run::vars_as_weights(&n.averages[i].vars))));
         if let Some(d) = &n.discriminator {
             parts.push(("discriminator".into(), run::vars_as_weights(&d.vars)));
-            parts.push(("optimizer_discriminator".into(), d.optimizer.state()));
+            parts.push(("optimizer_discriminator".into(), d.optimizer.state()?));
             state["n_updates_discriminator"] = json!(d.optimizer.n_updates());
             state["ratio_means"] = json!(n.ratio_bins.means);
         }

@@ -253,7 +253,7 @@ impl<'a> Trainer<'a> {
         let parts = [
             ("weights", run::vars_as_weights(&self.vars)),
             ("average", run::vars_as_weights(&self.average)),
-            ("optimizer", self.optimizer.state()),
+            ("optimizer", self.optimizer.state()?),
         ];
         let state = json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.data_sha256 });
         run.checkpoint(step, &parts, &state)?;

@@ -1,7 +1,7 @@
 //! Multi-head attention over pixels, one head of one sample at a time: its score matrix lives in a thread's scratch
 //! memory and is never stored. Backward computes it again.
 
-use super::simd::{dispatch, dot, exp, sum_by};
+use super::simd::{dot, exp, max_of, sum_by, vectorised};
 use super::{Gemm, Values, on_cpu_f32, values};
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -115,14 +115,29 @@ fn weights(q: &[f32], k: &[f32], width: usize, pixels: usize, scores: &mut Vec<f
     let alpha = 1.0 / (width as f32).sqrt();
     Gemm { m: pixels, n: pixels, k: width, lhs: (q, 1, pixels), rhs: (k, pixels, 1), alpha, accumulate: false }
         .run(scores);
-    dispatch(|| {
-        for row in scores.chunks_exact_mut(pixels) {
-            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    softmax(scores, pixels);
+}
+
+vectorised! {
+    /// Softmax of every row.
+    fn softmax(scores: &mut [f32], width: usize) {
+        for row in scores.chunks_exact_mut(width) {
+            let max = max_of(row);
             row.iter_mut().for_each(|s| *s = exp(*s - max));
             let scale = 1.0 / sum_by(row, |s| s);
             row.iter_mut().for_each(|s| *s *= scale);
         }
-    });
+    }
+}
+
+vectorised! {
+    /// dS = P∘(dP − Σ dP∘P) row by row, in the memory of dP.
+    fn through_softmax(ds: &mut [f32], p: &[f32], width: usize) {
+        for (ds, p) in ds.chunks_exact_mut(width).zip(p.chunks_exact(width)) {
+            let sum = dot(ds, p);
+            ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - sum));
+        }
+    }
 }
 
 fn backward_head(
@@ -135,15 +150,10 @@ fn backward_head(
 ) {
     weights(q, k, width, pixels, p);
     ds.resize(pixels * pixels, 0.0);
-    // dP = gradᵀ·v, then dS = P∘(dP − Σ dP∘P) row by row.
+    // dP = gradᵀ·v.
     Gemm { m: pixels, n: pixels, k: width, lhs: (grad, 1, pixels), rhs: (v, pixels, 1), alpha: 1.0, accumulate: false }
         .run(ds);
-    dispatch(|| {
-        for (ds, p) in ds.chunks_exact_mut(pixels).zip(p.chunks_exact(pixels)) {
-            let sum = dot(ds, p);
-            ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - sum));
-        }
-    });
+    through_softmax(ds, p, pixels);
     let alpha = 1.0 / (width as f32).sqrt();
     let product = |lhs, rhs, alpha| Gemm { m: width, n: pixels, k: pixels, lhs, rhs, alpha, accumulate: false };
     product((grad, pixels, 1), (p, pixels, 1), 1.0).run(dv);

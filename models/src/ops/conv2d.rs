@@ -3,14 +3,16 @@
 //! of the picture is a convolution with the kernel turned round, except where a stride skips pixels: there a matrix
 //! product's columns are scattered back.
 
-use super::tile::{Forward, Packed, Planes, SLACK, WeightGradient};
-use super::{Gemm, Values, on_cpu_f32, values};
+use super::simd::sum;
+use super::tile::{Forward, Packed, PackedGradient, Planes, SLACK, WeightGradient};
+use super::{Gemm, Values, on_cpu_f32, values, written};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 
-/// x `(B, C, H, W)`, weight `(O, C, kh, kw)`, bias `(O,)`, zero padding on all sides; returns `(B, O, H', W')`.
-/// f32 on the CPU runs fused, anything else through [`conv2d_composite`].
+/// x `(B, C, H, W)`, weight `(O, C, kh, kw)`, zero padding on all sides; bias `(O,)`, or `(B, O)` for one per sample.
+/// Returns `(B, O, H', W')`. f32 on the CPU runs fused, anything else through [`conv2d_composite`].
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
     if !on_cpu_f32(&[x, weight]) {
         return conv2d_composite(x, weight, bias, stride, padding);
@@ -32,7 +34,7 @@ pub fn conv2d_composite(
 ) -> Result<Tensor> {
     let y = x.conv2d(weight, padding, stride, 1, 1)?;
     match bias {
-        Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
+        Some(bias) => y.broadcast_add(&bias.reshape(((), weight.dim(0)?, 1, 1))?),
         None => Ok(y),
     }
 }
@@ -59,8 +61,8 @@ impl CustomOp3 for Conv2d {
         let g = Geometry::new(x_layout.dims(), w_layout.dims(), self)?;
         let (x, w) = (values(x, x_layout, self.name())?, values(w, w_layout, self.name())?);
         let b = values(b, b_layout, self.name())?;
-        if b.len() != g.out_channels {
-            bail!("conv2d: bias has {} values, expected {}", b.len(), g.out_channels);
+        if b.len() != g.out_channels && b_layout.dims() != [g.batch, g.out_channels] {
+            bail!("conv2d: bias {:?}, expected ({},) or a row of it per sample", b_layout.dims(), g.out_channels);
         }
         let y = g.forward(x, &g.pack(w), b);
         Ok((CpuStorage::F32(y), Shape::from((g.batch, g.out_channels, g.out_height, g.out_width))))
@@ -76,29 +78,14 @@ impl CustomOp3 for Conv2d {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let g = Geometry::new(x.dims(), w.dims(), self)?;
         let grad = grad.contiguous()?;
-        let wanted = Wanted { x: x.track_op(), weight: w.track_op() || b.track_op() };
-        let values = |t| Values::of(t, self.name());
-        let gradients = g.backward(&values(x)?, &values(w)?, &values(&grad)?, wanted);
-        let device = x.device();
-        let tensor = |v: Vec<f32>, like: &Tensor| Tensor::from_vec(v, like.dims(), device);
-        let dx = if wanted.x { Some(tensor(gradients.x, x)?) } else { None };
-        if !wanted.weight {
-            return Ok((dx, None, None));
-        }
-        Ok((dx, Some(tensor(gradients.weight, w)?), Some(tensor(gradients.bias, b)?)))
+        let of = |t| Values::of(t, self.name());
+        let (x_values, grad_values) = (of(x)?, of(&grad)?);
+        let tensor = |v: Vec<f32>, like: &Tensor| Tensor::from_vec(v, like.dims(), x.device()).map(Some);
+        let dx = if x.track_op() { tensor(g.picture_gradient(&of(w)?, &grad_values), x)? } else { None };
+        let dw = if w.track_op() { tensor(g.weight_gradient(&x_values, &grad_values), w)? } else { None };
+        let db = if b.track_op() { tensor(g.bias_gradient(&grad_values, b.elem_count()), b)? } else { None };
+        Ok((dx, dw, db))
     }
-}
-
-#[derive(Clone, Copy)]
-struct Wanted {
-    x: bool,
-    weight: bool,
-}
-
-struct Gradients {
-    x: Vec<f32>,
-    weight: Vec<f32>,
-    bias: Vec<f32>,
 }
 
 /// All the sizes of one convolution.
@@ -118,9 +105,13 @@ struct Geometry {
 /// Floats of planes that a thread works on at a time; half a megabyte, half of a usual second-level cache.
 const GROUP: usize = 1 << 17;
 
+type Scratch = std::thread::LocalKey<RefCell<Vec<f32>>>;
+
 thread_local! {
     /// Memory that lives as long as its thread: planes, and the columns of a strided gradient.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// The same for packed gradients.
+    static GRADIENT: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Geometry {
@@ -191,7 +182,8 @@ impl Geometry {
         if self.in_place() {
             return work(Planes { values: pictures, plane, rows, row });
         }
-        with_scratch(pictures.len() / self.pixels_in() * self.planes_per_channel() * plane + SLACK, |buffer| {
+        let size = pictures.len() / self.pixels_in() * self.planes_per_channel() * plane;
+        with_scratch(&SCRATCH, size + SLACK, |buffer| {
             let channels = buffer.chunks_exact_mut(self.planes_per_channel() * plane);
             for (channel, planes) in pictures.chunks_exact(self.pixels_in()).zip(channels) {
                 for (i, plane) in planes.chunks_exact_mut(plane).enumerate() {
@@ -261,11 +253,17 @@ impl Geometry {
 
     fn forward(&self, x: &[f32], weights: &Packed, bias: &[f32]) -> Vec<f32> {
         let (picture, pixels) = (self.channels * self.pixels_in(), self.pixels_out());
-        let mut y = vec![0f32; self.batch * self.out_channels * pixels];
-        y.par_chunks_mut((self.out_channels * pixels).max(1)).zip(x.par_chunks(picture.max(1))).for_each(|(y, x)| {
-            self.with_planes(x, |planes| pulp::Arch::new().dispatch(Forward { weights, bias, planes, y }));
-        });
-        y
+        let fill = |y: &mut [MaybeUninit<f32>]| {
+            y.par_chunks_exact_mut(self.out_channels * pixels).zip(x.par_chunks_exact(picture)).enumerate().for_each(
+                |(i, (y, x))| {
+                    // One row of biases for all, or one per picture.
+                    let bias = &bias[i * self.out_channels % bias.len()..][..self.out_channels];
+                    self.with_planes(x, |planes| pulp::Arch::new().dispatch(Forward { weights, bias, planes, y }));
+                },
+            );
+        };
+        // SAFETY: the chunks are whole pictures, and the kernel writes all of its picture.
+        unsafe { written(self.batch * self.out_channels * pixels, fill) }
     }
 
     /// Weights `(O, C, kh, kw)` for [`Self::forward`].
@@ -304,59 +302,62 @@ impl Geometry {
         })
     }
 
-    fn backward(&self, x: &[f32], w: &[f32], grad: &[f32], wanted: Wanted) -> Gradients {
-        let dx = match self.turned() {
-            _ if !wanted.x => Vec::new(),
+    fn picture_gradient(&self, w: &[f32], grad: &[f32]) -> Vec<f32> {
+        match self.turned() {
             Some(turned) => turned.forward(grad, &self.pack_turned(w), &vec![0f32; self.channels]),
             None => self.scattered(w, grad),
-        };
-        let (weight, bias) = if wanted.weight { self.weight_gradient(x, grad) } else { Default::default() };
-        Gradients { x: dx, weight, bias }
+        }
     }
 
-    fn weight_gradient(&self, x: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    fn weight_gradient(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
         let (picture, gradient) = (self.channels * self.pixels_in(), self.out_channels * self.pixels_out());
         // One share of the batch per thread, fixed by the shape and the number of threads: the sums over the batch come
         // out the same every time.
         let share = self.batch.div_ceil(rayon::current_num_threads()).max(1);
-        let partial: Vec<(Vec<f32>, Vec<f32>)> = x
-            .par_chunks((share * picture).max(1))
-            .zip(grad.par_chunks((share * gradient).max(1)))
+        let partial: Vec<Vec<f32>> = x
+            .par_chunks(share * picture)
+            .zip(grad.par_chunks(share * gradient))
             .map(|(x, grad)| self.weight_gradient_of_share(x, grad))
             .collect();
-        let sum = |mut a: Vec<f32>, b: &[f32]| {
-            a.iter_mut().zip(b).for_each(|(sum, v)| *sum += v);
-            a
-        };
-        let zero = (vec![0f32; self.out_channels * self.taps()], vec![0f32; self.out_channels]);
-        let (by_plane, bias) = partial.iter().fold(zero, |(a, b), (dw, db)| (sum(a, dw), sum(b, db)));
+        let mut by_plane = partial.into_iter();
+        let mut sum = by_plane.next().unwrap_or_else(|| vec![0f32; self.out_channels * self.taps()]);
+        by_plane.for_each(|dw| sum.iter_mut().zip(dw).for_each(|(sum, v)| *sum += v));
         let per_channel = self.kernel[0] * self.kernel[1];
-        let mut weight = vec![0f32; by_plane.len()];
-        for (to, from) in weight.chunks_exact_mut(per_channel).zip(by_plane.chunks_exact(per_channel)) {
+        let mut weight = vec![0f32; sum.len()];
+        for (to, from) in weight.chunks_exact_mut(per_channel).zip(sum.chunks_exact(per_channel)) {
             self.each_tap(|k, natural| to[natural] = from[k]);
         }
-        (weight, bias)
+        weight
     }
 
-    /// The gradients of weights, in the order of the planes, and of biases over some of the pictures.
-    fn weight_gradient_of_share(&self, x: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let (picture, pixels) = (self.channels * self.pixels_in(), self.pixels_out());
+    /// The gradient of the weights, in the order of the planes, over some of the pictures.
+    fn weight_gradient_of_share(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
+        let (picture, pixels, channels) = (self.channels * self.pixels_in(), self.pixels_out(), self.out_channels);
         let size = if self.in_place() { picture } else { self.planes_size() };
-        let group = (GROUP / size.max(1)).max(1);
-        let (mut dw, mut db) = (vec![0f32; self.out_channels * self.taps()], vec![0f32; self.out_channels]);
-        let groups = x.chunks(group * picture).zip(grad.chunks(group * self.out_channels * pixels));
-        for (x, grad) in groups {
-            self.with_planes(x, |planes| {
-                let (channels, dw) = (self.out_channels, &mut dw[..]);
-                pulp::Arch::new().dispatch(WeightGradient { planes, picture: size, grad, pixels, channels, dw });
-            });
-            super::simd::dispatch(|| {
-                for (i, row) in grad.chunks_exact(pixels).enumerate() {
-                    db[i % self.out_channels] += super::simd::sum_by(row, |v| v);
-                }
+        let group = (GROUP / size).max(1);
+        let starts: Vec<usize> =
+            (0..group).flat_map(|i| (0..pixels).step_by(SLACK).map(move |at| i * size + at)).collect();
+        let mut dw = vec![0f32; channels * self.taps()];
+        for (x, grad) in x.chunks(group * picture).zip(grad.chunks(group * channels * pixels)) {
+            let pictures = x.len() / picture;
+            with_scratch(&GRADIENT, PackedGradient::size(pictures, channels, pixels), |buffer| {
+                let grad = PackedGradient::new(grad, channels, pixels, buffer);
+                let starts = &starts[..pictures * pixels.div_ceil(SLACK)];
+                self.with_planes(x, |planes| {
+                    pulp::Arch::new().dispatch(WeightGradient { planes, starts, grad, dw: &mut dw });
+                });
             });
         }
-        (dw, db)
+        dw
+    }
+
+    /// The gradient of the biases, one row for all or one per picture.
+    fn bias_gradient(&self, grad: &[f32], n: usize) -> Vec<f32> {
+        let sums: Vec<f32> =
+            grad.par_chunks_exact(self.pixels_out()).with_min_len(self.out_channels).map(sum).collect();
+        let mut db = vec![0f32; n];
+        sums.iter().enumerate().for_each(|(i, sum)| db[i % n] += sum);
+        db
     }
 
     /// The picture's gradient as a matrix product whose columns are added back to the pixels that they came from.
@@ -365,7 +366,7 @@ impl Geometry {
         let mut dx = vec![0f32; self.batch * picture];
         let gradients = grad.par_chunks((self.out_channels * pixels).max(1));
         dx.par_chunks_mut(picture.max(1)).zip(gradients).for_each(|(dx, grad)| {
-            with_scratch(k * pixels, |columns| {
+            with_scratch(&SCRATCH, k * pixels, |columns| {
                 let (lhs, rhs) = ((w, 1, k), (grad, pixels, 1));
                 Gemm { m: k, n: pixels, k: self.out_channels, lhs, rhs, alpha: 1.0, accumulate: false }.run(columns);
                 self.scatter(columns, dx);
@@ -394,9 +395,9 @@ impl Geometry {
 }
 
 /// `len` floats of this thread's scratch memory, from the start of a cache line on; they hold what was left in them.
-fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+fn with_scratch<R>(scratch: &'static Scratch, len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     const LINE: usize = 64;
-    SCRATCH.with_borrow_mut(|scratch| {
+    scratch.with_borrow_mut(|scratch| {
         let enough = len + LINE / size_of::<f32>();
         if scratch.len() < enough {
             scratch.resize(enough, 0.0);

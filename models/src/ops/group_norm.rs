@@ -1,10 +1,11 @@
 //! Group normalisation with SiLU in one operation: two passes over the data forward, two backward, where the composite
 //! takes a dozen each.
 
-use super::simd::{dispatch, dot, sigmoid, sum_by};
-use super::{Values, on_cpu_f32, values};
+use super::simd::{dot, sigmoid, sum_by, vectorised};
+use super::{Values, on_cpu_f32, values, written};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 /// x `(B, C, H, W)`, weight and bias `(C,)`: (x − mean)/√(var + eps) per sample and group (biased variance), times
@@ -69,16 +70,19 @@ impl CustomOp3 for GroupNorm {
             bail!("group_norm: {} weights and {} biases for {channels} channels", w.len(), b.len());
         }
         let (per_group, pixels) = self.sizes(x_layout.dims());
-        let mut y = vec![0f32; x.len()];
-        let statistics: Vec<[f32; 2]> = y
-            .par_chunks_mut((per_group * pixels).max(1))
-            .zip(x.par_chunks((per_group * pixels).max(1)))
-            .enumerate()
-            .map(|(i, (y, x))| {
-                let first = i % self.groups * per_group;
-                dispatch(|| self.forward_group(x, &w[first..first + per_group], &b[first..first + per_group], y))
-            })
-            .collect();
+        let mut statistics = Vec::new();
+        let fill = |y: &mut [MaybeUninit<f32>]| {
+            y.par_chunks_mut((per_group * pixels).max(1))
+                .zip(x.par_chunks((per_group * pixels).max(1)))
+                .enumerate()
+                .map(|(i, (y, x))| {
+                    let first = i % self.groups * per_group;
+                    forward_group(x, &w[first..first + per_group], &b[first..first + per_group], self, y)
+                })
+                .collect_into_vec(&mut statistics);
+        };
+        // SAFETY: the groups are all of y, and each is written whole.
+        let y = unsafe { written(x.len(), fill) };
         _ = self.statistics.set(statistics);
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
@@ -99,19 +103,23 @@ impl CustomOp3 for GroupNorm {
         let (x_values, w_values, b_values) = (Values::of(x, name)?, Values::of(w, name)?, Values::of(b, name)?);
         let (x_all, w_all, b_all) = (&*x_values, &*w_values, &*b_values);
         let grad_values = Values::of(&grad, name)?;
-        let mut dx = vec![0f32; x_all.len()];
         // Per sample and channel: Σ dz and Σ dz·x̂, whose sums over the batch are the parameters' gradients.
         let mut sums = vec![[0f32; 2]; x_all.len() / pixels.max(1)];
-        dx.par_chunks_mut((per_group * pixels).max(1))
-            .zip(sums.par_chunks_mut(per_group))
-            .zip(x_all.par_chunks((per_group * pixels).max(1)))
-            .zip(grad_values.par_chunks((per_group * pixels).max(1)))
-            .enumerate()
-            .for_each(|(i, (((dx, sums), x), grad))| {
-                let first = i % self.groups * per_group;
-                let (w, b) = (&w_all[first..first + per_group], &b_all[first..first + per_group]);
-                dispatch(|| self.backward_group([x, grad, w, b], statistics[i], dx, sums));
-            });
+        let fill = |dx: &mut [MaybeUninit<f32>]| {
+            dx.par_chunks_mut((per_group * pixels).max(1))
+                .zip(sums.par_chunks_mut(per_group))
+                .zip(x_all.par_chunks((per_group * pixels).max(1)))
+                .zip(grad_values.par_chunks((per_group * pixels).max(1)))
+                .enumerate()
+                .for_each_init(Vec::new, |dz, (i, (((dx, sums), x), grad))| {
+                    let first = i % self.groups * per_group;
+                    let (w, b) = (&w_all[first..first + per_group], &b_all[first..first + per_group]);
+                    dz.resize(x.len(), 0.0);
+                    backward_group(Group { x, grad, w, b, statistics: statistics[i] }, self.silu, dz, dx, sums);
+                });
+        };
+        // SAFETY: the groups are all of dx, and each is written whole.
+        let dx = unsafe { written(x_all.len(), fill) };
         let (mut dw, mut db) = (vec![0f32; channels], vec![0f32; channels]);
         for sample in sums.chunks_exact(channels.max(1)) {
             for (c, [dz, dz_normal]) in sample.iter().enumerate() {
@@ -130,47 +138,55 @@ impl GroupNorm {
     fn sizes(&self, dims: &[usize]) -> (usize, usize) {
         (dims[1] / self.groups, dims[2] * dims[3])
     }
+}
 
-    #[inline(always)]
-    fn forward_group(&self, x: &[f32], w: &[f32], b: &[f32], y: &mut [f32]) -> [f32; 2] {
+vectorised! {
+    /// One group of one sample: y = SiLU?(x̂·w + b). Returns its mean and 1/√(var + eps).
+    fn forward_group(x: &[f32], w: &[f32], b: &[f32], op: &GroupNorm, y: &mut [MaybeUninit<f32>]) -> [f32; 2] {
         let n = x.len() as f32;
         let mean = sum_by(x, |v| v) / n;
         let variance = sum_by(x, |v| (v - mean) * (v - mean)) / n;
-        let rstd = 1.0 / (variance + self.eps).sqrt();
+        let rstd = 1.0 / (variance + op.eps).sqrt();
         let pixels = x.len() / w.len();
         for (c, (x, y)) in x.chunks_exact(pixels).zip(y.chunks_exact_mut(pixels)).enumerate() {
             let scale = rstd * w[c];
             let shift = b[c] - mean * scale;
-            if self.silu {
+            if op.silu {
                 for (y, x) in y.iter_mut().zip(x) {
                     let z = x * scale + shift;
-                    *y = z * sigmoid(z);
+                    y.write(z * sigmoid(z));
                 }
             } else {
                 for (y, x) in y.iter_mut().zip(x) {
-                    *y = x * scale + shift;
+                    y.write(x * scale + shift);
                 }
             }
         }
         [mean, rstd]
     }
+}
 
+/// What the backward pass of one group reads.
+struct Group<'a> {
+    x: &'a [f32],
+    grad: &'a [f32],
+    w: &'a [f32],
+    b: &'a [f32],
+    /// Mean and 1/√(var + eps).
+    statistics: [f32; 2],
+}
+
+vectorised! {
     /// With z = x̂·w + b and dz its gradient: dx = rstd·(w·dz − mean(w·dz) − x̂·mean(w·dz·x̂)).
-    #[inline(always)]
-    fn backward_group(
-        &self,
-        [x, grad, w, b]: [&[f32]; 4],
-        [mean, rstd]: [f32; 2],
-        dx: &mut [f32],
-        sums: &mut [[f32; 2]],
-    ) {
+    fn backward_group(group: Group<'_>, silu: bool, dz: &mut [f32], dx: &mut [MaybeUninit<f32>], sums: &mut [[f32; 2]]) {
+        let Group { x, grad, w, b, statistics: [mean, rstd] } = group;
         let n = x.len() as f32;
         let pixels = x.len() / w.len();
         let (mut mean_dz, mut mean_dz_normal) = (0f32, 0f32);
         for c in 0..w.len() {
             let range = c * pixels..(c + 1) * pixels;
-            let (x, grad, dz) = (&x[range.clone()], &grad[range.clone()], &mut dx[range]);
-            if self.silu {
+            let (x, grad, dz) = (&x[range.clone()], &grad[range.clone()], &mut dz[range]);
+            if silu {
                 let scale = rstd * w[c];
                 let shift = b[c] - mean * scale;
                 for ((dz, x), grad) in dz.iter_mut().zip(x).zip(grad) {
@@ -187,12 +203,12 @@ impl GroupNorm {
             mean_dz += w[c] * sum / n;
             mean_dz_normal += w[c] * sum_normal / n;
         }
-        for (c, (x, dx)) in x.chunks_exact(pixels).zip(dx.chunks_exact_mut(pixels)).enumerate() {
+        for (c, ((x, dz), dx)) in x.chunks_exact(pixels).zip(dz.chunks(pixels)).zip(dx.chunks_mut(pixels)).enumerate() {
             // rstd·(w·dz − m₁ − (x − mean)·rstd·m₂), gathered into one multiply-add chain.
             let (a, slope) = (rstd * w[c], rstd * rstd * mean_dz_normal);
             let offset = mean * slope - rstd * mean_dz;
-            for (dx, x) in dx.iter_mut().zip(x) {
-                *dx = a * *dx - slope * x + offset;
+            for ((dx, dz), x) in dx.iter_mut().zip(dz).zip(x) {
+                dx.write(a * dz - slope * x + offset);
             }
         }
     }

@@ -3,22 +3,25 @@
 //! dtype and which the tests compare it with. Results are the same bits run to run for a given number of threads:
 //! work is split by shape and thread count alone, and partial sums are added in a fixed order.
 
-mod add_per_channel;
+mod adamw;
 mod attention;
+mod concat;
 mod conv2d;
 mod group_norm;
 mod resample;
-pub mod simd;
+mod simd;
 mod tile;
 
-pub use add_per_channel::{add_per_channel, add_per_channel_composite};
+pub use adamw::{AdamwStep, adamw, average_into, sum_of_squares};
 pub use attention::{attention, attention_composite};
+pub use concat::concat;
 pub use conv2d::{conv2d, conv2d_composite};
 pub use group_norm::{group_norm, group_norm_composite};
 pub use resample::{avg_pool_2x, upsample_2x};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use parking_lot::RwLockReadGuard;
+use std::mem::MaybeUninit;
 use std::ops::Deref;
 
 /// Whether the fused paths take these tensors: f32 on the CPU.
@@ -62,6 +65,18 @@ impl Deref for Values<'_> {
             _ => &[],
         }
     }
+}
+
+/// A vector of `len` values that `fill` writes. Zeros first would cost another pass over memory, on one thread.
+///
+/// # Safety
+/// `fill` must write every value.
+unsafe fn written(len: usize, fill: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    fill(&mut values.spare_capacity_mut()[..len]);
+    // SAFETY: `len` values fit, and the caller promises that each was written.
+    unsafe { values.set_len(len) };
+    values
 }
 
 /// Row-major or strided matrix product on one thread: dst = beta_dst·dst + alpha·lhs·rhs, shapes (m, k)·(k, n).

@@ -1,19 +1,30 @@
 //! Loops over slices that the compiler vectorises, compiled for each instruction set and chosen at run time by `pulp`
 //! (AVX-512, AVX2 or NEON, else whatever the target has).
 
-/// Runs `work` compiled for the best instruction set of this machine. `work` must be `#[inline(always)]` all the way.
-#[inline(always)]
-pub fn dispatch<R>(work: impl FnOnce() -> R) -> R {
-    struct Run<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Run<F> {
-        type Output = R;
-        #[inline(always)]
-        fn call(self) -> R {
-            (self.0)()
+/// A function whose body is compiled for each instruction set, and which runs the best that this machine has. What it
+/// calls must be `#[inline(always)]` all the way, or is compiled for the plainest. (A closure would not do: nothing makes
+/// it part of the function that has the instructions.)
+macro_rules! vectorised {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block) => {
+        vectorised! { $(#[$meta])* $vis fn $name($($arg: $type),*) -> () $body }
+    };
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $output:ty $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $type),*) -> $output {
+            struct Arguments<T>(T);
+            impl pulp::NullaryFnOnce for Arguments<($($type,)*)> {
+                type Output = $output;
+                #[inline(always)]
+                fn call(self) -> $output {
+                    let Arguments(($($arg,)*)) = self;
+                    $body
+                }
+            }
+            pulp::Arch::new().dispatch(Arguments(($($arg,)*)))
         }
-    }
-    pulp::Arch::new().dispatch(Run(work))
+    };
 }
+pub(crate) use vectorised;
 
 const LANES: usize = 16;
 
@@ -34,6 +45,13 @@ pub fn sum_by(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum()
 }
 
+vectorised! {
+    /// Σ x_i in that order.
+    pub fn sum(x: &[f32]) -> f32 {
+        sum_by(x, |v| v)
+    }
+}
+
 /// Σ x_i·y_i in the same order.
 #[inline(always)]
 pub fn dot(x: &[f32], y: &[f32]) -> f32 {
@@ -49,6 +67,22 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
         *lane += a * b;
     }
     lanes.iter().sum()
+}
+
+/// The largest value; −∞ of none. NaN is passed over.
+#[inline(always)]
+pub fn max_of(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    for (lane, &v) in lanes.iter_mut().zip(chunks.remainder()) {
+        *lane = lane.max(v);
+    }
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.max(v);
+        }
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// eˣ to 2 units in the last place, without branches: range reduction by powers of two, then a polynomial of degree 6.

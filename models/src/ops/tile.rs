@@ -7,6 +7,8 @@
 //! all pixels at once, and no matrix of columns is ever written.
 
 use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Most output channels of a block, and most vectors beside it: 24 sums in 32 registers, 12 in 16.
 const BLOCK: usize = 6;
@@ -76,19 +78,25 @@ pub struct Packed {
 
 impl Packed {
     /// `fill(o, row)` writes the taps of channel `o`, in the order of the planes.
-    pub fn new(channels: usize, taps: usize, fill: impl Fn(usize, &mut [f32])) -> Self {
+    pub fn new(channels: usize, taps: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
         let blocks = blocks(channels);
         let mut values = vec![0f32; channels * taps];
-        let mut line = vec![0f32; taps];
-        let mut first = 0;
+        let (mut rest, mut first) = (&mut values[..], 0);
+        let mut parts = Vec::with_capacity(blocks.len());
         for &width in &blocks {
-            let block = &mut values[first * taps..(first + width) * taps];
-            for lane in 0..width {
-                fill(first + lane, &mut line);
-                block.iter_mut().skip(lane).step_by(width).zip(&line).for_each(|(to, v)| *to = *v);
-            }
-            first += width;
+            let (block, others) = rest.split_at_mut(width * taps);
+            parts.push((first, width, block));
+            (rest, first) = (others, first + width);
         }
+        parts.into_par_iter().for_each_init(
+            || vec![0f32; taps],
+            |row, (first, width, block)| {
+                for lane in 0..width {
+                    fill(first + lane, row);
+                    block.iter_mut().skip(lane).step_by(width).zip(&*row).for_each(|(to, v)| *to = *v);
+                }
+            },
+        );
         Packed { values, blocks, taps }
     }
 }
@@ -107,8 +115,8 @@ pub struct Forward<'a> {
     pub bias: &'a [f32],
     /// The picture.
     pub planes: Planes<'a>,
-    /// Output, whole rows of pixels per channel.
-    pub y: &'a mut [f32],
+    /// Output, whole rows of pixels per channel, all of which is written.
+    pub y: &'a mut [MaybeUninit<f32>],
 }
 
 impl WithSimd for Forward<'_> {
@@ -153,7 +161,7 @@ struct Tile<'a> {
     /// The first pixel.
     at: usize,
     /// The block's rows of pixels.
-    y: &'a mut [f32],
+    y: &'a mut [MaybeUninit<f32>],
 }
 
 impl Tile<'_> {
@@ -190,7 +198,7 @@ impl Tile<'_> {
         for (row, finished) in y.chunks_exact_mut(pixels).zip(&finished) {
             let row = &mut row[at..];
             let n = row.len().min(N * S::F32_LANES);
-            row[..n].copy_from_slice(&bytemuck::cast_slice(finished)[..n]);
+            row[..n].write_copy_of_slice(&bytemuck::cast_slice(finished)[..n]);
         }
     }
 }
@@ -210,18 +218,54 @@ unsafe fn load<S: Simd, const N: usize>(simd: S, values: &[f32], at: usize) -> [
     vectors
 }
 
+/// The gradient of an output `(pictures, O, pixels)` as the kernel below reads it: blocks of channels, within each a
+/// vector of pixels at a time, with zeros after a picture's last pixel.
+pub struct PackedGradient<'a> {
+    values: &'a [f32],
+    blocks: Vec<usize>,
+    /// Vectors of all pictures.
+    vectors: usize,
+}
+
+/// Pixels that are packed together: a vector of the widest kind, several of others.
+const LANES: usize = SLACK;
+
+impl<'a> PackedGradient<'a> {
+    /// How many floats the packed form of `pictures` takes.
+    pub fn size(pictures: usize, channels: usize, pixels: usize) -> usize {
+        pictures * channels * pixels.next_multiple_of(LANES)
+    }
+
+    /// Packs into `buffer`, which has [`Self::size`] floats.
+    pub fn new(grad: &[f32], channels: usize, pixels: usize, buffer: &'a mut [f32]) -> Self {
+        let (blocks, per_picture) = (blocks(channels), pixels.div_ceil(LANES));
+        let vectors = grad.len() / (channels * pixels) * per_picture;
+        let (mut rest, mut first) = (&mut *buffer, 0);
+        for &width in &blocks {
+            let (block, others) = rest.split_at_mut(width * vectors * LANES);
+            for (picture, grad) in grad.chunks_exact(channels * pixels).enumerate() {
+                for (m, row) in grad[first * pixels..(first + width) * pixels].chunks_exact(pixels).enumerate() {
+                    for (i, from) in row.chunks(LANES).enumerate() {
+                        let to = &mut block[((picture * per_picture + i) * width + m) * LANES..][..LANES];
+                        to[..from.len()].copy_from_slice(from);
+                        to[from.len()..].fill(0.0);
+                    }
+                }
+            }
+            (rest, first) = (others, first + width);
+        }
+        PackedGradient { values: buffer, blocks, vectors }
+    }
+}
+
 /// dw `(O, K)` += grad · tapsᵀ, summed over the pixels of some pictures.
 pub struct WeightGradient<'a> {
     /// The first picture.
     pub planes: Planes<'a>,
-    /// From one picture's planes to the next one's.
-    pub picture: usize,
-    /// `(pictures, O, pixels)`.
-    pub grad: &'a [f32],
-    /// Pixels of an output plane.
-    pub pixels: usize,
-    /// Output channels.
-    pub channels: usize,
+    /// Where each vector of pixels is in `planes`, for the first tap.
+    pub starts: &'a [usize],
+    /// The gradient of the same pictures.
+    pub grad: PackedGradient<'a>,
     /// Taps in the order of the planes.
     pub dw: &'a mut [f32],
 }
@@ -230,10 +274,13 @@ impl WithSimd for WeightGradient<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let n_taps = self.dw.len() / self.channels;
-        let mut first = 0;
-        for m in blocks(self.channels) {
+    fn with_simd<S: Simd>(self, simd: S) {
+        let WeightGradient { planes, starts, grad, dw } = self;
+        let n_taps = dw.len() / grad.blocks.iter().sum::<usize>();
+        let (mut values, mut dw) = (grad.values, dw);
+        for m in grad.blocks {
+            let (block, others) = values.split_at(m * grad.vectors * LANES);
+            let (rows, other_rows) = dw.split_at_mut(m * n_taps);
             let mut k = 0;
             while k < n_taps {
                 let n = match n_taps - k {
@@ -241,60 +288,57 @@ impl WithSimd for WeightGradient<'_> {
                     2.. => 2,
                     _ => 1,
                 };
-                let gradient = &mut self;
-                by_block!(m, n, gradient.run(simd, first, k));
+                let taps = Taps { planes, starts, grad: block, k, dw: &mut *rows };
+                by_block!(m, n, taps.run(simd));
                 k += n;
             }
-            first += m;
+            (values, dw) = (others, other_rows);
         }
     }
 }
 
-impl WeightGradient<'_> {
-    /// The gradient of the weights of channels `first..first + M` at taps `k..k + N`.
+/// A block of channels times a few taps, all their sums in registers.
+struct Taps<'a> {
+    planes: Planes<'a>,
+    starts: &'a [usize],
+    /// The block's gradient.
+    grad: &'a [f32],
+    /// The first tap.
+    k: usize,
+    /// The block's rows of taps.
+    dw: &'a mut [f32],
+}
+
+impl Taps<'_> {
     #[inline(always)]
-    fn run<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, first: usize, k: usize) {
-        let (planes, pixels, lanes) = (self.planes, self.pixels, S::F32_LANES);
-        let n_taps = self.dw.len() / self.channels;
+    fn run<S: Simd, const M: usize, const N: usize>(self, simd: S) {
+        let Taps { planes, starts, grad, k, dw } = self;
         let mut taps = [0; N];
-        for (n, tap) in taps.iter_mut().enumerate() {
-            *tap = planes.tap(k + n);
+        for n in 0..N {
+            taps[n] = planes.tap(k + n);
+            assert!(starts.last().is_none_or(|last| taps[n] + last + LANES <= planes.values.len()));
         }
         let mut sums = [[simd.splat_f32s(0.0); N]; M];
-        for (i, grad) in self.grad.chunks_exact(self.channels * pixels).enumerate() {
-            let values = &planes.values[i * self.picture..];
-            let grad = &grad[first * pixels..(first + M) * pixels];
-            assert!(taps.iter().all(|tap| tap + pixels.next_multiple_of(lanes) <= values.len()));
-            let whole = pixels / lanes * lanes;
-            for at in (0..whole).step_by(lanes) {
+        for (&start, grad) in starts.iter().zip(grad.chunks_exact(M * LANES)) {
+            for part in (0..LANES).step_by(S::F32_LANES) {
                 let mut x = [simd.splat_f32s(0.0); N];
                 for n in 0..N {
-                    // SAFETY: at + lanes is at most pixels, and the taps' reach was asserted above.
-                    [x[n]] = unsafe { load::<S, 1>(simd, values, taps[n] + at) };
+                    // SAFETY: the last start's reach was asserted above, and starts ascend.
+                    [x[n]] = unsafe { load::<S, 1>(simd, planes.values, taps[n] + start + part) };
                 }
                 for m in 0..M {
-                    // SAFETY: row m of M has `pixels` values.
-                    let [g] = unsafe { load::<S, 1>(simd, grad, m * pixels + at) };
+                    // SAFETY: the chunk has M times LANES values, and `part` is below LANES by a whole vector.
+                    let [g] = unsafe { load::<S, 1>(simd, grad, m * LANES + part) };
                     for n in 0..N {
                         sums[m][n] = simd.mul_add_e_f32s(g, x[n], sums[m][n]);
                     }
                 }
             }
-            if whole < pixels {
-                for m in 0..M {
-                    // Zeros beyond the last pixel, so what the taps find there does not count.
-                    let g = simd.partial_load_f32s(&grad[m * pixels + whole..(m + 1) * pixels]);
-                    for n in 0..N {
-                        // SAFETY: the taps' reach, rounded up to whole vectors, was asserted above.
-                        let [x] = unsafe { load::<S, 1>(simd, values, taps[n] + whole) };
-                        sums[m][n] = simd.mul_add_e_f32s(g, x, sums[m][n]);
-                    }
-                }
-            }
         }
+        let n_taps = dw.len() / M;
         for m in 0..M {
             for n in 0..N {
-                self.dw[(first + m) * n_taps + k + n] += simd.reduce_sum_f32s(sums[m][n]);
+                dw[m * n_taps + k + n] += simd.reduce_sum_f32s(sums[m][n]);
             }
         }
     }
