@@ -441,6 +441,43 @@ pub enum BenchCommand {
     Run(BenchRunArgs),
     /// A model in every dialect and precision: size, likeness to fp32, latency.
     Export(BenchExportArgs),
+    /// One teacher distilled by every recipe, scored against its training pictures and its own samples.
+    Recipes(BenchRecipesArgs),
+}
+
+/// `dmd bench recipes`.
+#[derive(Debug, Args)]
+pub struct BenchRecipesArgs {
+    /// The teacher.
+    pub teacher: PathBuf,
+    /// The pictures that it was trained on: a folder or a zip.
+    #[arg(long, value_name = "PATH")]
+    pub data: PathBuf,
+    /// Where runs, pairs and recipes.png go; the same command again goes on with what is there.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// A recipe's name, or `plain`, and settings for it, as "dmd2 generator.sigma=5"; may be repeated
+    /// [default: every recipe].
+    #[arg(long = "variant", value_name = "RECIPE KEY=VALUE")]
+    pub variants: Vec<String>,
+    /// A setting of all variants; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Updates of the generator in each.
+    #[arg(long, default_value_t = 300, value_name = "N")]
+    pub steps: u64,
+    /// Samples per update.
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    pub batch: usize,
+    /// Pairs of the regression term.
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    pub pairs: usize,
+    /// Pictures of each model that are scored, at most as many as there are in --data.
+    #[arg(short, default_value_t = 2048, value_name = "N")]
+    pub n: usize,
+    /// A page whose table is to be replaced.
+    #[arg(long, value_name = "FILE.md")]
+    pub table: Option<PathBuf>,
 }
 
 /// `dmd bench export`.

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use candle_onnx::onnx::{GraphProto, ModelProto};
 use dmd_models::{Denoiser, Eager, ModelFolder};
+use ndarray::{Array2, Array4};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -82,6 +83,25 @@ impl Features {
                 Ok(denoiser.features(&Eager, images, &[FEATURE_SIGMA], label.as_ref())?)
             }
         }
+    }
+
+    /// One row per picture: every map's mean over positions, side by side.
+    pub fn rows(&self, images: &Array4<f32>, batch: usize) -> Result<Array2<f64>> {
+        let (n, c, h, w) = images.dim();
+        let mut rows: Vec<Vec<f64>> = Vec::with_capacity(n);
+        for first in (0..n).step_by(batch) {
+            let len = batch.min(n - first);
+            let part = images.slice(ndarray::s![first..first + len, .., .., ..]);
+            let values: Vec<f32> = part.iter().map(|v| v.clamp(-1.0, 1.0)).collect();
+            let maps = self.of(&Tensor::from_vec(values, (len, c, h, w), &Device::Cpu)?)?;
+            let maps: Vec<Vec<Vec<f32>>> = maps
+                .into_iter()
+                .map(|map| Ok(if map.rank() > 2 { map.flatten_from(2)?.mean(2)? } else { map }.to_vec2()?))
+                .collect::<Result<_>>()?;
+            rows.extend((0..len).map(|i| maps.iter().flat_map(|map| &map[i]).map(|v| f64::from(*v)).collect()));
+        }
+        let width = rows[0].len();
+        Ok(Array2::from_shape_vec((n, width), rows.concat())?)
     }
 }
 

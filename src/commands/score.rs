@@ -9,7 +9,6 @@ use crate::output::say;
 use crate::regression::Features;
 use crate::sample::labels_in_turn;
 use anyhow::{Context, Result, ensure};
-use candle_core::{Device, Tensor};
 use clap::Parser;
 use ndarray::{Array2, Array4};
 use serde_json::{Value, json};
@@ -75,7 +74,7 @@ fn draw(source: &mut Source, args: &ScoreArgs, labels: &[i64], seed: u64) -> Res
 }
 
 /// At most `n` pictures of a data set, spread evenly over it, and their classes as the model's labels.
-fn pictures(path: &Path, [c, h, w]: [usize; 3], n: usize, classes: &[String]) -> Result<(Array4<f32>, Vec<i64>)> {
+pub fn pictures(path: &Path, [c, h, w]: [usize; 3], n: usize, classes: &[String]) -> Result<(Array4<f32>, Vec<i64>)> {
     let options = DataOptions { size: [h, w], grey: c == 1, unconditional: classes.is_empty(), strict: false };
     let all = data::load(path, &options)?;
     let n = n.min(all.len());
@@ -92,25 +91,4 @@ fn pictures(path: &Path, [c, h, w]: [usize; 3], n: usize, classes: &[String]) ->
     ensure!(classes.is_empty() || !found.is_empty(), "{}: has no classes, the model has", path.display());
     let labels = if classes.is_empty() { Vec::new() } else { found.into_iter().map(label).collect::<Result<_>>()? };
     Ok((Array4::from_shape_vec((n, c, h, w), pixels)?, labels))
-}
-
-impl Features {
-    /// One row per picture: every map's mean over positions, side by side.
-    fn rows(&self, images: &Array4<f32>, batch: usize) -> Result<Array2<f64>> {
-        let (n, c, h, w) = images.dim();
-        let mut rows: Vec<Vec<f64>> = Vec::with_capacity(n);
-        for first in (0..n).step_by(batch) {
-            let len = batch.min(n - first);
-            let part = images.slice(ndarray::s![first..first + len, .., .., ..]);
-            let values: Vec<f32> = part.iter().map(|v| v.clamp(-1.0, 1.0)).collect();
-            let maps = self.of(&Tensor::from_vec(values, (len, c, h, w), &Device::Cpu)?)?;
-            let maps: Vec<Vec<Vec<f32>>> = maps
-                .into_iter()
-                .map(|map| Ok(if map.rank() > 2 { map.flatten_from(2)?.mean(2)? } else { map }.to_vec2()?))
-                .collect::<Result<_>>()?;
-            rows.extend((0..len).map(|i| maps.iter().flat_map(|map| &map[i]).map(|v| f64::from(*v)).collect()));
-        }
-        let width = rows[0].len();
-        Ok(Array2::from_shape_vec((n, width), rows.concat())?)
-    }
 }

@@ -43,7 +43,10 @@ impl CustomOp2 for Concat {
 
     fn bwd(&self, x: &Tensor, y: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (c1, c2, grad) = (x.dim(1)?, y.dim(1)?, grad.contiguous()?);
-        Ok((Some(grad.apply_op1(Channels { start: 0, len: c1 })?), Some(grad.apply_op1(Channels { start: c1, len: c2 })?)))
+        Ok((
+            Some(grad.apply_op1(Channels { start: 0, len: c1 })?),
+            Some(grad.apply_op1(Channels { start: c1, len: c2 })?),
+        ))
     }
 }
 

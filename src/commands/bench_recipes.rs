@@ -1,0 +1,229 @@
+//! `dmd bench recipes`: one teacher distilled by every recipe with the same number of updates, scored against its
+//! training pictures and its own samples, beside the teacher and the undistilled network.
+
+use super::score::pictures;
+use crate::cli::{BenchRecipesArgs, PairsArgs};
+use crate::config::{self, Config, Recipe};
+use crate::distill::distill;
+use crate::eval::{distance, kernel_distance};
+use crate::output::say;
+use crate::picture::{columns, grid, labelled_panel, save_png};
+use crate::random::picture_noise;
+use crate::regression::Features;
+use crate::report::table;
+use crate::sample::{Model, Sampler};
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
+use clap::ValueEnum;
+use dmd_models::{Generator, ModelFolder};
+use ndarray::{Array2, Array4, s};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Instant;
+
+/// What is run where the command line names nothing: every recipe, and plain distribution matching with the noise levels
+/// of the paper and of DMD's figure (0.2 T to 0.98 T).
+const VARIANTS: [&str; 7] = ["plain", "plain generator.t_range=[0.2,0.98]", "fast", "dmd", "dmd2", "f-js", "sid"];
+
+/// Distils, draws and scores.
+pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
+    config::at_least_one("-n", args.n as u64)?;
+    let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)?;
+    let variants = match &args.variants[..] {
+        [] => VARIANTS.map(String::from).to_vec(),
+        given => given.to_vec(),
+    };
+    // All settings are read before the first run begins.
+    let configs = variants.iter().map(|variant| settings(args, variant)).collect::<Result<Vec<_>>>()?;
+    let judge = Judge::new(args, &teacher)?;
+    let mut rows = Vec::new();
+    let mut panels = vec![("training pictures".to_string(), judge.panel(&judge.data))];
+
+    let of_teacher = judge.draw(&judge.teacher_model(&teacher)?, SEED)?;
+    let own = judge.row("teacher, 35 passes", &of_teacher, None)?;
+    panels.push((own.name.clone(), judge.panel(&of_teacher)));
+    rows.push(own);
+    let denoiser = teacher.denoiser(&Device::Cpu)?;
+    let sigma = match Config::default().generator.sigma {
+        config::Sigma::Value(sigma) => sigma,
+        config::Sigma::Named(_) => denoiser.levels.sigma_max(),
+    };
+    let undistilled = Model::Generator(Generator { denoiser, sigma });
+    let of_undistilled = judge.draw(&undistilled, SEED)?;
+    rows.push(judge.row("undistilled, one pass", &of_undistilled, None)?);
+    panels.push(("undistilled, one pass".into(), judge.panel(&of_undistilled)));
+    for (variant, config) in variants.iter().zip(&configs) {
+        if !config.loss.regression.pairs.is_empty() {
+            pairs(args, Path::new(&config.loss.regression.pairs))?;
+        }
+        let out = args.out.join(variant.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-', "_"));
+        let started = Instant::now();
+        distill(config, &args.teacher, &out, &Device::Cpu, false)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let folder = ModelFolder::load(&out.join("generator"), &Device::Cpu)?;
+        let sigmas = match folder.about.steps.is_empty() {
+            true => vec![folder.about.sigma.context("the run left no generator")?],
+            false => folder.about.steps.clone(),
+        };
+        let images = judge.draw(&Model::of_steps(folder.denoiser(&Device::Cpu)?, &sigmas, SEED), SEED)?;
+        rows.push(judge.row(variant, &images, Some(seconds))?);
+        panels.push((variant.clone(), judge.panel(&images)));
+    }
+    if let Some(page) = &args.table {
+        let body: String = rows.iter().map(|row| row.line(&rows[0]) + "\n").collect();
+        table::replace(page, "dmd bench recipes", &format!("{HEAD}\n{body}"))?;
+    }
+    let picture = args.out.join("recipes.png");
+    let panels: Vec<(&str, _)> = panels.iter().map(|(name, panel)| (name.as_str(), panel.clone())).collect();
+    save_png(&picture, &labelled_panel(&panels))?;
+    say(&format!("the picture: {}", picture.display()));
+    Ok(json!({ "picture": picture, "results": rows.iter().map(Row::json).collect::<Vec<_>>() }))
+}
+
+/// Seed of the pictures that are scored; `distill` does not use it.
+const SEED: u64 = 2024;
+/// Pictures shown of each.
+const SHOWN: usize = 16;
+/// Pictures per pass.
+const BATCH: usize = 64;
+
+/// `RECIPE KEY=VALUE …` as a configuration, with the data and pairs that the recipe needs.
+fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
+    let mut words = variant.split_whitespace();
+    let name = words.next().context("--variant: is empty")?;
+    let mut texts = Vec::new();
+    if name != PLAIN {
+        let recipe = Recipe::from_str(name, false).map_err(|_| {
+            let known: Vec<_> = Recipe::value_variants().iter().filter_map(|r| r.to_possible_value()).collect();
+            let known: Vec<&str> = known.iter().map(|value| value.get_name()).collect();
+            anyhow::anyhow!("--variant: no recipe \"{name}\", expected {PLAIN} or one of {}", known.join(", "))
+        })?;
+        texts.push((format!("recipe {name}"), recipe.text().to_string()));
+    }
+    for set in args.sets.iter().map(String::as_str).chain(words) {
+        texts.push((set.to_string(), config::assignment(set)?));
+    }
+    let mut config: Config = config::layered(&texts)?;
+    (config.steps, config.batch) = (args.steps, args.batch);
+    if config.loss.gan.on() {
+        config.data = args.data.display().to_string();
+    }
+    if config.loss.regression.weight > 0.0 {
+        config.loss.regression.pairs = args.out.join("pairs").display().to_string();
+    }
+    config.validate().with_context(|| format!("--variant \"{variant}\""))?;
+    Ok(config)
+}
+
+/// No recipe: the defaults.
+const PLAIN: &str = "plain";
+
+fn pairs(args: &BenchRecipesArgs, out: &Path) -> Result<()> {
+    super::pairs::run(&PairsArgs {
+        teacher: args.teacher.clone(),
+        out: out.into(),
+        n: args.pairs,
+        steps: 18,
+        guidance: 1.0,
+        seed: 1,
+        batch: BATCH,
+        per_shard: 1024,
+        device: crate::device::Choice::Cpu,
+        force: false,
+    })
+    .map(drop)
+}
+
+/// What every set of pictures is compared with.
+struct Judge {
+    /// Training pictures, and their classes as the teacher's labels.
+    data: Array4<f32>,
+    labels: Vec<i64>,
+    /// The teacher's samples for the same labels, from other noise.
+    samples: Array4<f32>,
+    features: Features,
+    shape: [usize; 3],
+}
+
+impl Judge {
+    fn new(args: &BenchRecipesArgs, teacher: &ModelFolder) -> Result<Self> {
+        let [h, w] = teacher.size()?;
+        let shape = [teacher.config.in_channels, h, w];
+        let (data, labels) = pictures(&args.data, shape, args.n, &teacher.classes())?;
+        let features = Features::load(&args.teacher)?;
+        let mut judge = Judge { samples: Array4::zeros((0, 0, 0, 0)), data, labels, features, shape };
+        judge.samples = judge.draw(&judge.teacher_model(teacher)?, SEED + 1)?;
+        Ok(judge)
+    }
+
+    fn teacher_model(&self, teacher: &ModelFolder) -> Result<Model> {
+        let denoiser = teacher.denoiser(&Device::Cpu)?;
+        Ok(Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18, guidance_scale: 1.0 })
+    }
+
+    fn draw(&self, model: &Model, seed: u64) -> Result<Array4<f32>> {
+        let noise: Tensor = picture_noise(seed, 0, self.data.dim().0, self.shape, &Device::Cpu)?;
+        model.pictures(&noise, &self.labels, BATCH)
+    }
+
+    fn row(&self, name: &str, images: &Array4<f32>, seconds: Option<f64>) -> Result<Row> {
+        let rows = |images: &Array4<f32>| -> Result<Array2<f64>> { self.features.rows(images, BATCH) };
+        let found = rows(images)?;
+        let score = |reference: &Array4<f32>| -> Result<Score> {
+            let kernel = kernel_distance(found.view(), rows(reference)?.view())?;
+            Ok(Score { sliced: distance(images, reference)?, kernel })
+        };
+        let row = Row { name: name.into(), to_data: score(&self.data)?, to_teacher: score(&self.samples)?, seconds };
+        say(&format!(
+            "{name}: to the data {:.4} and {:.5}, to the teacher {:.4} and {:.5}",
+            row.to_data.sliced, row.to_data.kernel, row.to_teacher.sliced, row.to_teacher.kernel
+        ));
+        Ok(row)
+    }
+
+    fn panel(&self, images: &Array4<f32>) -> image::RgbImage {
+        // Spread over the classes.
+        let every = (images.dim().0 / SHOWN).max(1);
+        let shown = images.slice(s![..;every, .., .., ..]);
+        let shown = shown.slice(s![..shown.dim().0.min(SHOWN), .., .., ..]).to_owned();
+        grid(&shown, columns(SHOWN), (64 / self.shape[1].max(1) as u32).max(1))
+    }
+}
+
+/// Distances to one set of pictures.
+struct Score {
+    /// Sliced Wasserstein, of pixels.
+    sliced: f64,
+    /// Kernel distance, of the teacher's features.
+    kernel: f64,
+}
+
+struct Row {
+    name: String,
+    to_data: Score,
+    to_teacher: Score,
+    /// Of training; none where there was none.
+    seconds: Option<f64>,
+}
+
+const HEAD: &str = "| model | to the data: sliced W. | of the teacher's | kernel | to the teacher: sliced W. | kernel | training, s |\n|---|---|---|---|---|---|---|";
+
+impl Row {
+    fn line(&self, teacher: &Row) -> String {
+        format!(
+            "| {} | {:.4} | {:.2}× | {:.5} | {:.4} | {:.5} | {} |",
+            self.name,
+            self.to_data.sliced,
+            self.to_data.sliced / teacher.to_data.sliced,
+            self.to_data.kernel,
+            self.to_teacher.sliced,
+            self.to_teacher.kernel,
+            self.seconds.map_or_else(String::new, |seconds| format!("{seconds:.0}"))
+        )
+    }
+
+    fn json(&self) -> Value {
+        let score = |score: &Score| json!({ "sliced_wasserstein": score.sliced, "kernel_distance": score.kernel });
+        json!({ "model": self.name, "to_data": score(&self.to_data), "to_teacher": score(&self.to_teacher), "seconds": self.seconds })
+    }
+}
