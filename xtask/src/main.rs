@@ -7,6 +7,7 @@ mod args;
 mod chores;
 mod onnxruntime;
 mod setup;
+mod venv;
 mod web;
 
 use std::process::ExitCode;

@@ -58,7 +58,7 @@ fn plain_name(os: &str) -> &'static str {
 }
 
 /// Windows has `python` and `py`, most others `python3`; each may be a stub, or lack pip.
-fn python_with_pip() -> Result<&'static str> {
+pub fn python_with_pip() -> Result<&'static str> {
     let has_pip = |python: &&str| {
         let pip = Command::new(python).args(["-m", "pip", "--version"]).stdin(Stdio::null()).output();
         pip.is_ok_and(|output| output.status.success())

@@ -3,15 +3,15 @@
 //! Not part of `cargo xtask test`, because it fetches packages with npm. What is compared is in
 //! examples/web/test/browser.test.mjs; here its folder is prepared.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::chores;
 use crate::setup;
+use crate::venv::succeed;
 
 /// The oldest Node that the example and its packages run on.
 const NODE: (u32, u32) = (20, 11);
@@ -84,16 +84,6 @@ fn install(example: &Path) -> Result<()> {
 /// npm is a script, which Windows starts only under its full name.
 fn npm_or_node(program: &str) -> Command {
     Command::new(if cfg!(windows) && program == "npm" { "npm.cmd" } else { program })
-}
-
-fn succeed(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("{} cannot be started", command.get_program().display()))?;
-    let line = || {
-        let words: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
-        format!("{} {} failed: {status}", command.get_program().display(), words.join(" "))
-    };
-    ensure!(status.success(), "{}", line());
-    Ok(())
 }
 
 #[cfg(test)]

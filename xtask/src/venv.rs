@@ -1,0 +1,57 @@
+//! A virtual environment of Python's with the programs that ours is timed beside. Made once under `.cache/peers`; an
+//! environment that is active (VIRTUAL_ENV) is taken as it is instead.
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{onnxruntime, setup};
+
+/// The versions that the figures in the documents were taken with.
+const PACKAGES: [&str; 5] =
+    ["torch==2.15.0", "diffusers==0.42.1", "onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.31.1"];
+
+/// The environment's Python. PyTorch's packages bring CUDA along, 5 GB on disk.
+pub fn python() -> Result<PathBuf> {
+    if let Some(active) = env::var_os("VIRTUAL_ENV").filter(|folder| !folder.is_empty()) {
+        return checked(python_in(Path::new(&active)));
+    }
+    let folder = setup::root().join(".cache").join("peers");
+    // Written last, so that an environment which was cut short is made anew, as is one of other versions.
+    let made = folder.join("packages.txt");
+    let packages = PACKAGES.join("\n");
+    if fs::read_to_string(&made).ok().as_deref() != Some(&packages) {
+        eprintln!("peers: fetching PyTorch and ONNX Runtime into {} (5 GB)", folder.display());
+        succeed(Command::new(onnxruntime::python_with_pip()?).args(["-m", "venv", "--clear"]).arg(&folder))?;
+        let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+        succeed(Command::new(python_in(&folder)).args(install).args(PACKAGES))?;
+        fs::write(&made, packages).with_context(|| format!("{} cannot be written", made.display()))?;
+    }
+    checked(python_in(&folder))
+}
+
+fn python_in(folder: &Path) -> PathBuf {
+    if cfg!(windows) { folder.join("Scripts").join("python.exe") } else { folder.join("bin").join("python") }
+}
+
+/// Refuses an environment that lacks a package, before anything else is built or run for it.
+fn checked(python: PathBuf) -> Result<PathBuf> {
+    let names = PACKAGES.map(|package| package.split("==").next().unwrap_or(package)).join(", ");
+    let import = Command::new(&python).args(["-c", &format!("import {names}")]).stderr(Stdio::null()).status();
+    let remedy = || format!("{} lacks one of {names}; install them, or deactivate the environment", python.display());
+    ensure!(import.is_ok_and(|status| status.success()), remedy());
+    Ok(python)
+}
+
+/// Runs a program to its end; an exit code other than 0 is an error that shows the command.
+pub fn succeed(command: &mut Command) -> Result<()> {
+    let program = command.get_program().to_owned();
+    let status = command.status().with_context(|| format!("{} cannot be started", program.display()))?;
+    let words: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
+    ensure!(status.success(), "{} {} failed: {status}", program.display(), words.join(" "));
+    Ok(())
+}
