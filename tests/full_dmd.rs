@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use dmd::config::{Config, layered};
 use dmd::data::Pictures;
-use dmd::distill::step::{Beginning, Health, Networks, Reality};
+use dmd::distill::{Beginning, Health, Networks, Reality};
 use dmd::pairs::{Manifest, Pairs, make};
 use dmd::random::{Purpose, Random};
 use dmd_models::{Eager, ModelFolder};

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use dmd::ablate::two_time_scales;
 use dmd::config::Config;
-use dmd::distill::step::{Beginning, Networks};
+use dmd::distill::{Beginning, Networks};
 use dmd::loss::{denoising, distribution_matching, fake_score_weight};
 use dmd::optim::{AdamW, Optimizer};
 use dmd::random::{Purpose, Random};

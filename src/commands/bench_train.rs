@@ -3,7 +3,7 @@
 
 use crate::cli::BenchTrainArgs;
 use crate::config::Config;
-use crate::distill::step::{Beginning, Networks};
+use crate::distill::{Beginning, Networks};
 use crate::eval::median;
 use crate::output::say;
 use crate::random::{Purpose, Random};

@@ -1,12 +1,14 @@
 //! What one update draws: a whole batch at once, so that running it in parts changes nothing but the memory it takes.
 
-use super::step::Reality;
+use super::networks::Networks;
+use crate::config::{Config, Samples};
 use crate::data::Pictures;
 use crate::pairs::PairBatch;
 use crate::random::{Purpose, Random};
+use crate::sample::input_of_pass;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
-use dmd_models::ModelFolder;
+use dmd_models::{Eager, ModelFolder};
 
 /// Noise to inject: one level per sample, and unit noise `(B, C, H, W)`.
 pub struct Injection {
@@ -93,6 +95,12 @@ impl Draw {
     }
 }
 
+/// Real pictures, as floats when drawn.
+pub struct Reality {
+    /// All of them.
+    pub pictures: crate::data::Pictures,
+}
+
 impl Reality {
     /// Pictures for a teacher: of its size, channels and classes. Labels become the teacher's.
     pub fn new(mut pictures: Pictures, teacher: &ModelFolder) -> Result<Self> {
@@ -127,5 +135,88 @@ impl Reality {
             false => Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), n, &random.device)?),
         };
         Ok(Images { images, label })
+    }
+}
+
+impl Networks {
+    pub(super) fn draw_for_generator(&self, config: &Config, random: &Random, step: u64) -> Result<Draw> {
+        let n = config.batch;
+        let label = random.labels(Purpose::GeneratorLabel, step, n, self.real_score.n_classes())?;
+        let noise = random.normal(Purpose::GeneratorNoise, step, &self.shape_of(n))?;
+        let (input, level) = self.simulate(random, step * (config.ratio + 1), &noise, label.as_ref())?;
+        let gan = &config.loss.gan;
+        let adversary = match gan.weight > 0.0 && step >= gan.start_step {
+            true => {
+                Some(self.injection(random, [Purpose::AdversaryLevel, Purpose::AdversaryEps], step, n, gan.t_range)?)
+            }
+            false => None,
+        };
+        let pair = match &self.regression {
+            Some((pairs, _)) => {
+                let picks = random.stream(Purpose::PairBatch, step).below(n, u32::try_from(pairs.len())?);
+                Some(pairs.batch(&picks, &random.device)?)
+            }
+            None => None,
+        };
+        let purposes = [Purpose::GeneratorLevel, Purpose::GeneratorEps];
+        let injection = self.injection(random, purposes, step, n, config.generator.t_range)?;
+        Ok(Draw { input, level, label, samples: None, injection, adversary, real: None, pair })
+    }
+
+    pub(super) fn draw_for_fake_score(&self, config: &Config, random: &Random, step: u64, turn: u64) -> Result<Draw> {
+        let (n, update) = (config.batch, step * config.ratio + turn);
+        let shared = self.last_samples.as_ref().filter(|_| turn == 0 && config.samples == Samples::Shared);
+        let label = match shared {
+            Some(samples) => samples.label.clone(),
+            None => random.labels(Purpose::CriticLabel, update, n, self.real_score.n_classes())?,
+        };
+        let noise = random.normal(Purpose::CriticNoise, update, &self.shape_of(n))?;
+        let (input, level) = match shared {
+            Some(_) => (noise, self.sigmas[0]),
+            None => self.simulate(random, step * (config.ratio + 1) + 1 + turn, &noise, label.as_ref())?,
+        };
+        let gan = &config.loss.gan;
+        let (adversary, real) = match &self.reality {
+            Some(reality) if step >= gan.start_step => {
+                let adversary =
+                    self.injection(random, [Purpose::FakeLevel, Purpose::FakeEps], update, n, gan.t_range)?;
+                let purposes = [Purpose::DiscriminatorLevel, Purpose::DiscriminatorEps];
+                let injection = self.injection(random, purposes, update, n, gan.t_range)?;
+                (Some(adversary), Some((reality.batch(random, update, n)?, injection)))
+            }
+            _ => (None, None),
+        };
+        let purposes = [Purpose::CriticLevel, Purpose::CriticEps];
+        let injection = self.injection(random, purposes, update, n, config.fake_score.t_range)?;
+        let samples = shared.map(|samples| samples.x.clone());
+        Ok(Draw { input, level, label, samples, injection, adversary, real, pair: None })
+    }
+
+    /// What a pass of the generator gets, and its noise level: a few-step generator's pass is drawn, and the passes
+    /// before it are run without gradient (backward simulation, DMD2, section 4.5).
+    fn simulate(&self, random: &Random, key: u64, noise: &Tensor, label: Option<&Tensor>) -> Result<(Tensor, f64)> {
+        let n_passes = self.sigmas.len();
+        let pass = random.indices(Purpose::Pass, key, 1, [0, n_passes - 1])[0];
+        let eps = |pass: usize| random.normal(Purpose::PassEps, key * n_passes as u64 + pass as u64, noise.dims());
+        let generate = |input: &Tensor, sigma: f64| -> Result<Tensor> {
+            Ok(self.generator_still.denoise(&Eager, input, &[sigma], label)?)
+        };
+        let input = input_of_pass(generate, &self.sigmas[..=pass], noise, eps)?;
+        Ok((input, self.sigmas[pass]))
+    }
+
+    /// Noise levels uniform over the table's indices, as in DMD and DMD2, and unit noise to go with them.
+    fn injection(
+        &self,
+        random: &Random,
+        [level, eps]: [Purpose; 2],
+        key: u64,
+        n: usize,
+        [low, high]: [f64; 2],
+    ) -> Result<Injection> {
+        let levels = &self.real_score.levels;
+        let indices = random.indices(level, key, n, levels.index_range(low, high));
+        let sigma = indices.into_iter().map(|i| levels.sigma(i)).collect();
+        Ok(Injection { sigma, eps: random.normal(eps, key, &self.shape_of(n))? })
     }
 }

@@ -1,12 +1,16 @@
 //! Distribution Matching Distillation (Yin et al. 2024): the loop around [`step`], with its checkpoints, samples and
 //! metrics. Begins from a teacher's folder and ends with a generator's.
 
-mod discriminator;
+mod networks;
+pub use networks::{Average, Beginning, Networks};
 mod draw;
+mod step;
+pub use draw::Reality;
+mod discriminator;
+mod health;
+pub use health::Health;
 mod monitor;
-pub mod step;
 use monitor::Monitor;
-use step::{Beginning, Health, Networks, Reality};
 
 use crate::config::{Config, Sigma, SigmaName};
 use crate::data::{self, DataOptions};

@@ -1,6 +1,6 @@
 //! Watches the numbers of a run and says in words when they look like one of the known ways to fail, with the remedy.
 
-use super::step::Health;
+use super::Health;
 use std::collections::{BTreeSet, VecDeque};
 
 /// Updates that are looked at together.
