@@ -12,6 +12,7 @@ Usage: cargo xtask <TASK> [ARGS]
   setup [--no-onnxruntime]  prepare this checkout: protoc from a crate, ONNX Runtime's library through Python's pip
   demo [ARGS]               set up, build, distil a small model, export it, run it, and show the pictures
   test [ARGS]               set up and run every test; ARGS go to cargo test
+  bench [ARGS]              training beside PyTorch, in turn, as ratios; fetches PyTorch (5 GB); --help lists ARGS
   web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
   check                     formatting, clippy and documentation, warnings refused
   ci                        check, then test
@@ -29,6 +30,7 @@ pub enum Task {
     Setup { onnxruntime: bool },
     Demo(Vec<OsString>),
     Test(Vec<OsString>),
+    Bench(Vec<OsString>),
     WebTest,
     Check,
     Ci,
@@ -36,7 +38,7 @@ pub enum Task {
     Env,
 }
 
-/// Reads the arguments after the program's name. Those of `demo`, `test` and `dmd` belong to the program behind it.
+/// Reads the arguments after the program's name. Those of `demo`, `test`, `bench` and `dmd` belong to the program behind it.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
     let mut args = args.into_iter();
     let Some(task) = args.next() else { return Ok(Task::Help) };
@@ -45,6 +47,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
     match task.as_ref() {
         "demo" => return Ok(Task::Demo(args)),
         "test" => return Ok(Task::Test(args)),
+        "bench" => return Ok(Task::Bench(args)),
         "dmd" => return Ok(Task::Dmd(args)),
         "help" | "--help" | "-h" => return Ok(Task::Help),
         _ if args.iter().any(|arg| arg == "--help" || arg == "-h") => return Ok(Task::Help),
@@ -98,6 +101,7 @@ mod tests {
         let args = |line: &str| line.split_whitespace().map(OsString::from).collect();
         check("demo --steps 5 --json", Ok(Task::Demo(args("--steps 5 --json"))));
         check("test -p dmd -- --nocapture", Ok(Task::Test(args("-p dmd -- --nocapture"))));
+        check("bench --rounds 1", Ok(Task::Bench(args("--rounds 1"))));
         check("dmd --help", Ok(Task::Dmd(args("--help"))));
     }
 

@@ -4,6 +4,7 @@
 //! built `dmd` in the environment that they need. The idea is matklad's cargo-xtask.
 
 mod args;
+mod bench;
 mod chores;
 mod onnxruntime;
 mod setup;
@@ -38,6 +39,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Setup { onnxruntime: false } => setup::protoc_only().map(|_| ExitCode::SUCCESS),
         Task::Demo(args) => chores::demo(&args),
         Task::Test(args) => chores::test(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::WebTest => web::test(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),
