@@ -437,12 +437,25 @@ pub struct OrtArgs {
 pub enum BenchCommand {
     /// The work of one distillation iteration, step by step.
     Train(BenchTrainArgs),
+    /// Every fused operation beside its composite, and beside what the machine can do at most.
+    Ops(BenchOpsArgs),
     /// One pass of an exported file.
     Run(BenchRunArgs),
     /// A model in every dialect and precision: size, likeness to fp32, latency.
     Export(BenchExportArgs),
     /// One teacher distilled by every recipe, scored against its training pictures and its own samples.
     Recipes(BenchRecipesArgs),
+}
+
+/// `dmd bench ops`.
+#[derive(Debug, Args)]
+pub struct BenchOpsArgs {
+    /// Samples per operation.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub batch: usize,
+    /// Timed repetitions; each figure is their median.
+    #[arg(long, default_value_t = 15, value_name = "N")]
+    pub steps: usize,
 }
 
 /// `dmd bench recipes`.

@@ -2,6 +2,7 @@
 
 mod ablate;
 mod bench_export;
+mod bench_ops;
 mod bench_recipes;
 mod bench_run;
 mod bench_train;
@@ -40,6 +41,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Ort(args) => ort::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, cli.threads),
+        Command::Bench(BenchCommand::Ops(args)) => bench_ops::run(args),
         Command::Bench(BenchCommand::Recipes(args)) => bench_recipes::run(args),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),
         Command::Ablate(args) => ablate::run(args),
