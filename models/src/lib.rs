@@ -6,6 +6,7 @@ mod error;
 mod weights;
 
 pub mod backend;
+pub mod cost;
 pub mod denoiser;
 pub mod folder;
 pub mod layers;

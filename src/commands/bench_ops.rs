@@ -16,49 +16,45 @@ use std::time::Instant;
 pub fn run(args: &BenchOpsArgs) -> Result<Value> {
     at_least_one("--steps", args.steps as u64)?;
     at_least_one("--batch", args.batch as u64)?;
-    let bench = Bench { steps: args.steps, peak: Peak::measure(args.steps)? };
+    let bench =
+        Bench { steps: args.steps, peak_gflops: peak_gflops(args.steps)?, peak_gbytes: peak_gbytes(args.steps)? };
     say(&format!(
         "{} threads; matrix product of 1024: {:.0} GFLOP/s; copy of 64 MiB: {:.1} GB/s",
         rayon::current_num_threads(),
-        bench.peak.gflops,
-        bench.peak.gbytes
+        bench.peak_gflops,
+        bench.peak_gbytes
     ));
     say(HEAD);
     let rows: Vec<Value> = cases(args.batch)?.iter().map(|case| bench.row(case)).collect::<Result<_>>()?;
     Ok(json!({
         "threads": rayon::current_num_threads(),
-        "peak_gflops": bench.peak.gflops,
-        "peak_gbytes": bench.peak.gbytes,
+        "peak_gflops": bench.peak_gflops,
+        "peak_gbytes": bench.peak_gbytes,
         "results": rows,
     }))
 }
 
 const HEAD: &str = "| operation | forward, ms | with backward, ms | composite | faster | GFLOP/s | GB/s | of the peak |\n|---|---|---|---|---|---|---|---|";
 
-/// What the machine does at most: arithmetic by a large matrix product, memory by a large copy.
-struct Peak {
-    gflops: f64,
-    gbytes: f64,
+/// What the machine does at most: 10⁹ multiplications and additions a second, in a large matrix product; the fastest of
+/// some repetitions.
+pub fn peak_gflops(steps: usize) -> Result<f64> {
+    const SIDE: usize = 1024;
+    let a = Tensor::ones((SIDE, SIDE), DType::F32, &Device::Cpu)?;
+    let product = laps(steps, || Ok(drop(a.matmul(&a)?)))?;
+    Ok(2.0 * (SIDE * SIDE * SIDE) as f64 / per_1e9(fastest(product)))
 }
 
-impl Peak {
-    fn measure(steps: usize) -> Result<Self> {
-        const SIDE: usize = 1024;
-        let a = Tensor::ones((SIDE, SIDE), DType::F32, &Device::Cpu)?;
-        let product = laps(steps, || Ok(drop(a.matmul(&a)?)))?;
-        let from = vec![1f32; 16 << 20];
-        let mut to = vec![0f32; from.len()];
-        let share = from.len() / rayon::current_num_threads();
-        let copy = laps(steps, || {
-            to.par_chunks_mut(share).zip(from.par_chunks(share)).for_each(|(to, from)| to.copy_from_slice(from));
-            Ok(())
-        })?;
-        let bytes = 2.0 * size_of_val(&from[..]) as f64;
-        Ok(Peak {
-            gflops: 2.0 * (SIDE * SIDE * SIDE) as f64 / per_1e9(fastest(product)),
-            gbytes: bytes / per_1e9(fastest(copy)),
-        })
-    }
+/// And 10⁹ bytes a second, read and written, in a large copy.
+fn peak_gbytes(steps: usize) -> Result<f64> {
+    let from = vec![1f32; 16 << 20];
+    let mut to = vec![0f32; from.len()];
+    let share = from.len() / rayon::current_num_threads();
+    let copy = laps(steps, || {
+        to.par_chunks_mut(share).zip(from.par_chunks(share)).for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(())
+    })?;
+    Ok(2.0 * size_of_val(&from[..]) as f64 / per_1e9(fastest(copy)))
 }
 
 /// What to divide operations or bytes by for 10⁹ of them a second.
@@ -82,7 +78,8 @@ struct Case {
 
 struct Bench {
     steps: usize,
-    peak: Peak,
+    peak_gflops: f64,
+    peak_gbytes: f64,
 }
 
 impl Bench {
@@ -94,7 +91,7 @@ impl Bench {
         let (fused, composite) = (both(&case.fused)?, both(&case.composite)?);
         let (gflops, gbytes) = (case.flops / per_1e9(forward), case.bytes / per_1e9(forward));
         // An operation is held to whichever of the two would hold it up for longer.
-        let share = (gflops / self.peak.gflops).max(gbytes / self.peak.gbytes);
+        let share = (gflops / self.peak_gflops).max(gbytes / self.peak_gbytes);
         say(&format!(
             "| {} | {forward:.3} | {fused:.3} | {composite:.3} | {:.1}× | {gflops:.0} | {gbytes:.1} | {:.0} % |",
             case.name,

@@ -1,6 +1,7 @@
 //! `dmd bench train`: the work of one distillation iteration, timed step by step. Prints the keys that a PyTorch peer of
 //! the same work prints.
 
+use super::bench_ops::peak_gflops;
 use crate::cli::BenchTrainArgs;
 use crate::config::Config;
 use crate::distill::{Beginning, Networks};
@@ -10,6 +11,7 @@ use crate::random::{Purpose, Random};
 use crate::{device, memory};
 use anyhow::{Context, Result};
 use candle_core::Device;
+use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
 use dmd_models::unet::SampleSize;
 use dmd_models::{ModelFolder, UNet, UNetConfig};
@@ -26,6 +28,15 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let n_parameters = folder.weights.n_parameters();
     let random = Random { seed: 0, device: on.clone() };
     let mut networks = Networks::new(&folder, &[2.5], &config, Beginning::default(), &random)?;
+    let cost = cost(&networks.real_score().unet, networks.shape())?;
+    let gflops = peak_gflops(args.steps)?;
+    // Of an iteration: three passes and a backward one for the generator, two and a backward one for each critic update.
+    let passes = 5 + 4 * args.ratio;
+    let gflop = cost.flops * (args.batch as u64 * passes) as f64 / 1e9;
+    let floor_ms = gflop / gflops * 1e3;
+    if on.is_cpu() {
+        say(&format!("floor of an iteration: {gflop:.1} GFLOP, {floor_ms:.1} ms at {gflops:.0} GFLOP/s"));
+    }
     let mut timer = Timer { args, device: &on, n_parameters, rows: Vec::new() };
     let mut step = 0;
     timer.time("one_step_sample", || {
@@ -49,7 +60,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let peak = memory::peak_bytes();
     say(&format!("{:<20} {}", "peak_memory", memory::readable(peak)));
     rows.push(json!({ "what": "peak_memory", "mib": peak.map(|bytes| bytes >> 20) }));
-    Ok(json!({ "results": rows }))
+    Ok(json!({ "results": rows, "gflop": gflop, "floor_ms": on.is_cpu().then_some(floor_ms) }))
 }
 
 struct Timer<'a> {

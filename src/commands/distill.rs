@@ -3,6 +3,7 @@
 use crate::cli::{DistillArgs, SettingsArgs};
 use crate::config::{self, Config};
 use crate::distill;
+use crate::memory;
 use crate::output::say;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -14,6 +15,7 @@ pub fn run(args: &DistillArgs) -> Result<Value> {
     config.validate()?;
     let device = args.device.open()?;
     let result = distill::distill(&config, &args.teacher, &args.out, &device, args.force)?;
+    say(&format!("peak memory {}", memory::readable(memory::peak_bytes())));
     let generator = args.out.join("generator");
     say(&format!("generator in {0}: dmd export {0} --onnx generator.onnx", generator.display()));
     Ok(result)

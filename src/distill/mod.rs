@@ -19,9 +19,10 @@ use crate::pairs::Pairs;
 use crate::random::{Random, picture_noise};
 use crate::run::{self, Checkpoint, Run};
 use crate::sample::{Model, labels_in_turn};
-use crate::{output, picture};
+use crate::{memory, output, picture};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
+use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind};
 use dmd_models::{ModelFolder, Weights};
 use serde_json::{Value, json};
@@ -96,6 +97,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
         "sigma": distillation.networks.sigmas[0],
         "skipped": distillation.n_skipped,
         "seconds": started.elapsed().as_secs_f64(),
+        "peak_memory_bytes": memory::peak_bytes(),
     });
     for (name, value) in health.iter().flat_map(Health::values) {
         result[name] = json!(value);
@@ -117,6 +119,18 @@ struct Distillation<'a> {
     n_returns: u64,
 }
 
+/// Refuses a batch that does not fit into memory.
+fn check_memory(config: &Config, teacher: &ModelFolder) -> Result<()> {
+    let [height, width] = teacher.size()?;
+    let cost = cost(&teacher.denoiser(&Device::Cpu)?.unet, [teacher.config.in_channels, height, width])?;
+    // The adversarial and the regression term run the network on more pictures before they go back.
+    let terms = usize::from(config.loss.gan.on()) + usize::from(config.loss.regression.weight > 0.0);
+    let pictures = config.batch / config.accumulate;
+    let n_averages = config.generator.ema.decays().len();
+    let needed = memory::of_distillation(cost, teacher.weights.n_parameters(), pictures * (1 + terms), n_averages);
+    memory::check(needed, pictures)
+}
+
 /// What becomes of a run after an update that was no number.
 enum Recovery {
     /// On with the next update.
@@ -134,6 +148,9 @@ impl<'a> Distillation<'a> {
             "real_score.guidance_scale is {}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1",
             config.real_score.guidance_scale
         );
+        if device.is_cpu() {
+            check_memory(config, &teacher)?;
+        }
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher)?;
         let networks = Networks::new(&teacher, &sigmas, config, beginning, &random)?;

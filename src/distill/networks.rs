@@ -143,6 +143,11 @@ impl Networks {
         })
     }
 
+    /// `(C, H, W)` of a picture.
+    pub fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
     /// The teacher, as the student sees it.
     pub fn real_score(&self) -> &Denoiser {
         &self.real_score

@@ -343,3 +343,61 @@ impl Taps<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pulp::{Scalar128b, Scalar256b, Scalar512b};
+
+    const CHANNELS: usize = 7;
+    const PIXELS: usize = 21;
+
+    /// Two planes of two taps each, three pixels a row; nothing beyond the slack can be read without being out of bounds.
+    fn planes(values: &[f32]) -> Planes<'_> {
+        Planes { values, plane: PIXELS + 3, rows: 2, row: 3 }
+    }
+
+    fn numbers(n: usize, seed: f32) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * 0.7 + seed).sin()).collect()
+    }
+
+    fn tap(values: &[f32], k: usize, pixel: usize) -> f32 {
+        values[k / 2 * (PIXELS + 3) + k % 2 * 3 + pixel]
+    }
+
+    /// On vectors of plain code, which Miri can follow: `MIRIFLAGS="-Zmiri-tree-borrows -Zmiri-ignore-leaks
+    /// -Zmiri-disable-isolation" cargo +nightly miri test --lib tile`, in models/.
+    fn check<S: Simd>(simd: S) {
+        let values = [numbers(2 * (PIXELS + 3), 0.1), vec![f32::NAN; SLACK]].concat();
+        let (weights, bias) = (numbers(CHANNELS * 4, 0.2), numbers(CHANNELS, 0.3));
+        let packed = Packed::new(CHANNELS, 4, |o, row| row.copy_from_slice(&weights[o * 4..][..4]));
+        let mut y = vec![MaybeUninit::uninit(); CHANNELS * PIXELS];
+        Forward { weights: &packed, bias: &bias, planes: planes(&values), y: &mut y }.with_simd(simd);
+        for (i, y) in y.iter().enumerate() {
+            let (o, pixel) = (i / PIXELS, i % PIXELS);
+            let expected = bias[o] + (0..4).map(|k| weights[o * 4 + k] * tap(&values, k, pixel)).sum::<f32>();
+            // SAFETY: the kernel has written all of y; Miri would say so if it had not.
+            assert!((unsafe { y.assume_init() } - expected).abs() < 1e-5, "channel {o}, pixel {pixel}");
+        }
+
+        let finite = [&values[..2 * (PIXELS + 3)], &[0.0; SLACK]].concat();
+        let grad = numbers(CHANNELS * PIXELS, 0.4);
+        let mut buffer = vec![f32::NAN; PackedGradient::size(1, CHANNELS, PIXELS)];
+        let mut dw = vec![1f32; CHANNELS * 4];
+        let packed = PackedGradient::new(&grad, CHANNELS, PIXELS, &mut buffer);
+        let starts: Vec<usize> = (0..PIXELS).step_by(SLACK).collect();
+        WeightGradient { planes: planes(&finite), starts: &starts, grad: packed, dw: &mut dw }.with_simd(simd);
+        for (i, dw) in dw.iter().enumerate() {
+            let (o, k) = (i / 4, i % 4);
+            let expected = 1.0 + (0..PIXELS).map(|p| grad[o * PIXELS + p] * tap(&values, k, p)).sum::<f32>();
+            assert!((dw - expected).abs() < 1e-5, "channel {o}, tap {k}");
+        }
+    }
+
+    #[test]
+    fn kernels_of_every_width_give_the_sums_of_plain_loops() {
+        check(Scalar128b);
+        check(Scalar256b);
+        check(Scalar512b);
+    }
+}
