@@ -437,6 +437,8 @@ pub struct OrtArgs {
 pub enum BenchCommand {
     /// The work of one distillation iteration, step by step.
     Train(BenchTrainArgs),
+    /// How an update's time grows with batch and area, as a plot.
+    Scaling(BenchScalingArgs),
     /// Every fused operation beside its composite, and beside what the machine can do at most.
     Ops(BenchOpsArgs),
     /// One pass of an exported file.
@@ -445,6 +447,23 @@ pub enum BenchCommand {
     Export(BenchExportArgs),
     /// One teacher distilled by every recipe, scored against its training pictures and its own samples.
     Recipes(BenchRecipesArgs),
+}
+
+/// `dmd bench scaling`.
+#[derive(Debug, Args)]
+pub struct BenchScalingArgs {
+    /// The network: a UNet2DModel's config.json.
+    #[arg(long, value_name = "CONFIG.json")]
+    pub unet: PathBuf,
+    /// The plot to write.
+    #[arg(long, value_name = "PLOT.png")]
+    pub out: PathBuf,
+    /// Timed repetitions; each figure is their median.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub steps: usize,
+    /// Replace an existing file.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `dmd bench ops`.

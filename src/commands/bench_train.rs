@@ -16,6 +16,7 @@ use dmd_models::folder::{About, Kind, Scheduler};
 use dmd_models::unet::SampleSize;
 use dmd_models::{ModelFolder, UNet, UNetConfig};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::time::Instant;
 
 /// Times sampling, the two updates, and a whole iteration.
@@ -24,7 +25,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     config.validate()?;
     crate::config::at_least_one("--steps", args.steps as u64)?;
     let on = args.device.open()?;
-    let folder = random_teacher(args)?;
+    let folder = random_teacher(&args.unet, None)?;
     let n_parameters = folder.weights.n_parameters();
     let random = Random { seed: 0, device: on.clone() };
     let mut networks = Networks::new(&folder, &[2.5], &config, Beginning::default(), &random)?;
@@ -104,11 +105,15 @@ impl Timer<'_> {
 /// Repetitions before the clock starts.
 const WARM_UP: usize = 2;
 
-/// A teacher of this shape with random weights: only its size matters here.
-fn random_teacher(args: &BenchTrainArgs) -> Result<ModelFolder> {
-    let text = std::fs::read_to_string(&args.unet).with_context(|| args.unet.display().to_string())?;
-    let mut config = UNetConfig::from_json(&args.unet, &text)?;
-    config.sample_size = Some(config.sample_size.unwrap_or(SampleSize::Square(32)));
+/// A teacher of this shape with random weights, since only its size matters here; `side` of the pictures, unless it is the
+/// network's own.
+pub fn random_teacher(unet: &Path, side: Option<usize>) -> Result<ModelFolder> {
+    let text = std::fs::read_to_string(unet).with_context(|| unet.display().to_string())?;
+    let mut config = UNetConfig::from_json(unet, &text)?;
+    config.sample_size = match side {
+        Some(side) => Some(SampleSize::Square(side)),
+        None => Some(config.sample_size.unwrap_or(SampleSize::Square(32))),
+    };
     let random = Random { seed: 0, device: Device::Cpu };
     let mut index = 0;
     let weights = UNet::init(&config, &mut |_, n| {

@@ -5,6 +5,7 @@ mod bench_export;
 mod bench_ops;
 mod bench_recipes;
 mod bench_run;
+mod bench_scaling;
 mod bench_train;
 mod config_show;
 mod demo;
@@ -41,6 +42,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Ort(args) => ort::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, cli.threads),
+        Command::Bench(BenchCommand::Scaling(args)) => bench_scaling::run(args),
         Command::Bench(BenchCommand::Ops(args)) => bench_ops::run(args),
         Command::Bench(BenchCommand::Recipes(args)) => bench_recipes::run(args),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),

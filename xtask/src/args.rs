@@ -13,6 +13,7 @@ Usage: cargo xtask <TASK> [ARGS]
   demo [ARGS]               set up, build, distil a small model, export it, run it, and show the pictures
   test [ARGS]               set up and run every test; ARGS go to cargo test
   bench [ARGS]              training beside PyTorch, in turn, as ratios; fetches PyTorch (5 GB); --help lists ARGS
+  cuda-check                compile and link for CUDA, with a toolkit from Python's package index (3 GB); needs no GPU
   web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
   check                     formatting, clippy and documentation, warnings refused
   ci                        check, then test
@@ -31,6 +32,7 @@ pub enum Task {
     Demo(Vec<OsString>),
     Test(Vec<OsString>),
     Bench(Vec<OsString>),
+    CudaCheck,
     WebTest,
     Check,
     Ci,
@@ -55,6 +57,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         _ => {}
     }
     let parsed = match task.as_ref() {
+        "cuda-check" => Task::CudaCheck,
         "web-test" => Task::WebTest,
         "check" => Task::Check,
         "ci" => Task::Ci,
@@ -90,6 +93,7 @@ mod tests {
         check("setup", Ok(Task::Setup { onnxruntime: true }));
         check("setup --no-onnxruntime", Ok(Task::Setup { onnxruntime: false }));
         check("setup --help", Ok(Task::Help));
+        check("cuda-check", Ok(Task::CudaCheck));
         check("web-test", Ok(Task::WebTest));
         check("check", Ok(Task::Check));
         check("ci", Ok(Task::Ci));

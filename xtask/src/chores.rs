@@ -94,7 +94,7 @@ fn check_stage(environment: &Environment, stage: &str, args: &[&str]) -> Result<
     Ok(status)
 }
 
-fn cargo(environment: &Environment) -> Command {
+pub fn cargo(environment: &Environment) -> Command {
     environment.command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 

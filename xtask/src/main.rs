@@ -6,6 +6,7 @@
 mod args;
 mod bench;
 mod chores;
+mod cuda;
 mod onnxruntime;
 mod setup;
 mod venv;
@@ -40,6 +41,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Demo(args) => chores::demo(&args),
         Task::Test(args) => chores::test(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::CudaCheck => cuda::check(),
         Task::WebTest => web::test(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),

@@ -1,5 +1,5 @@
-//! A virtual environment of Python's with the programs that ours is timed beside. Made once under `.cache/peers`; an
-//! environment that is active (VIRTUAL_ENV) is taken as it is instead.
+//! Virtual environments of Python's, made once under `.cache`: with the programs that ours is timed beside, for which an
+//! environment that is active (VIRTUAL_ENV) is taken as it is instead, and with CUDA's toolkit.
 
 use std::env;
 use std::ffi::OsStr;
@@ -15,23 +15,35 @@ use crate::{onnxruntime, setup};
 const PACKAGES: [&str; 5] =
     ["torch==2.15.0", "diffusers==0.42.1", "onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.31.1"];
 
-/// The environment's Python. PyTorch's packages bring CUDA along, 5 GB on disk.
+/// Python with the peers. PyTorch's packages bring CUDA along.
 pub fn python() -> Result<PathBuf> {
     if let Some(active) = env::var_os("VIRTUAL_ENV").filter(|folder| !folder.is_empty()) {
         return checked(python_in(Path::new(&active)));
     }
     let folder = setup::root().join(".cache").join("peers");
+    checked(made(&folder, &PACKAGES, "PyTorch and ONNX Runtime (5 GB)")?)
+}
+
+/// Python of the environment in this folder with these packages, made where there is none; `what` they are, for people.
+pub fn made(folder: &Path, packages: &[&str], what: &str) -> Result<PathBuf> {
     // Written last, so that an environment which was cut short is made anew, as is one of other versions.
-    let made = folder.join("packages.txt");
-    let packages = PACKAGES.join("\n");
-    if fs::read_to_string(&made).ok().as_deref() != Some(&packages) {
-        eprintln!("peers: fetching PyTorch and ONNX Runtime into {} (5 GB)", folder.display());
-        succeed(Command::new(onnxruntime::python_with_pip()?).args(["-m", "venv", "--clear"]).arg(&folder))?;
+    let list = folder.join("packages.txt");
+    if fs::read_to_string(&list).ok().as_deref() != Some(&packages.join("\n")) {
+        eprintln!("fetching {what} into {}", folder.display());
+        succeed(Command::new(onnxruntime::python_with_pip()?).args(["-m", "venv", "--clear"]).arg(folder))?;
         let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
-        succeed(Command::new(python_in(&folder)).args(install).args(PACKAGES))?;
-        fs::write(&made, packages).with_context(|| format!("{} cannot be written", made.display()))?;
+        succeed(Command::new(python_in(folder)).args(install).args(packages))?;
+        fs::write(&list, packages.join("\n")).with_context(|| format!("{} cannot be written", list.display()))?;
     }
-    checked(python_in(&folder))
+    Ok(python_in(folder))
+}
+
+/// Where an environment's packages lie.
+pub fn site_packages(python: &Path) -> Result<PathBuf> {
+    let code = "import sysconfig; print(sysconfig.get_paths()['purelib'])";
+    let output = Command::new(python).args(["-c", code]).output().with_context(|| python.display().to_string())?;
+    ensure!(output.status.success(), "{} does not say where its packages lie", python.display());
+    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
 fn python_in(folder: &Path) -> PathBuf {
