@@ -158,6 +158,9 @@ pub struct SettingsArgs {
     /// Samples per update [default: 32].
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
+    /// Compute the networks' blocks again for their gradient instead of keeping them: slower, in less memory.
+    #[arg(long)]
+    pub grad_checkpoint: bool,
     /// Seed of everything random [default: 0].
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -540,6 +543,9 @@ pub struct BenchTrainArgs {
     /// Timed repetitions; each figure is their median.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub steps: usize,
+    /// Compute the networks' blocks again for their gradient, as in `distill`.
+    #[arg(long)]
+    pub grad_checkpoint: bool,
     /// Where to run.
     #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
     pub device: Choice,

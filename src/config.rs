@@ -19,6 +19,8 @@ pub struct Config {
     pub batch: usize,
     /// Parts that an update's batch is run in, to save memory; the gradient is that of the whole batch.
     pub accumulate: usize,
+    /// Whether the networks' blocks are computed again for their gradient instead of being kept, to save memory.
+    pub grad_checkpoint: bool,
     /// Everything random follows from it.
     pub seed: u64,
     /// Updates of the fake score per update of the generator (two-time-scale rule, DMD2 section 4.2).
@@ -257,6 +259,7 @@ impl Default for Config {
             steps: 1000,
             batch: 32,
             accumulate: 1,
+            grad_checkpoint: false,
             seed: 0,
             ratio: 5,
             samples: Samples::Fresh,

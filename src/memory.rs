@@ -1,7 +1,6 @@
 //! How much memory this process has taken at most, how much a distillation will take, and how much there is.
 
 use anyhow::{Result, ensure};
-use dmd_models::cost::Cost;
 
 /// Peak resident size in bytes, where the system tells (Linux).
 pub fn peak_bytes() -> Option<u64> {
@@ -17,13 +16,13 @@ pub fn readable(bytes: Option<u64>) -> String {
 }
 
 /// Bytes that a distillation takes at most: three networks, a gradient, two pairs of moments and the averages, and the
-/// results that the generator's backward pass needs. Of runs of two networks with 8 to 64 pictures, none came out more
+/// results that the generator's backward pass needs, `activations` a picture. Of runs of two networks with 8 to 64 pictures, none came out more
 /// than a tenth above it.
-pub fn of_distillation(cost: Cost, n_parameters: usize, pictures: usize, n_averages: usize) -> u64 {
+pub fn of_distillation(activations: usize, n_parameters: usize, pictures: usize, n_averages: usize) -> u64 {
     const PROGRAM: u64 = 48 << 20;
     // What is in use besides at the worst moment: gradients on their way, and one pass of the other networks.
     const IN_PASSING: f64 = 1.25;
-    let activations = (4 * cost.activations * pictures) as f64 * IN_PASSING;
+    let activations = (4 * activations * pictures) as f64 * IN_PASSING;
     PROGRAM + (4 * n_parameters * (8 + n_averages)) as u64 + activations as u64
 }
 
@@ -32,7 +31,7 @@ pub fn check(needed: u64, pictures: usize) -> Result<()> {
     let Some(available) = available_bytes() else { return Ok(()) };
     ensure!(
         needed <= available,
-        "{pictures} samples at a time take about {} MiB, and {} MiB are free: lower --batch, or raise accumulate, which runs it in parts",
+        "{pictures} samples at a time take about {} MiB, and {} MiB are free: lower --batch, raise accumulate, which runs it in parts, or give --grad-checkpoint",
         needed >> 20,
         available >> 20
     );
@@ -84,7 +83,7 @@ mod tests {
     #[test]
     fn the_estimate_is_close_to_what_was_measured() {
         for (activations, n_parameters, mib) in [(506_400, 702_499, 204.0), (2_488_736, 1_624_323, 855.0)] {
-            let estimate = of_distillation(Cost { flops: 0.0, activations }, n_parameters, 64, 1) as f64;
+            let estimate = of_distillation(activations, n_parameters, 64, 1) as f64;
             assert!((0.9..1.2).contains(&(estimate / f64::from(1 << 20) / mib)), "{estimate}");
         }
     }

@@ -27,6 +27,14 @@ pub trait Backend {
     /// A tensor, or whatever stands for one.
     type Value: Clone;
 
+    /// A block of the network. A backend may take it as one operation.
+    fn block(&self, block: &impl Block, x: &Self::Value, emb: &Self::Value) -> Result<Self::Value>
+    where
+        Self: Sized,
+    {
+        block.forward(self, x, emb)
+    }
+
     /// Brings in a tensor that does not depend on the network's input.
     fn constant(&self, tensor: &Tensor) -> Result<Self::Value>;
 
@@ -87,6 +95,13 @@ pub trait Backend {
 
     /// Zeros on the right and below, one row and one column (diffusers' `downsample_padding` 0).
     fn pad_right_bottom(&self, x: &Self::Value) -> Result<Self::Value>;
+}
+
+/// A part of a network with a large inside and one result: a resnet, or attention with what surrounds it.
+pub trait Block: Clone + Send + Sync + 'static {
+    /// x `(B, C, H, W)` and the embedding of time and class `(B or 1, width)`, which not every block reads, to
+    /// `(B, C', H', W')`.
+    fn forward<B: Backend>(&self, b: &B, x: &B::Value, emb: &B::Value) -> Result<B::Value>;
 }
 
 /// Runs every operation at once on candle tensors; gradients flow wherever candle tracks them.

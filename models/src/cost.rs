@@ -1,6 +1,6 @@
 //! What a pass of a network costs, counted on shapes alone: the arithmetic, and the values that a backward pass needs.
 
-use crate::backend::{Activation, Backend};
+use crate::backend::{Activation, Backend, Block};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use crate::unet::ClassEmbedding;
 use crate::{Result, UNet};
@@ -15,6 +15,8 @@ pub struct Cost {
     pub flops: f64,
     /// Values of all intermediate results, which a backward pass finds in memory.
     pub activations: usize,
+    /// The same under [`crate::Recompute`]: what lies between the blocks, and the inside of the largest.
+    pub checkpointed: usize,
 }
 
 /// Of a network for pictures `(C, H, W)`.
@@ -26,19 +28,26 @@ pub fn cost(unet: &UNet, [c, h, w]: [usize; 3]) -> Result<Cost> {
         ClassEmbedding::Table(_) | ClassEmbedding::Timestep => Some(vec![1]),
     };
     unet.forward(&counter, &vec![1, c, h, w], &[1.0], label.as_ref())?;
-    Ok(Cost { flops: counter.flops.get(), activations: counter.activations.get() })
+    let Counter { flops, activations, between, largest_block } = counter;
+    let checkpointed = between.get() + largest_block.get();
+    Ok(Cost { flops: flops.get(), activations: activations.get(), checkpointed })
 }
 
 #[derive(Default)]
 struct Counter {
     flops: Cell<f64>,
     activations: Cell<usize>,
+    /// Of the activations, those outside of blocks, with the blocks' results.
+    between: Cell<usize>,
+    largest_block: Cell<usize>,
 }
 
 impl Counter {
     fn gives(&self, dims: Vec<usize>, flops: usize) -> Result<Vec<usize>> {
         self.flops.set(self.flops.get() + flops as f64);
-        self.activations.set(self.activations.get() + dims.iter().product::<usize>());
+        let size = dims.iter().product::<usize>();
+        self.activations.set(self.activations.get() + size);
+        self.between.set(self.between.get() + size);
         Ok(dims)
     }
 
@@ -51,6 +60,15 @@ impl Counter {
 impl Backend for Counter {
     /// The shape.
     type Value = Vec<usize>;
+
+    fn block(&self, block: &impl Block, x: &Vec<usize>, emb: &Vec<usize>) -> Result<Vec<usize>> {
+        let (activations, between) = (self.activations.get(), self.between.get());
+        let y = block.forward(self, x, emb)?;
+        let inside = self.activations.get() - activations;
+        self.largest_block.set(self.largest_block.get().max(inside));
+        self.between.set(between + y.iter().product::<usize>());
+        Ok(y)
+    }
 
     fn constant(&self, tensor: &Tensor) -> Result<Vec<usize>> {
         Ok(tensor.dims().to_vec())

@@ -12,12 +12,14 @@ pub mod folder;
 pub mod layers;
 pub mod noise_levels;
 pub mod ops;
+pub mod recompute;
 pub mod unet;
 
-pub use backend::{Activation, Backend, Eager};
+pub use backend::{Activation, Backend, Block, Eager};
 pub use denoiser::{Denoiser, Generator, Prediction};
 pub use error::{Error, Result};
 pub use folder::{About, ModelFolder};
 pub use noise_levels::NoiseLevels;
+pub use recompute::Recompute;
 pub use unet::{UNet, UNetConfig};
 pub use weights::{Weights, read_metadata, write_whole};

@@ -2,7 +2,7 @@
 //! name with the reason. Tensor names and the order of operations are diffusers' (0.42), so that its weights load here
 //! and ours load there with equal outputs.
 
-use crate::backend::{Activation, Backend};
+use crate::backend::{Activation, Backend, Block};
 use crate::layers::{Conv2d, Draws, Embedding, GroupNorm, Init, Linear, Loader, Random, Scope, Source};
 use crate::{Error, Result, Weights};
 use candle_core::{DType, Device, Tensor};
@@ -350,7 +350,9 @@ impl ResnetBlock {
         self.resample = Some(resample);
         self
     }
+}
 
+impl Block for ResnetBlock {
     fn forward<B: Backend>(&self, b: &B, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
         let mut h = b.group_norm(x, &self.norm1, Some(self.act))?;
         let mut x = x.clone();
@@ -418,8 +420,10 @@ impl AttentionBlock {
             output_scale: 1.0,
         })
     }
+}
 
-    fn forward<B: Backend>(&self, b: &B, x: &B::Value) -> Result<B::Value> {
+impl Block for AttentionBlock {
+    fn forward<B: Backend>(&self, b: &B, x: &B::Value, _: &B::Value) -> Result<B::Value> {
         let h = match &self.group_norm {
             Some(norm) => b.group_norm(x, norm, None)?,
             None => x.clone(),
@@ -451,9 +455,9 @@ impl Stage {
     }
 
     fn layer<B: Backend>(&self, b: &B, i: usize, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
-        let h = self.resnets[i].forward(b, x, emb)?;
+        let h = b.block(&self.resnets[i], x, emb)?;
         match self.attentions.get(i) {
-            Some(attention) => attention.forward(b, &h),
+            Some(attention) => b.block(attention, &h, emb),
             None => Ok(h),
         }
     }
@@ -477,7 +481,7 @@ impl Resampler {
             Resampler::DownConv { conv, pad: true } => b.conv2d(&b.pad_right_bottom(x)?, conv),
             Resampler::DownConv { conv, pad: false } => b.conv2d(x, conv),
             Resampler::UpConv(conv) => b.conv2d(&b.upsample_2x(x)?, conv),
-            Resampler::Resnet(block) => block.forward(b, x, emb),
+            Resampler::Resnet(block) => b.block(&**block, x, emb),
         }
     }
 }
@@ -558,11 +562,11 @@ impl MidBlock {
     }
 
     fn forward<B: Backend>(&self, b: &B, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
-        let mut h = self.resnets[0].forward(b, x, emb)?;
+        let mut h = b.block(&self.resnets[0], x, emb)?;
         if let Some(attention) = &self.attention {
-            h = attention.forward(b, &h)?;
+            h = b.block(attention, &h, emb)?;
         }
-        self.resnets[1].forward(b, &h, emb)
+        b.block(&self.resnets[1], &h, emb)
     }
 }
 

@@ -104,3 +104,40 @@ fn detached_networks_see_updates_and_record_nothing() {
     let after = frozen.forward(&Eager, &x, &[1.0], None).unwrap();
     assert!((max_abs(&(after - before).unwrap()) - 1.0).abs() < 1e-6);
 }
+
+/// Checkpointed blocks give the same output and, by their second forward pass, the same gradients.
+#[test]
+fn recomputed_blocks_have_the_gradients_of_kept_ones() {
+    use dmd_models::Recompute;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/peers/unet-16.json");
+    let config = UNetConfig::from_json(&path, &std::fs::read_to_string(&path).unwrap()).unwrap();
+    let mut seed = 0;
+    let weights = UNet::init(&config, &mut |_, n| {
+        seed += 1;
+        (0..n).map(|i| (((i * 37 + seed * 11) % 101) as f64 + 0.5) / 101.0).collect()
+    })
+    .unwrap();
+    // Layers that begin at zero would hide what comes before them.
+    let mut filled = Weights::default();
+    for name in weights.names() {
+        let w = weights.get(name).unwrap();
+        filled.insert(name, (w + 0.03).unwrap());
+    }
+    let (view, vars) = filled.trainable().unwrap();
+    let unet = UNet::new(&config, &view).unwrap();
+    let x = Tensor::arange(0f32, 2.0 * 3.0 * 256.0, &Device::Cpu).unwrap();
+    let x = (x.reshape((2, 3, 16, 16)).unwrap() * 0.01).unwrap().sin().unwrap();
+    let run = |b: &Recompute| {
+        let y = unet.forward(b, &x, &[0.3, 1.2], None).unwrap();
+        let grads = b.backward(&y.sqr().unwrap().sum_all().unwrap()).unwrap();
+        (y, vars.values().map(|var| grads.get(var).unwrap().clone()).collect::<Vec<_>>())
+    };
+    let (kept, recomputed) = (run(&Recompute::new(false)), run(&Recompute::new(true)));
+    let max = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    assert_eq!(max(&(&recomputed.0 - &kept.0).unwrap()), 0.0);
+    let largest = kept.1.iter().map(max).fold(0.0, f32::max);
+    for (name, (a, b)) in vars.keys().zip(recomputed.1.iter().zip(&kept.1)) {
+        let gap = max(&(a - b).unwrap());
+        assert!(gap <= 1e-6 * largest, "{name}: {gap} of {largest}");
+    }
+}

@@ -21,7 +21,8 @@ use std::time::Instant;
 
 /// Times sampling, the two updates, and a whole iteration.
 pub fn run(args: &BenchTrainArgs) -> Result<Value> {
-    let config = Config { batch: args.batch, ratio: args.ratio, ..Config::default() };
+    let config =
+        Config { batch: args.batch, ratio: args.ratio, grad_checkpoint: args.grad_checkpoint, ..Config::default() };
     config.validate()?;
     crate::config::at_least_one("--steps", args.steps as u64)?;
     let on = args.device.open()?;

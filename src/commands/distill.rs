@@ -38,6 +38,7 @@ pub fn settings(args: &SettingsArgs) -> Result<Config> {
     let mut config: Config = config::layered(&texts)?;
     config.steps = args.steps.unwrap_or(config.steps);
     config.batch = args.batch.unwrap_or(config.batch);
+    config.grad_checkpoint |= args.grad_checkpoint;
     config.seed = args.seed.unwrap_or(config.seed);
     config.real_score.guidance_scale = args.guidance.unwrap_or(config.real_score.guidance_scale);
     let text = |path: &std::path::PathBuf| path.display().to_string();

@@ -126,8 +126,10 @@ fn check_memory(config: &Config, teacher: &ModelFolder) -> Result<()> {
     // The adversarial and the regression term run the network on more pictures before they go back.
     let terms = usize::from(config.loss.gan.on()) + usize::from(config.loss.regression.weight > 0.0);
     let pictures = config.batch / config.accumulate;
+    let activations = if config.grad_checkpoint { cost.checkpointed } else { cost.activations };
     let n_averages = config.generator.ema.decays().len();
-    let needed = memory::of_distillation(cost, teacher.weights.n_parameters(), pictures * (1 + terms), n_averages);
+    let needed =
+        memory::of_distillation(activations, teacher.weights.n_parameters(), pictures * (1 + terms), n_averages);
     memory::check(needed, pictures)
 }
 

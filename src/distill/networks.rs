@@ -10,7 +10,7 @@ use crate::random::Random;
 use crate::regression::Comparison;
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
-use dmd_models::{Denoiser, Eager, ModelFolder, Prediction, Weights};
+use dmd_models::{Denoiser, Eager, ModelFolder, Prediction, Recompute, Weights};
 use std::collections::BTreeMap;
 
 /// Generator, real score and fake score with what trains them.
@@ -27,6 +27,8 @@ pub struct Networks {
     pub(super) fake_score: Denoiser,
     /// The same weights outside the autograd graph.
     pub(super) fake_score_still: Denoiser,
+    /// What the passes with gradient run on.
+    pub(super) training: Recompute,
     /// Heads on the critic's encoder, for the adversarial term and the density ratio.
     pub discriminator: Option<Discriminator>,
     /// Mean density ratios, for divergences other than reverse KL.
@@ -128,6 +130,7 @@ impl Networks {
             real_score,
             fake_score: teacher.denoiser_on(&fake_view)?,
             fake_score_still: teacher.denoiser_on(&fake_view.detached())?,
+            training: Recompute::new(config.grad_checkpoint),
             discriminator,
             ratio_bins: RatioBins::new(RATIO_BINS, config.loss.ratio_memory),
             regression,

@@ -32,7 +32,7 @@ impl Networks {
         let share = 1.0 / config.accumulate as f64;
         for part in draw.parts(config.accumulate)? {
             let (x, loss, measured) = self.generator_loss(config, step, &part)?;
-            self.generator_optimizer.gradients(&(loss * share)?.backward()?).add_to(&mut gradients)?;
+            self.generator_optimizer.gradients(&self.training.backward(&(loss * share)?)?).add_to(&mut gradients)?;
             health.add(&measured, share);
             samples.push(x.detach());
         }
@@ -55,7 +55,7 @@ impl Networks {
     fn generator_loss(&mut self, config: &Config, step: u64, draw: &Draw) -> Result<(Tensor, Tensor, Health)> {
         let (terms, label, sigma) = (&config.loss, draw.label.as_ref(), &draw.injection.sigma);
         let mut health = Health::default();
-        let x = self.generator.denoise(&Eager, &draw.input, &[draw.level], label)?;
+        let x = self.generator.denoise(&self.training, &draw.input, &[draw.level], label)?;
 
         // Distribution matching stops here: the scores judge the sample, no gradient passes through them.
         let through = matches!(terms.scores, ScoreLoss::ScoreIdentity { .. });
@@ -85,7 +85,8 @@ impl Networks {
         }
         if let (Some((_, comparison)), Some(pair)) = (&self.regression, &draw.pair) {
             let sigma = self.sigmas[0];
-            let remade = self.generator.denoise(&Eager, &(&pair.noise * sigma)?, &[sigma], pair.label.as_ref())?;
+            let remade =
+                self.generator.denoise(&self.training, &(&pair.noise * sigma)?, &[sigma], pair.label.as_ref())?;
             let loss_regression = comparison.distance(&remade, &pair.image, pair.label.as_ref())?;
             health.set("loss_regression", finite("loss_regression", &loss_regression)?);
             loss = (loss + (loss_regression * terms.regression.weight)?)?;
@@ -126,7 +127,7 @@ impl Networks {
         let share = 1.0 / config.accumulate as f64;
         for part in draw.parts(config.accumulate)? {
             let (loss, measured) = self.fake_score_loss(config, &part)?;
-            let grads = (loss * share)?.backward()?;
+            let grads = self.training.backward(&(loss * share)?)?;
             self.fake_optimizer.gradients(&grads).add_to(&mut of_score)?;
             if let (Some(d), Some(_)) = (&self.discriminator, &part.real) {
                 d.optimizer.gradients(&grads).add_to(&mut of_heads)?;
@@ -153,14 +154,14 @@ impl Networks {
             Some(x) => x.clone(),
             None => self.generator_still.denoise(&Eager, &draw.input, &[draw.level], label)?,
         };
-        let denoised = self.fake_score.denoise(&Eager, &injection.add_to(&x)?, &injection.sigma, label)?;
+        let denoised = self.fake_score.denoise(&self.training, &injection.add_to(&x)?, &injection.sigma, label)?;
         let weight = |&sigma: &f64| config.fake_score.weight.at(sigma, self.sigma_data());
         let mut loss = denoising(&denoised, &x, &injection.sigma.iter().map(weight).collect::<Vec<_>>())?;
         health.set("loss_fake", finite("loss_fake", &loss)?);
 
         if let (Some(d), Some(on_fake), Some((real, on_real))) = (&self.discriminator, &draw.adversary, &draw.real) {
             let logit = |x_t: &Tensor, sigma: &[f64], label: Option<&Tensor>| -> Result<Tensor> {
-                d.heads.logit(&self.fake_score.features(&Eager, x_t, sigma, label)?)
+                d.heads.logit(&self.fake_score.features(&self.training, x_t, sigma, label)?)
             };
             let logit_fake = logit(&on_fake.add_to(&x)?, &on_fake.sigma, label)?;
             let (real_t, real_label) = (on_real.add_to(&real.images)?, real.label.as_ref());

@@ -1,0 +1,191 @@
+//! Gradient checkpointing: a backend that keeps only the inputs of the network's blocks and computes what is within them
+//! again when their gradient is wanted (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). One forward
+//! pass more, for the memory of one block at a time.
+
+use crate::backend::{Activation, Backend, Block, Eager};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::{Error, Result};
+#[cfg(feature = "cuda")]
+use candle_core::backend::BackendDevice;
+use candle_core::backend::BackendStorage;
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Storage, Tensor, Var, bail};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// [`Eager`], with or without checkpointing. [`Recompute::backward`] takes the place of `Tensor::backward`.
+#[derive(Clone, Default)]
+pub struct Recompute {
+    on: bool,
+    /// Gradients of weights within blocks, which are no part of the graph outside.
+    within: Within,
+}
+
+type Within = Arc<Mutex<Option<GradStore>>>;
+
+impl Recompute {
+    /// Recomputes if `on`; otherwise the same as [`Eager`].
+    pub fn new(on: bool) -> Self {
+        Recompute { on, within: Within::default() }
+    }
+
+    /// The gradients of a scalar that this backend computed.
+    pub fn backward(&self, loss: &Tensor) -> Result<GradStore> {
+        let mut grads = loss.backward()?;
+        if let Some(within) = take(&self.within) {
+            grads.extend(within)?;
+        }
+        Ok(grads)
+    }
+}
+
+fn take(within: &Within) -> Option<GradStore> {
+    within.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// One block as a single node of the graph.
+struct Checkpoint<T> {
+    block: T,
+    /// The result, computed before the node is made, which then has a copy.
+    y: Mutex<Option<Tensor>>,
+    within: Within,
+}
+
+impl<T> Checkpoint<T> {
+    fn take(&self) -> candle_core::Result<Tensor> {
+        let y = self.y.lock().unwrap_or_else(PoisonError::into_inner).take();
+        y.ok_or_else(|| candle_core::Error::Msg("checkpoint: run twice".into()))
+    }
+}
+
+/// A scalar that stands for Σ y·grad without computing it: its gradient is `grad`. (A product would have a gradient for
+/// `grad` too, as large as the result of the block, and it would be kept.)
+struct Upstream(Tensor);
+
+impl CustomOp1 for Upstream {
+    fn name(&self) -> &'static str {
+        "upstream"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        y: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        let device = y.device();
+        Ok((device.zeros_impl(&Shape::from(()), y.dtype())?, Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+impl<T: Block> CustomOp2 for Checkpoint<T> {
+    fn name(&self) -> &'static str {
+        "checkpoint"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let y = self.take()?;
+        let (storage, layout) = y.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(cpu) => Ok((cpu.try_clone(layout)?, layout.shape().clone())),
+            _ => bail!("checkpoint: the block's result is not on the CPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        let y = self.take()?;
+        let (storage, layout) = y.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(cuda) => Ok((cuda.try_clone(layout)?, layout.shape().clone())),
+            _ => bail!("checkpoint: the block's result is not on the GPU"),
+        }
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        emb: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let (x, emb) = (Var::from_tensor(&x.detach())?, Var::from_tensor(&emb.detach())?);
+        let y = self.block.forward(&Eager, &x, &emb);
+        let y = y.map_err(|error| candle_core::Error::Msg(error.to_string()));
+        let mut grads = y?.apply_op1(Upstream(grad.clone()))?.backward()?;
+        let (dx, demb) = (grads.remove(&x), grads.remove(&emb));
+        let mut within = self.within.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *within {
+            Some(within) => within.extend(grads)?,
+            none => *none = Some(grads),
+        }
+        Ok((dx, demb))
+    }
+}
+
+/// Hands an operation to [`Eager`] as it is.
+macro_rules! as_eager {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) -> $output:ty;)*) => {
+        $(fn $name(&self, $($arg: $type),*) -> $output {
+            Eager.$name($($arg),*)
+        })*
+    };
+}
+
+impl Backend for Recompute {
+    type Value = Tensor;
+
+    fn block(&self, block: &impl Block, x: &Tensor, emb: &Tensor) -> Result<Tensor> {
+        if !self.on || !(x.track_op() || emb.track_op()) {
+            return block.forward(&Eager, x, emb);
+        }
+        // The graph of this pass goes with it; only the numbers stay.
+        let y = block.forward(&Eager, &x.detach(), &emb.detach())?.detach();
+        let op = Checkpoint { block: block.clone(), y: Mutex::new(Some(y)), within: self.within.clone() };
+        x.apply_op2(emb, op).map_err(Error::from)
+    }
+
+    as_eager! {
+        fn constant(tensor: &Tensor) -> Result<Tensor>;
+        fn conv2d(x: &Tensor, layer: &Conv2d) -> Result<Tensor>;
+        fn conv2d_add_per_channel(x: &Tensor, layer: &Conv2d, v: &Tensor) -> Result<Tensor>;
+        fn linear(x: &Tensor, layer: &Linear) -> Result<Tensor>;
+        fn group_norm(x: &Tensor, layer: &GroupNorm, act: Option<Activation>) -> Result<Tensor>;
+        fn activation(x: &Tensor, act: Activation) -> Result<Tensor>;
+        fn embedding(ids: &Tensor, layer: &Embedding) -> Result<Tensor>;
+        fn sinusoid(ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor>;
+        fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor>;
+        fn add(x: &Tensor, y: &Tensor) -> Result<Tensor>;
+        fn add_per_channel(x: &Tensor, v: &Tensor) -> Result<Tensor>;
+        fn modulate(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor>;
+        fn columns(x: &Tensor, start: usize, len: usize) -> Result<Tensor>;
+        fn affine(x: &Tensor, mul: &[f64], add: f64) -> Result<Tensor>;
+        fn concat(x: &Tensor, y: &Tensor) -> Result<Tensor>;
+        fn upsample_2x(x: &Tensor) -> Result<Tensor>;
+        fn avg_pool_2x(x: &Tensor) -> Result<Tensor>;
+        fn pad_right_bottom(x: &Tensor) -> Result<Tensor>;
+    }
+
+    fn dims(&self, x: &Tensor) -> Vec<usize> {
+        x.dims().to_vec()
+    }
+}
