@@ -74,11 +74,12 @@ impl Dialect {
         }
     }
 
-    /// Cuts one row of the class table `(B, width, 1, 1)` into named parts.
-    pub(crate) fn split(self, lowering: &mut Lowering, row: &str, parts: &[(String, Vec<usize>)]) {
+    /// Cuts x along its second axis into parts of these names and shapes.
+    pub(crate) fn split(self, lowering: &mut Lowering, name: &str, x: &str, parts: &[(String, Vec<usize>)]) {
+        let is_even = parts.iter().all(|(_, shape)| shape[1] == parts[0].1[1]);
         match self {
-            Dialect::Portable | Dialect::Native => portable::split(lowering, row, parts),
-            Dialect::Nnapi => nnapi::split(lowering, row, parts),
+            Dialect::Nnapi if !is_even => nnapi::slices(lowering, x, parts),
+            _ => lowering.split(name, x, parts),
         }
     }
 
@@ -119,6 +120,7 @@ const SHARED: &[&str] = &[
     "Resize",
     "Sigmoid",
     "Softmax",
+    "Split",
     "Transpose",
 ];
 

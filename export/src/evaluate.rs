@@ -48,7 +48,11 @@ fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
         Op::Attention { heads, scale } => {
             // The backend divides the scores by √d itself; what is left of `scale` goes into the query.
             let width = (node.shape[1] / heads) as f64;
-            b.attention(&(x[0] * (scale * width.sqrt()))?, x[1], x[2], *heads)
+            let [q, k, v] = match x {
+                [all] => [0, 1, 2].map(|part| all.narrow(1, part * node.shape[1], node.shape[1])),
+                _ => [0, 1, 2].map(|part| Ok(x[part].clone())),
+            };
+            b.attention(&(q?.contiguous()? * (scale * width.sqrt()))?, &k?.contiguous()?, &v?.contiguous()?, *heads)
         }
         Op::Add => b.add(x[0], x[1]),
         Op::AddPerChannel => b.add_per_channel(x[0], x[1]),

@@ -24,7 +24,7 @@ pub fn fold(graph: &mut Graph) -> Result<Folded> {
 /// Looks at one node and what stands before it; rewrites and says so, or leaves all as it was.
 type Rule = fn(&mut Graph, NodeId) -> Result<bool>;
 
-const RULES: [(&str, Rule); 11] = [
+const RULES: [(&str, Rule); 12] = [
     ("affine_of_affine", affine_of_affine),
     ("identity", identity),
     ("affine_through_sum", affine_through_sum),
@@ -35,6 +35,7 @@ const RULES: [(&str, Rule); 11] = [
     ("norm_into_next_conv", norm_into_next_conv),
     ("scale_into_padded_conv", scale_into_padded_conv),
     ("attention_scale", attention_scale),
+    ("one_projection", one_projection),
     ("padding_into_conv", padding_into_conv),
 ];
 
@@ -216,6 +217,34 @@ fn attention_scale(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let Op::Conv2d(conv) = &mut graph.node_mut(query).op else { return Ok(false) };
     *conv = conv.before(&ChannelMap::uniform(conv.weight.dims()[0], scale, 0.0)?)?;
     graph.node_mut(id).op = Op::Attention { heads, scale: 1.0 };
+    Ok(true)
+}
+
+/// Query, key and value of one picture: three convolutions of it are one with all their channels.
+fn one_projection(graph: &mut Graph, id: NodeId) -> Result<bool> {
+    let (Op::Attention { .. }, &[query, key, value]) = (&graph.node(id).op, graph.node(id).inputs.as_slice()) else {
+        return Ok(false);
+    };
+    let projection = |id: NodeId| match &graph.node(id).op {
+        Op::Conv2d(conv) if graph.n_uses(id) == 1 => Some((graph.node(id).inputs[0], conv)),
+        _ => None,
+    };
+    let [Some((x, q)), Some((x_of_key, k)), Some((x_of_value, v))] = [query, key, value].map(projection) else {
+        return Ok(false);
+    };
+    let alike =
+        |conv: &Conv| (conv.stride, conv.pads, &conv.weight.dims()[1..]) == (q.stride, q.pads, &q.weight.dims()[1..]);
+    if x != x_of_key || x != x_of_value || !alike(k) || !alike(v) {
+        return Ok(false);
+    }
+    let bias = |conv: &Conv| {
+        conv.bias.clone().map_or_else(|| Tensor::zeros(conv.weight.dims()[0], DType::F32, &Device::Cpu), Ok)
+    };
+    let weight = Tensor::cat(&[&q.weight, &k.weight, &v.weight], 0)?;
+    let bias = Tensor::cat(&[bias(q)?, bias(k)?, bias(v)?], 0)?;
+    let conv = Conv { weight, bias: Some(bias), ..*q };
+    graph.replace(query, "to_qkv", Op::Conv2d(conv))?;
+    graph.node_mut(id).inputs = vec![query];
     Ok(true)
 }
 
@@ -426,11 +455,22 @@ mod tests {
 
     #[test]
     fn attention_loses_its_scale_and_its_norms_map() {
-        let left = ["norm", "conv", "conv", "conv", "attention"];
-        check(&[("attention_scale", 1), ("norm_into_next_conv", 1)], &left, |b, x, _| {
+        let rules = [("attention_scale", 1), ("norm_into_next_conv", 1), ("one_projection", 1)];
+        check(&rules, &["norm", "conv", "attention"], |b, x, _| {
             let x = b.group_norm(x, &norm(1), None)?;
             let project = |index| b.conv2d(&x, &conv(index, [4, 4], 1, 0));
             b.attention(&project(2)?, &project(3)?, &project(4)?, 2)
+        });
+    }
+
+    #[test]
+    fn attention_to_another_picture_keeps_its_projections() {
+        let left = ["conv", "silu", "conv", "conv", "attention"];
+        check(&[("attention_scale", 1)], &left, |b, x, _| {
+            let query = b.conv2d(x, &conv(2, [4, 4], 1, 0))?;
+            let other = b.activation(x, Activation::Silu)?;
+            let project = |index| b.conv2d(&other, &conv(index, [4, 4], 1, 0));
+            b.attention(&query, &project(3)?, &project(4)?, 2)
         });
     }
 

@@ -65,7 +65,8 @@ pub enum Op {
     },
     /// Pointwise non-linearity of x.
     Activation(Activation),
-    /// Attention over pixels of query, key and value `(B, C, H, W)`; scores times `scale`, softmax over keys.
+    /// Attention over pixels of query, key and value `(B, C, H, W)`, or of one x `(B, 3C, H, W)` that holds them in
+    /// this order; scores times `scale`, softmax over keys.
     Attention {
         /// Runs of channels that attend on their own.
         heads: usize,
@@ -151,6 +152,18 @@ impl Graph {
         })?;
         self.nodes.push(Node { name: String::new(), op, inputs, shape, layer: layer.into() });
         Ok(NodeId(self.nodes.len() - 1))
+    }
+
+    /// Gives a node another operation on the same inputs, and a name of its own within the module of its layer.
+    pub(crate) fn replace(&mut self, id: NodeId, part: &str, op: Op) -> Result<()> {
+        let layer = match module_of(&self.node(id).layer) {
+            "" => part.to_string(),
+            module => format!("{module}.{part}"),
+        };
+        let replaced = self.push(&layer, op, self.node(id).inputs.clone())?;
+        self.nodes.swap_remove(id.0);
+        debug_assert_eq!(replaced.0, self.nodes.len(), "the new node stands in the old one's place");
+        Ok(())
     }
 
     /// Declares the picture, drops what it does not need and gives every node its name.
@@ -315,6 +328,9 @@ impl Op {
                     && c.is_multiple_of(*heads) =>
             {
                 Ok(q.to_vec())
+            }
+            (Op::Attention { heads, .. }, [[b, c, h, w]]) if *heads > 0 && c.is_multiple_of(3 * heads) => {
+                Ok(vec![*b, c / 3, *h, *w])
             }
             (Op::Add, [x, y]) => broadcast(x, y).ok_or_else(|| format!("cannot add {x:?} and {y:?}")),
             (Op::AddPerChannel | Op::ScalePerChannel, [x @ [b, c, _, _], [bv, cv]])

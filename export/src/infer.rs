@@ -48,7 +48,10 @@ pub(crate) fn infer(node: &NodeProto, x: &[Read]) -> Result<Vec<Typed>, String> 
             same_kind(x)?;
             let ([b, c, h, w], weight) = (rank4()?, &read(1)?.dims);
             let (pads, strides, kernel) = (ints("pads")?, ints("strides")?, ints("kernel_shape")?);
-            let fits = weight.len() == 4 && weight[1] == c && weight[2..] == kernel[..];
+            // Left out where it is 1.
+            let groups = int("group").unwrap_or(1);
+            let fits =
+                weight.len() == 4 && weight[1] * groups == c && weight[0] % groups == 0 && weight[2..] == kernel[..];
             if !fits || pads.len() != 4 || strides.len() != 2 || strides.contains(&0) {
                 return Err(format!("weight {weight:?} with kernel {kernel:?} does not fit {:?}", first.dims));
             }
@@ -74,7 +77,9 @@ pub(crate) fn infer(node: &NodeProto, x: &[Read]) -> Result<Vec<Typed>, String> 
         "MatMul" => {
             same_kind(x)?;
             match (&first.dims[..], &read(1)?.dims[..]) {
-                ([b, n, k], [b2, k2, m]) if b == b2 && k == k2 => like(vec![*b, *n, *m]),
+                ([stack @ .., n, k], [stack2 @ .., k2, m]) if stack == stack2 && k == k2 => {
+                    like([stack, &[*n, *m]].concat())
+                }
                 (x, y) => return Err(format!("cannot multiply {x:?} and {y:?}")),
             }
         }

@@ -2,7 +2,7 @@
 //! what the check for overflow trusts. Values are f32; one that the file declares as f16 is rounded to it, so that what
 //! an accelerator would lose is lost here too. Quantised values are whole numbers in f32.
 
-use crate::onnx::{Attributes, element_type, values_f32, values_i64};
+use crate::onnx::{Attributes, element_type, maps_channels, values_f32, values_i64};
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 use candle_onnx::onnx::tensor_proto::DataType;
@@ -140,6 +140,10 @@ fn softmax(x: &Tensor) -> candle_core::Result<Tensor> {
 
 fn conv(node: &NodeProto, x: &[&Tensor]) -> Result<Tensor> {
     let attributes = Attributes(node);
+    if let (true, [x, scale, shift]) = (maps_channels(node), x) {
+        let per_channel = |values: &Tensor| values.reshape((1, values.elem_count(), 1, 1));
+        return Ok(x.broadcast_mul(&per_channel(scale)?)?.broadcast_add(&per_channel(shift)?)?);
+    }
     let [pads, strides] = [attributes.ints("pads")?, attributes.ints("strides")?];
     let at = |i: usize| pads[i] as usize;
     let (weight, bias) = (x[1].clone(), x.get(2).map(|bias| (*bias).clone()));

@@ -138,7 +138,7 @@ impl Lowering<'_> {
             return Ok(());
         }
         let row = self.file.node("class_table.row", "Gather", &[&table, &label], vec![], &[batch, width, 1, 1]);
-        self.dialect.split(self, &row, &outputs);
+        self.dialect.split(self, "class_table", &row, &outputs);
         Ok(())
     }
 
@@ -192,15 +192,23 @@ impl Lowering<'_> {
         Ok(self.file.node(name, "Conv", &inputs, vec![kernel, strides, ints("pads", &conv.pads)], &node.shape))
     }
 
-    /// What is left of a group norm once the groups `(B, G, n)` are normalised: the channels and their affine map.
+    /// What is left of a group norm once the groups `(B, G, n)` are normalised: the channels and their affine map. That
+    /// is a pointwise convolution of each channel on its own, which every accelerator takes: one node where Mul and Add
+    /// are two, and one pass over the picture less.
     pub(crate) fn ungrouped(&mut self, norm: &Norm, normalized: &str) -> Result<String> {
         let (name, shape) = (norm.name, norm.shape);
         let Some([scale, shift]) = norm.affine else { return Ok(self.reshape(name, normalized, &shape)) };
         let normalized = self.reshape(&format!("{name}.channels"), normalized, &shape);
-        let scale = self.file.weight(&format!("{name}.weight"), scale, &[1, shape[1], 1, 1])?;
-        let shift = self.file.weight(&format!("{name}.bias"), shift, &[1, shape[1], 1, 1])?;
-        let scaled = self.file.node(&format!("{name}.scale"), "Mul", &[&normalized, &scale], vec![], &shape);
-        Ok(self.file.node(name, "Add", &[&scaled, &shift], vec![], &shape))
+        let channels = shape[1];
+        let scale = self.file.weight(&format!("{name}.weight"), scale, &[channels, 1, 1, 1])?;
+        let shift = self.file.weight(&format!("{name}.bias"), shift, &[channels])?;
+        let attributes = vec![
+            int("group", channels as i64),
+            ints("kernel_shape", &[1, 1]),
+            ints("strides", &[1, 1]),
+            ints("pads", &[0; 4]),
+        ];
+        Ok(self.file.node(name, "Conv", &[&normalized, &scale, &shift], attributes, &shape))
     }
 
     fn activation(&mut self, node: &Node, act: Activation, x: &str) -> Result<String> {
@@ -221,29 +229,37 @@ impl Lowering<'_> {
         self.file.node(&name, operator, inputs, vec![], &node.shape)
     }
 
-    /// One matrix product per head, heads beside the batch. Keys are the last axis of the scores, where softmax is
-    /// cheap; both transpositions are of the two last axes, which engines merge into the products.
+    /// One matrix product per head. Keys are the last axis of the scores, where softmax is cheap; both transpositions are
+    /// of the two last axes, which engines merge into the products.
     fn attention(&mut self, node: &Node, heads: usize, scale: f64) -> Result<String> {
         let name = &node.name;
         let [b, c, h, w] = dims4(node)?;
-        let [_, _, kh, kw] = dims4(self.graph.node(node.inputs[1]))?;
-        let (rows, width, queries, keys) = (b * heads, c / heads, h * w, kh * kw);
-        let mut split = |part: &str, input: usize, pixels: usize| -> Result<String> {
-            let x = self.value(node.inputs[input])?;
-            Ok(self.reshape(&format!("{name}.{part}"), &x, &[rows, width, pixels]))
-        };
-        let (q, k, v) = (split("query", 0, queries)?, split("key", 1, keys)?, split("value", 2, keys)?);
+        let [.., kh, kw] = dims4(self.graph.node(*node.inputs.get(1).unwrap_or(&node.inputs[0])))?;
+        let (width, queries, keys) = (c / heads, h * w, kh * kw);
         let part = |part: &str| format!("{name}.{part}");
-        let q = self.transpose_last(&part("query_rows"), &q, [rows, queries, width]);
-        let mut scores = self.file.node(&part("scores"), "MatMul", &[&q, &k], vec![], &[rows, queries, keys]);
+        let parts = [("query", queries), ("key", keys), ("value", keys)];
+        let parts = parts.map(|(name, pixels)| (part(name), vec![b, heads, width, pixels]));
+        if let [all] = node.inputs[..] {
+            let all = self.value(all)?;
+            let all = self.reshape(&part("heads"), &all, &[b, 3 * heads, width, queries]);
+            self.dialect.split(self, name, &all, &parts);
+        } else {
+            for ((name, shape), input) in parts.iter().zip(&node.inputs) {
+                let x = self.value(*input)?;
+                self.reshape(name, &x, shape);
+            }
+        }
+        let [(q, _), (k, _), (v, _)] = parts;
+        let q = self.transpose_last(&part("query_rows"), &q, [b, heads, queries, width]);
+        let by_query = [b, heads, queries, keys];
+        let mut scores = self.file.node(&part("scores"), "MatMul", &[&q, &k], vec![], &by_query);
         if scale != 1.0 {
             let factor = self.file.scalar(scale as f32);
-            scores = self.file.node(&part("scaled"), "Mul", &[&scores, &factor], vec![], &[rows, queries, keys]);
+            scores = self.file.node(&part("scaled"), "Mul", &[&scores, &factor], vec![], &by_query);
         }
-        let weights = vec![int("axis", -1)];
-        let weights = self.file.node(&part("weights"), "Softmax", &[&scores], weights, &[rows, queries, keys]);
-        let weights = self.transpose_last(&part("weights_by_key"), &weights, [rows, keys, queries]);
-        let mixed = self.file.node(&part("mix"), "MatMul", &[&v, &weights], vec![], &[rows, width, queries]);
+        let weights = self.file.node(&part("weights"), "Softmax", &[&scores], vec![int("axis", -1)], &by_query);
+        let weights = self.transpose_last(&part("weights_by_key"), &weights, [b, heads, keys, queries]);
+        let mixed = self.file.node(&part("mix"), "MatMul", &[&v, &weights], vec![], &[b, heads, width, queries]);
         Ok(self.reshape(name, &mixed, &node.shape))
     }
 
@@ -293,8 +309,15 @@ impl Lowering<'_> {
         self.file.node(name, "Reshape", &[x, &dims], vec![], shape)
     }
 
-    fn transpose_last(&mut self, name: &str, x: &str, shape: [usize; 3]) -> String {
-        self.file.node(name, "Transpose", &[x], vec![ints("perm", &[0, 2, 1])], &shape)
+    /// Cuts x along its second axis.
+    pub(crate) fn split(&mut self, name: &str, x: &str, parts: &[(String, Vec<usize>)]) {
+        let lengths: Vec<i64> = parts.iter().map(|(_, shape)| shape[1] as i64).collect();
+        let lengths = self.file.integers(&lengths);
+        self.file.nodes(&format!("{name}.split"), "Split", &[x, &lengths], vec![int("axis", 1)], parts);
+    }
+
+    fn transpose_last(&mut self, name: &str, x: &str, shape: [usize; 4]) -> String {
+        self.file.node(name, "Transpose", &[x], vec![ints("perm", &[0, 1, 3, 2])], &shape)
     }
 }
 

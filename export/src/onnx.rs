@@ -194,6 +194,11 @@ impl Attributes<'_> {
     }
 }
 
+/// Whether a convolution is the affine map of a norm: each channel on its own, pointwise.
+pub(crate) fn maps_channels(node: &NodeProto) -> bool {
+    node.op_type == "Conv" && Attributes(node).int("group").is_ok()
+}
+
 /// The numbers of a constant of f32, f16, int8 or int32, as f32.
 pub(crate) fn values_f32(tensor: &TensorProto) -> Result<Vec<f32>> {
     let bytes = tensor.raw_data.as_slice();

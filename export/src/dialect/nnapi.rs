@@ -41,13 +41,13 @@ pub(super) fn mish(lowering: &mut Lowering, node: &Node, x: &str) -> String {
 }
 
 /// A slice for each part.
-pub(super) fn split(lowering: &mut Lowering, row: &str, parts: &[(String, Vec<usize>)]) {
+pub(super) fn slices(lowering: &mut Lowering, x: &str, parts: &[(String, Vec<usize>)]) {
     let axis = lowering.file.integers(&[1]);
     let mut start = 0;
     for (name, shape) in parts {
         let end = start + shape[1] as i64;
         let [first, last] = [start, end].map(|at| lowering.file.integers(&[at]));
-        lowering.file.node(name, "Slice", &[row, &first, &last, &axis], vec![], shape);
+        lowering.file.node(name, "Slice", &[x, &first, &last, &axis], vec![], shape);
         start = end;
     }
 }

@@ -3,10 +3,10 @@
 use crate::Result;
 use crate::graph::Node;
 use crate::lower::{Lowering, Norm};
-use crate::onnx::{float, int};
+use crate::onnx::float;
 
 /// Operators beside the shared ones.
-pub(super) const OPERATORS: &[&str] = &["Div", "Erf", "InstanceNormalization", "Softplus", "Split", "Tanh"];
+pub(super) const OPERATORS: &[&str] = &["Div", "Erf", "InstanceNormalization", "Softplus", "Tanh"];
 
 /// No provider has GroupNormalization on the CPU, and nearly every one has this: a group becomes a channel of instance
 /// normalisation.
@@ -42,10 +42,4 @@ pub(super) fn gelu(lowering: &mut Lowering, node: &Node, x: &str) -> String {
     let gate = lowering.step(node, "add", "Add", &[&erf, &one]);
     let gated = lowering.step(node, "gate", "Mul", &[x, &gate]);
     lowering.step(node, "", "Mul", &[&gated, &half])
-}
-
-pub(super) fn split(lowering: &mut Lowering, row: &str, parts: &[(String, Vec<usize>)]) {
-    let widths: Vec<i64> = parts.iter().map(|(_, shape)| shape[1] as i64).collect();
-    let widths = lowering.file.integers(&widths);
-    lowering.file.nodes("class_table.split", "Split", &[row, &widths], vec![int("axis", 1)], parts);
 }

@@ -3,7 +3,7 @@
 
 use super::{Constants, outermost_convs, sweep_constants};
 use crate::Result;
-use crate::onnx::{initializer, int, little_endian, value_info, values_f32};
+use crate::onnx::{initializer, int, little_endian, maps_channels, value_info, values_f32};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto};
 use std::collections::HashSet;
@@ -11,7 +11,9 @@ use std::collections::HashSet;
 /// Rewrites a graph of f32. The outermost convolutions, small as they are, stay in single precision.
 pub(crate) fn rewrite(graph: &GraphProto) -> Result<GraphProto> {
     let kept: HashSet<&str> = outermost_convs(graph).into_iter().collect();
-    let convs = graph.node.iter().filter(|node| node.op_type == "Conv" && !kept.contains(node.name.as_str()));
+    let is_rounded =
+        |node: &&NodeProto| node.op_type == "Conv" && !maps_channels(node) && !kept.contains(node.name.as_str());
+    let convs = graph.node.iter().filter(is_rounded);
     let convs: HashSet<&str> = convs.map(|node| node.name.as_str()).collect();
     let mut result = graph.clone();
     result.node.clear();
