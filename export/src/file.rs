@@ -161,8 +161,9 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
             activations::rewrite(&lowered.graph, &weights_only, &calibration(), options.max_drop_db)?
         }
     };
-    let model = onnx::model(graph, options.dialect, &metadata);
+    let mut model = onnx::model(graph, options.dialect, &metadata);
     check::check(&model, options.dialect.rules(options.precision, dynamic_batch))?;
+    onnx::compact(&mut model);
     let files = Files::of(&model, path, options.external_data)?;
     if let Some(limit) = options.max_size.filter(|limit| files.bytes() > *limit) {
         return Err(Error::OverMaxSize { bytes: files.bytes(), limit });

@@ -13,7 +13,7 @@ use candle_onnx::onnx::{
 use prost::Message;
 use sha2::{Digest, Sha256};
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// Protobuf counts bytes in 31 bits.
 const MAX_BYTES: usize = i32::MAX as usize;
@@ -29,6 +29,21 @@ pub(crate) fn model(graph: GraphProto, dialect: Dialect, metadata: &[(&str, Stri
         graph: Some(graph),
         metadata_props: metadata.iter().map(entry).collect(),
         ..Default::default()
+    }
+}
+
+/// The model as it is written: types and shapes of values are left out, which every engine infers for itself, and values
+/// that nobody asks for are numbered. Nodes, weights, inputs and outputs keep their names.
+pub(crate) fn compact(model: &mut ModelProto) {
+    let Some(graph) = &mut model.graph else { return };
+    graph.value_info.clear();
+    let named: HashSet<&str> = graph.output.iter().map(|info| info.name.as_str()).collect();
+    let values = graph.node.iter().flat_map(|node| &node.output).filter(|name| !named.contains(name.as_str()));
+    let numbers: HashMap<String, String> = values.enumerate().map(|(i, name)| (name.clone(), i.to_string())).collect();
+    for name in graph.node.iter_mut().flat_map(|node| node.input.iter_mut().chain(&mut node.output)) {
+        if let Some(number) = numbers.get(name) {
+            name.clone_from(number);
+        }
     }
 }
 
