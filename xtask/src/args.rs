@@ -15,6 +15,8 @@ Usage: cargo xtask <TASK> [ARGS]
   bench [ARGS]              training beside PyTorch, in turn, as ratios; fetches PyTorch (5 GB); --help lists ARGS
   cuda-check                compile and link for CUDA, with a toolkit from Python's package index (3 GB); needs no GPU
   web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
+  bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
+                            environment that has it is active
   check                     formatting, clippy and documentation, warnings refused
   ci                        check, then test
   dmd [ARGS]                run dmd as it was last built for release (built first where there is none)
@@ -34,6 +36,7 @@ pub enum Task {
     Bench(Vec<OsString>),
     CudaCheck,
     WebTest,
+    BenchExport,
     Check,
     Ci,
     Dmd(Vec<OsString>),
@@ -59,6 +62,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
     let parsed = match task.as_ref() {
         "cuda-check" => Task::CudaCheck,
         "web-test" => Task::WebTest,
+        "bench-export" => Task::BenchExport,
         "check" => Task::Check,
         "ci" => Task::Ci,
         "env" => Task::Env,
@@ -95,6 +99,7 @@ mod tests {
         check("setup --help", Ok(Task::Help));
         check("cuda-check", Ok(Task::CudaCheck));
         check("web-test", Ok(Task::WebTest));
+        check("bench-export", Ok(Task::BenchExport));
         check("check", Ok(Task::Check));
         check("ci", Ok(Task::Ci));
         check("env", Ok(Task::Env));

@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod bench_export;
 mod chores;
 mod cuda;
 mod onnxruntime;
@@ -43,6 +44,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Bench(args) => bench::run(&args),
         Task::CudaCheck => cuda::check(),
         Task::WebTest => web::test(),
+        Task::BenchExport => bench_export::run(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),
         Task::Dmd(args) => chores::dmd(&args),
