@@ -13,7 +13,9 @@ use dmd_models::Weights;
 use dmd_runtime::{EngineChoice, Output};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::fs;
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 /// What a file says of its model beyond the network itself.
@@ -165,18 +167,18 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
     check::check(&model, options.dialect.rules(options.precision, dynamic_batch))?;
     onnx::compact(&mut model);
     let files = Files::of(&model, path, options.external_data)?;
-    if let Some(limit) = options.max_size.filter(|limit| files.bytes() > *limit) {
-        return Err(Error::OverMaxSize { bytes: files.bytes(), limit });
+    if let Some(limit) = options.max_size.filter(|limit| files.bytes > *limit) {
+        return Err(Error::OverMaxSize { bytes: files.bytes, limit });
     }
     // The unwritable path is found before the time for the check is spent.
     let aside = Aside::write(path, &files, options.force)?;
     let samples = Samples::draw(network, shape, options.batch.traced(), classes.len(), options.fixed_label)?;
-    let engines = verify(&aside.model(), &model, &samples, options);
+    let ((nodes, initializers), bytes) = (counts(&model), files.bytes);
+    drop(files);
+    let engines = verify(&aside.model(), model, &samples, options);
     accept(&engines, options.allow_unverified)?;
     aside.rename()?;
-    let (nodes, initializers) = counts(&model);
     let (dialect, precision) = (options.dialect, options.precision);
-    let bytes = files.bytes();
     Ok(ExportReport { path: path.into(), nodes, initializers, bytes, dialect, precision, layers, folded, engines })
 }
 
@@ -185,24 +187,23 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
 const CALIBRATION: usize = 12;
 const CALIBRATION_SEED: u64 = 1 << 32;
 
-/// The bytes of a file and of what stands beside it.
-struct Files {
-    model: Vec<u8>,
+/// What goes into a file, and into the one beside it.
+struct Files<'a> {
+    model: Cow<'a, ModelProto>,
     data: Option<Vec<u8>>,
+    /// Of both.
+    bytes: usize,
 }
 
-impl Files {
-    fn of(model: &ModelProto, path: &Path, external_data: bool) -> Result<Self> {
+impl<'a> Files<'a> {
+    fn of(model: &'a ModelProto, path: &Path, external_data: bool) -> Result<Self> {
         if !external_data {
-            return Ok(Files { model: onnx::encode(model)?, data: None });
+            return Ok(Files { model: Cow::Borrowed(model), data: None, bytes: onnx::encoded_len(model)? });
         }
         let name = data_path(path).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let (model, data) = onnx::with_external_data(model, &name);
-        Ok(Files { model: onnx::encode(&model)?, data: Some(data) })
-    }
-
-    fn bytes(&self) -> usize {
-        self.model.len() + self.data.as_ref().map_or(0, Vec::len)
+        let bytes = onnx::encoded_len(&model)? + data.len();
+        Ok(Files { model: Cow::Owned(model), data: Some(data), bytes })
     }
 }
 
@@ -363,7 +364,8 @@ impl Aside {
         if !aside.folder.is_dir() {
             fs::create_dir(&aside.folder).map_err(Error::io(path))?;
         }
-        fs::write(aside.model(), &files.model).map_err(Error::io(path))?;
+        let file = fs::File::create(aside.model()).map_err(Error::io(path))?;
+        onnx::write(&files.model, &mut BufWriter::new(file)).map_err(Error::io(path))?;
         if let Some(data) = &files.data {
             fs::write(aside.data(), data).map_err(Error::io(path))?;
         }

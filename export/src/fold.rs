@@ -305,26 +305,34 @@ impl ChannelMap {
 impl Conv {
     /// This convolution and then the map, as one convolution.
     fn before(&self, map: &ChannelMap) -> Result<Conv> {
-        let weight = wide(&self.weight)?.broadcast_mul(&map.mul.reshape((map.mul.elem_count(), 1, 1, 1))?)?;
         let bias = match &self.bias {
             Some(bias) => ((wide(bias)? * &map.mul)? + &map.add)?,
             None => map.add.clone(),
         };
-        Ok(Conv { weight: narrow(&weight)?, bias: Some(narrow(&bias)?), ..*self })
+        Ok(Conv { weight: scaled(&self.weight, &map.mul, 0)?, bias: Some(narrow(&bias)?), ..*self })
     }
 
     /// The map and then this convolution, as one convolution; exact where it does not pad, or the map only scales.
     fn after(&self, map: &ChannelMap) -> Result<Conv> {
-        let per_input = |values: &Tensor| values.reshape((1, values.elem_count(), 1, 1));
-        let weight = wide(&self.weight)?;
-        let offset = weight.broadcast_mul(&per_input(&map.add)?)?.sum((1, 2, 3))?;
+        let per_input = map.add.reshape((1, map.add.elem_count(), 1, 1))?;
+        let offset = wide(&self.weight)?.broadcast_mul(&per_input)?.sum((1, 2, 3))?;
         let bias = match &self.bias {
             Some(bias) => (wide(bias)? + offset)?,
             None => offset,
         };
-        let weight = weight.broadcast_mul(&per_input(&map.mul)?)?;
-        Ok(Conv { weight: narrow(&weight)?, bias: Some(narrow(&bias)?), ..*self })
+        Ok(Conv { weight: scaled(&self.weight, &map.mul, 1)?, bias: Some(narrow(&bias)?), ..*self })
     }
+}
+
+/// A weight times one number per channel of `axis`; the same tensor, not a copy, where all are 1, as behind a time
+/// embedding.
+fn scaled(weight: &Tensor, mul: &Tensor, axis: usize) -> Result<Tensor> {
+    if mul.to_vec1::<f64>()?.iter().all(|mul| *mul == 1.0) {
+        return Ok(weight.clone());
+    }
+    let mut shape = [1; 4];
+    shape[axis] = mul.elem_count();
+    narrow(&wide(weight)?.broadcast_mul(&mul.reshape(&shape)?)?)
 }
 
 fn wide(tensor: &Tensor) -> Result<Tensor> {

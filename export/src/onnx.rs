@@ -10,10 +10,11 @@ use candle_onnx::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
     TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
 };
-use prost::Message;
+use prost::{Message, encode_length_delimiter, length_delimiter_len};
 use sha2::{Digest, Sha256};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io::{self, Write};
 
 /// Protobuf counts bytes in 31 bits.
 const MAX_BYTES: usize = i32::MAX as usize;
@@ -47,12 +48,55 @@ pub(crate) fn compact(model: &mut ModelProto) {
     }
 }
 
-/// The bytes of the file.
-pub(crate) fn encode(model: &ModelProto) -> Result<Vec<u8>> {
+/// The size of the file; an error where protobuf cannot count it.
+pub(crate) fn encoded_len(model: &ModelProto) -> Result<usize> {
     match model.encoded_len() {
         bytes if bytes > MAX_BYTES => Err(Error::TooLarge { bytes, limit: MAX_BYTES }),
-        _ => Ok(model.encode_to_vec()),
+        bytes => Ok(bytes),
     }
+}
+
+/// Writes the file constant by constant, so that the weights are not held a second time.
+pub(crate) fn write(model: &ModelProto, to: &mut impl Write) -> io::Result<()> {
+    let (frame, graph) = without_constants(model);
+    let constants = model.graph.iter().flat_map(|graph| &graph.initializer);
+    let framed = |len: usize| 1 + length_delimiter_len(len) + len;
+    let graph = graph.encode_to_vec();
+    let len = graph.len() + constants.clone().map(|constant| framed(constant.encoded_len())).sum::<usize>();
+    let mut header = vec![MODEL_GRAPH];
+    encode_length_delimiter(len, &mut header)?;
+    to.write_all(&frame.encode_to_vec())?;
+    to.write_all(&header)?;
+    to.write_all(&graph)?;
+    for constant in constants {
+        to.write_all(&[GRAPH_INITIALIZER])?;
+        to.write_all(&constant.encode_length_delimited_to_vec())?;
+    }
+    to.flush()
+}
+
+/// Keys of the fields `ModelProto.graph` (7) and `GraphProto.initializer` (5) on the wire, of which a length follows.
+const MODEL_GRAPH: u8 = 7 << 3 | 2;
+const GRAPH_INITIALIZER: u8 = 5 << 3 | 2;
+
+/// The model without its graph, and the graph without its constants.
+fn without_constants(model: &ModelProto) -> (ModelProto, GraphProto) {
+    let frame = ModelProto {
+        ir_version: model.ir_version,
+        opset_import: model.opset_import.clone(),
+        producer_name: model.producer_name.clone(),
+        producer_version: model.producer_version.clone(),
+        metadata_props: model.metadata_props.clone(),
+        ..Default::default()
+    };
+    let graph = model.graph.as_ref().map(|graph| GraphProto {
+        name: graph.name.clone(),
+        node: graph.node.clone(),
+        input: graph.input.clone(),
+        output: graph.output.clone(),
+        ..Default::default()
+    });
+    (frame, graph.unwrap_or_default())
 }
 
 /// A graph in a dialect, in single precision.
@@ -268,24 +312,10 @@ const LARGE: usize = 1 << 20;
 /// The model without its large constants, and those in one piece that goes into a file called `location`.
 pub(crate) fn with_external_data(model: &ModelProto, location: &str) -> (ModelProto, Vec<u8>) {
     let mut outside = Vec::new();
-    let graph = model.graph.as_ref().map(|graph| GraphProto {
-        initializer: graph.initializer.iter().map(|tensor| moved_out(tensor, location, &mut outside)).collect(),
-        name: graph.name.clone(),
-        node: graph.node.clone(),
-        input: graph.input.clone(),
-        output: graph.output.clone(),
-        value_info: graph.value_info.clone(),
-        ..Default::default()
-    });
-    let light = ModelProto {
-        ir_version: model.ir_version,
-        opset_import: model.opset_import.clone(),
-        producer_name: model.producer_name.clone(),
-        producer_version: model.producer_version.clone(),
-        metadata_props: model.metadata_props.clone(),
-        graph,
-        ..Default::default()
-    };
+    let (mut light, mut graph) = without_constants(model);
+    let constants = model.graph.iter().flat_map(|graph| &graph.initializer);
+    graph.initializer = constants.map(|tensor| moved_out(tensor, location, &mut outside)).collect();
+    light.graph = Some(graph);
     (light, outside)
 }
 

@@ -182,13 +182,9 @@ enum Found {
     U8(Vec<u8>),
 }
 
-/// Runs the file through every engine that is asked for.
-pub(crate) fn verify(
-    path: &Path,
-    model: &ModelProto,
-    samples: &Samples,
-    options: &ExportOptions,
-) -> Vec<EngineVerdict> {
+/// Runs the file through every engine that is asked for. The model is the file's; it is given up before an engine loads
+/// the weights once more.
+pub(crate) fn verify(path: &Path, model: ModelProto, samples: &Samples, options: &ExportOptions) -> Vec<EngineVerdict> {
     let (output, library) = (options.output, &options.library);
     let demand = match options.precision {
         Precision::Fp32 => Demand::Difference(options.tolerance),
@@ -200,22 +196,17 @@ pub(crate) fn verify(
         EngineChoice::OnnxRuntime => kind == EngineKind::OnnxRuntime,
         EngineChoice::Tract => kind == EngineKind::Tract,
     };
-    let mut verdicts: Vec<EngineVerdict> = engines(library.as_deref())
-        .into_iter()
-        .filter(|report| is_asked_for(report.kind))
-        .map(|report| {
-            let found = match report.reason {
-                Some(reason) => Err(Status::Skipped(reason)),
-                None => run_engine(path, samples, report.kind, library.clone()).map_err(Status::Failed),
-            };
-            verdict(&report.kind.to_string(), report.version, found, samples, limit)
-        })
-        .collect();
-    if options.engines != EngineChoice::Auto {
-        return verdicts;
-    }
-    verdicts.push(verdict("candle-onnx", None, run_candle_onnx(model, samples, output), samples, limit));
-    verdicts
+    let by_candle = (options.engines == EngineChoice::Auto)
+        .then(|| verdict("candle-onnx", None, run_candle_onnx(&model, samples, output), samples, limit));
+    drop(model);
+    let verdicts = engines(library.as_deref()).into_iter().filter(|report| is_asked_for(report.kind)).map(|report| {
+        let found = match report.reason {
+            Some(reason) => Err(Status::Skipped(reason)),
+            None => run_engine(path, samples, report.kind, library.clone()).map_err(Status::Failed),
+        };
+        verdict(&report.kind.to_string(), report.version, found, samples, limit)
+    });
+    verdicts.chain(by_candle).collect()
 }
 
 fn verdict(
