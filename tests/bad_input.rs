@@ -270,11 +270,13 @@ fn a_file_that_is_not_one_of_ours_is_refused() {
     w.ok("export run/generator --onnx ours.onnx");
     let ours = std::fs::read(w.path("ours.onnx")).unwrap();
     w.write("half.onnx", &ours[..ours.len() / 2]);
+    w.write("text.ort", "this is no model");
     for command in ["sample FILE --npy a.npy", "inspect FILE", "bench run FILE"] {
         let check = |file: &str, part: &str| w.refuses(&command.replace("FILE", file), 1, &[file, part]);
         check("theirs.onnx", "not one of ours");
         check("text.onnx", "not a whole ONNX file");
         check("half.onnx", "not a whole ONNX file");
+        check("text.ort", "expected the format of ONNX Runtime, .ort");
         check("missing.onnx", "");
     }
 }

@@ -66,7 +66,7 @@ pub fn to_ort(onnx: &Path, ort: &Path, force: bool, library: Option<PathBuf>) ->
     let required_operators = operators(&lint::read(&optimised.0)?);
     let aside = Aside(ort.with_extension("partial.ort"));
     rewrite(&optimised.0, &aside.0, Rewrite::Ort, library)?;
-    let max_abs_difference = compare(onnx, &aside.0, info, library)?;
+    let max_abs_difference = compare(onnx, &aside.0, &info, library)?;
     fs::rename(&aside.0, ort).map_err(Error::io(ort))?;
     let bytes = fs::metadata(ort).map_err(Error::io(ort))?.len();
     Ok(OrtReport { path: ort.into(), bytes, onnxruntime: version, required_operators, max_abs_difference })
@@ -119,12 +119,12 @@ fn plain(domain: &str) -> &str {
 }
 
 /// The largest difference between the pictures of two files; an error where it is too large.
-fn compare(onnx: &Path, ort: &Path, info: Info, library: Option<&Path>) -> Result<f64> {
+fn compare(onnx: &Path, ort: &Path, info: &Info, library: Option<&Path>) -> Result<f64> {
     let options = || Options { engine: EngineChoice::OnnxRuntime, library: library.map(Into::into), threads: None };
     let output = info.output;
     let request = Request { seed: 0, labels: vec![], batch: PICTURES.max(info.classes.len()) };
     let expected = Generator::load(onnx, options())?.generate(&request)?.to_f32();
-    let found = Generator::load_described(ort, info, options())?.generate(&request)?.to_f32();
+    let found = Generator::load(ort, options())?.generate(&request)?.to_f32();
     let largest = expected.iter().fold(0f64, |max, x| max.max(f64::from(x.abs())));
     let limit = if output == Output::U8 { 1.01 / 127.5 } else { TOLERANCE * largest };
     let pairs = expected.iter().zip(&found);

@@ -2,7 +2,9 @@
 
 use dmd_export::lint::{Target, lint, read};
 use dmd_export::{required_operators_config, to_ort};
+use dmd_runtime::{EngineChoice, Generator, Info, Options};
 use std::fs;
+use std::path::Path;
 
 #[path = "../examples/your_network.rs"]
 mod example;
@@ -24,7 +26,7 @@ fn a_network_of_ones_own_is_exported_and_taken_whole() {
     in_the_format_of_onnx_runtime(folder.path());
 }
 
-fn in_the_format_of_onnx_runtime(folder: &std::path::Path) {
+fn in_the_format_of_onnx_runtime(folder: &Path) {
     let (onnx, ort) = (folder.join("network.onnx"), folder.join("network.ort"));
     let present = dmd_runtime::engines(None)
         .into_iter()
@@ -57,4 +59,33 @@ fn in_the_format_of_onnx_runtime(folder: &std::path::Path) {
     refused("network.onnx2", "expected a name that ends in .ort");
     refused("nowhere/network.ort", "nowhere");
     to_ort(&onnx, &ort, true, None).unwrap();
+    it_describes_itself(&onnx, &ort);
+}
+
+/// What is read of the .ort file is what the ONNX file says, but for the optimised graph.
+fn it_describes_itself(onnx: &Path, ort: &Path) {
+    let [source, found] = [onnx, ort].map(|path| Info::read(path).unwrap());
+    assert!(found.nodes > 0 && found.nodes <= source.nodes, "{} nodes of {}", found.nodes, source.nodes);
+    let weights = found.weight_bytes as f64 / source.weight_bytes as f64;
+    assert!((0.9..1.1).contains(&weights), "{} bytes of weights, {}", found.weight_bytes, source.weight_bytes);
+    let Info { nodes, weight_bytes, file_bytes, .. } = found;
+    assert_eq!(found, Info { nodes, weight_bytes, file_bytes, ..source });
+    let tract = Options { engine: EngineChoice::Tract, ..Options::default() };
+    let error = Generator::load(ort, tract).err().expect("tract does not read it").to_string();
+    assert!(error.contains("only ONNX Runtime runs .ort files"), "{error}");
+    // Cut off or turned over anywhere, it is an error or still a description, and no panic.
+    let bytes = fs::read(ort).unwrap();
+    let broken = ort.with_file_name("broken.ort");
+    for at in (0..bytes.len()).step_by(bytes.len() / 400) {
+        let mut spoilt = bytes.clone();
+        spoilt[at] ^= 0xff;
+        if at % 2 == 0 {
+            spoilt.truncate(at);
+        }
+        fs::write(&broken, &spoilt).unwrap();
+        drop(Info::read(&broken));
+    }
+    fs::write(&broken, &bytes[..bytes.len() / 2]).unwrap();
+    let error = Info::read(&broken).unwrap_err().to_string();
+    assert!(error.contains("broken.ort: not a whole ONNX file: expected the format of ONNX Runtime"), "{error}");
 }

@@ -62,16 +62,10 @@ impl Default for Request {
 }
 
 impl Generator {
-    /// Opens a file that `dmd export --onnx` wrote.
+    /// Opens a file that `dmd export --onnx` or `dmd ort` wrote. Only ONNX Runtime runs `.ort` files.
     pub fn load(path: impl AsRef<Path>, options: Options) -> Result<Self> {
         let path = path.as_ref();
-        Self::load_described(path, Info::read(path)?, options)
-    }
-
-    /// Opens a file whose description lies elsewhere: an `.ort` file by that of the ONNX file it was made of. Only ONNX
-    /// Runtime reads `.ort` files.
-    pub fn load_described(path: impl AsRef<Path>, info: Info, options: Options) -> Result<Self> {
-        let path = path.as_ref();
+        let info = Info::read(path)?;
         let (engine, engine_info) = engine::open(path, &info, &options)?;
         let noise = zeros(info.batch * info.values());
         let label = zeros(if info.labelled { info.batch } else { 0 });

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::onnx::{self, Model, Port};
+use crate::ort_file;
 use crate::{Error, Result};
 
 /// The newest `dmd.format` that this build reads.
@@ -78,7 +79,7 @@ impl Info {
     /// Reads the description without loading the weights or an engine, and checks it against the graph.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let model = onnx::read(path)?;
+        let model = if ort_file::has_its_name(path) { ort_file::read(path)? } else { onnx::read(path)? };
         if !model.metadata.iter().any(|(key, _)| key == "dmd.format") {
             return Err(Error::NotOurs { path: path.into(), found: describe(&model) });
         }

@@ -28,6 +28,7 @@ pub mod library;
 
 mod error;
 mod onnx;
+mod ort_file;
 
 pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, rewrite};
 pub use error::{Error, Result};

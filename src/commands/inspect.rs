@@ -1,6 +1,6 @@
 //! `dmd inspect`: what a file or folder of ours holds, without running it.
 
-use super::is_onnx;
+use super::is_exported;
 use crate::cli::InspectArgs;
 use crate::output::say;
 use anyhow::{Context, Result, bail};
@@ -12,7 +12,7 @@ use std::path::Path;
 /// Describes a path.
 pub fn run(args: &InspectArgs) -> Result<Value> {
     let path = &args.path;
-    let found = if is_onnx(path) {
+    let found = if is_exported(path) {
         serde_json::to_value(dmd_runtime::Info::read(path)?)?
     } else if path.join("model_index.json").exists() || path.join("unet").is_dir() {
         model(path)?
@@ -21,7 +21,7 @@ pub fn run(args: &InspectArgs) -> Result<Value> {
     } else if path.extension().is_some_and(|e| e == "safetensors") {
         tensors(path)?
     } else if path.exists() {
-        bail!("{}: not a model folder, a run, an .onnx or a .safetensors file", path.display());
+        bail!("{}: not a model folder, a run, an .onnx, .ort or .safetensors file", path.display());
     } else {
         bail!("{}: no such file or folder", path.display());
     };

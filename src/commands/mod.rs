@@ -65,8 +65,9 @@ fn engine_choice(engine: Engine) -> EngineChoice {
 }
 
 /// Whether a path names an exported file rather than a folder.
-fn is_onnx(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx"))
+fn is_exported(path: &Path) -> bool {
+    let is = |name: &str| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(name));
+    is("onnx") || is("ort")
 }
 
 /// Refuses to write over a file unless forced, before any work is done.

@@ -1,6 +1,6 @@
 //! `dmd sample`: pictures of a teacher, a generator or an exported file, from a seed or from given noise.
 
-use super::{check_free, engine_options, is_onnx, make_parent};
+use super::{check_free, engine_options, is_exported, make_parent};
 use crate::cli::{SampleArgs, WrongUsage};
 use crate::output::say;
 use crate::sample::Model;
@@ -64,7 +64,7 @@ pub enum Source {
 impl Source {
     /// Opens what `args.model` names.
     pub fn open(args: &SampleArgs, threads: Option<usize>) -> Result<Self> {
-        if is_onnx(&args.model) {
+        if is_exported(&args.model) {
             ensure!(
                 args.steps.is_none_or(|steps| steps == 1),
                 "--steps {}: an exported generator makes a picture in one pass",

@@ -1,6 +1,6 @@
 //! `dmd score`: how far a model's pictures are from real ones, or from another model's.
 
-use super::is_onnx;
+use super::is_exported;
 use super::sample::Source;
 use crate::cli::{SampleArgs, ScoreArgs};
 use crate::data::{self, DataOptions};
@@ -24,7 +24,7 @@ pub fn run(args: &ScoreArgs, threads: Option<usize>) -> Result<Value> {
     for against in &args.against {
         // A data set decides how often each class comes; a model's pictures are drawn in the same proportion.
         let (reference, labels) =
-            match against.is_dir() && against.join("model_index.json").exists() || is_onnx(against) {
+            match against.is_dir() && against.join("model_index.json").exists() || is_exported(against) {
                 true => {
                     let mut other = open(against, args, threads)?;
                     ensure!(
@@ -64,7 +64,7 @@ fn open(model: &Path, args: &ScoreArgs, threads: Option<usize>) -> Result<Source
     let mut sample = SampleArgs::parse_from(["sample".as_ref(), model.as_os_str()]);
     sample.device = args.device;
     sample.seed = args.seed;
-    sample.guidance = if is_onnx(model) { 1.0 } else { args.guidance };
+    sample.guidance = if is_exported(model) { 1.0 } else { args.guidance };
     Source::open(&sample, threads)
 }
 

@@ -13,7 +13,7 @@ use tract_onnx::tract_core::internal::{RunOptions, multithread::Executor};
 use tract_onnx::tract_core::transform::ModelTransform;
 
 use super::{Engine, EngineInfo, EngineKind, Out, threads};
-use crate::{Error, Info, Options, Result};
+use crate::{Error, Info, Options, Result, ort_file};
 
 /// tract does not tell its version; Cargo.toml pins it.
 const VERSION: &str = "0.23.9";
@@ -31,8 +31,11 @@ pub(super) fn info() -> Result<EngineInfo> {
 }
 
 pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
-    let engine = caught(|| load(path, info, threads(options)));
     let failed = |reason| Error::Load { path: path.into(), engine: EngineKind::Tract, reason };
+    if ort_file::has_its_name(path) {
+        return Err(failed("only ONNX Runtime runs .ort files; give tract the .onnx file".into()));
+    }
+    let engine = caught(|| load(path, info, threads(options)));
     Ok((Box::new(engine.map_err(failed)?), self::info()?))
 }
 
