@@ -237,7 +237,7 @@ fn the_wrong_kind_of_model_is_refused() {
     w.refuses("sample run/generator --npy a.npy --steps 4", 1, &["--steps 4: a generator makes a picture in one pass"]);
     w.refuses("inspect nowhere", 1, &["nowhere: no such file or folder"]);
     w.write("a.txt", "text");
-    w.refuses("inspect a.txt", 1, &["a.txt: not a model folder, a run, an .onnx or a .safetensors file"]);
+    w.refuses("inspect a.txt", 1, &["a.txt: not a model folder, a run, an .onnx, .ort or .safetensors file"]);
 }
 
 #[test]

@@ -41,7 +41,7 @@ const HEAD: &str = "| operation | forward, ms | with backward, ms | composite | 
 pub fn peak_gflops(steps: usize) -> Result<f64> {
     const SIDE: usize = 1024;
     let a = Tensor::ones((SIDE, SIDE), DType::F32, &Device::Cpu)?;
-    let product = laps(steps, || Ok(drop(a.matmul(&a)?)))?;
+    let product = laps(steps, || Ok(_ = a.matmul(&a)?))?;
     Ok(2.0 * (SIDE * SIDE * SIDE) as f64 / per_1e9(fastest(product)))
 }
 
@@ -86,8 +86,8 @@ impl Bench {
     fn row(&self, case: &Case) -> Result<Value> {
         let inputs: Vec<Tensor> = case.inputs.iter().map(|v| v.as_tensor().clone()).collect();
         let constants: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
-        let forward = milliseconds(self.steps, || Ok(drop((case.fused)(&constants)?)))?;
-        let both = |op: &Op| milliseconds(self.steps, || Ok(drop(op(&inputs)?.backward()?)));
+        let forward = milliseconds(self.steps, || Ok(_ = (case.fused)(&constants)?))?;
+        let both = |op: &Op| milliseconds(self.steps, || Ok(_ = op(&inputs)?.backward()?));
         let (fused, composite) = (both(&case.fused)?, both(&case.composite)?);
         let (gflops, gbytes) = (case.flops / per_1e9(forward), case.bytes / per_1e9(forward));
         // An operation is held to whichever of the two would hold it up for longer.

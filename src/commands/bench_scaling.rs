@@ -4,7 +4,7 @@ use super::bench_train::random_teacher;
 use crate::ablate::figure;
 use crate::cli::BenchScalingArgs;
 use crate::config::{Config, at_least_one};
-use crate::distill::networks::{Beginning, Networks};
+use crate::distill::{Beginning, Networks};
 use crate::eval::median;
 use crate::output::say;
 use crate::picture::{labelled_panel, save_png};

@@ -1,7 +1,7 @@
-//! Distribution Matching Distillation (Yin et al. 2024): the loop around [`step`], with its checkpoints, samples and
+//! Distribution Matching Distillation (Yin et al. 2024): the loop around `step.rs`, with its checkpoints, samples and
 //! metrics. Begins from a teacher's folder and ends with a generator's.
 
-pub mod networks;
+mod networks;
 pub use networks::{Average, Beginning, Networks};
 mod draw;
 mod step;

@@ -1,6 +1,6 @@
 //! `cargo xtask bench-export`: exported files beside PyTorch and what torch.onnx.export writes, on one ONNX Runtime.
 //!
-//! What is measured is in export/peers/torch_export.py; here the networks and the files are prepared: the shipped
+//! What is measured is in benches/peers/export.py; here the networks and the files are prepared: the shipped
 //! emoji-32, and a network of another shape that diffusers itself makes.
 
 use std::fs;
@@ -24,11 +24,11 @@ const FILES: [(&str, &str, &str); 4] = [
 ];
 
 pub fn run() -> Result<ExitCode> {
-    let peers = setup::root().join("export").join("peers");
+    let peers = setup::root().join("benches").join("peers");
     let environment = setup::everything()?;
     let bench = Bench {
         python: venv::python()?,
-        script: peers.join("torch_export.py"),
+        script: peers.join("export.py"),
         dmd: chores::built_dmd(&environment)?,
         environment,
     };

@@ -6,6 +6,8 @@
 //! the padding in place. A tap is then a plane and a whole number of rows to go down: a contiguous run of memory, for
 //! all pixels at once, and no matrix of columns is ever written.
 
+#![expect(clippy::needless_range_loop, reason = "kernels index several arrays by one number")]
+
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;

@@ -1,7 +1,7 @@
 """One pass of a generator as PyTorch runs and exports it, beside files of ours. `cargo xtask bench-export` calls this.
 
-    torch_export.py make CONFIG.json FOLDER                a diffusers folder of that UNet2DModel with random weights
-    torch_export.py compare FOLDER SIGMA NAME=FILE.onnx…   our files of that folder, exported at that noise level
+    export.py make CONFIG.json FOLDER                a diffusers folder of that UNet2DModel with random weights
+    export.py compare FOLDER SIGMA NAME=FILE.onnx…   our files of that folder, exported at that noise level
 
 compare runs PyTorch eagerly and compiled, and on ONNX Runtime what torch.onnx.export writes and our files: one thread,
 one picture, a pass of each in turn, so that what else the machine does falls on all alike. It fails where a file's
