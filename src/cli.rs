@@ -143,9 +143,9 @@ pub struct DistillArgs {
 /// The settings of a distillation: a recipe, a file and single settings, each on top of the one before.
 #[derive(Clone, Debug, Default, Args)]
 pub struct SettingsArgs {
-    /// Settings that belong together.
-    #[arg(long, value_name = "NAME")]
-    pub recipe: Option<Recipe>,
+    /// Settings that belong together; everything else is on top of them.
+    #[arg(long, value_name = "NAME", default_value = "sid", value_enum)]
+    pub recipe: Recipe,
     /// Settings as TOML, on top of the recipe; options here override it.
     #[arg(long, value_name = "FILE.toml")]
     pub config: Option<PathBuf>,
@@ -491,7 +491,7 @@ pub struct BenchRecipesArgs {
     /// Where runs, pairs and recipes.png go; the same command again goes on with what is there.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// A recipe's name, or `plain`, and settings for it, as "dmd2 generator.sigma=5"; may be repeated
+    /// A recipe's name, and settings for it, as "dmd2 generator.sigma=5"; may be repeated
     /// [default: every recipe].
     #[arg(long = "variant", value_name = "RECIPE KEY=VALUE")]
     pub variants: Vec<String>,

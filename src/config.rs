@@ -288,7 +288,7 @@ impl Default for GeneratorSettings {
             warmup: 10,
             decay: Decay::Constant,
             ema: Ema::One(0.99),
-            t_range: [0.02, 0.98],
+            t_range: [0.2, 0.98],
         }
     }
 }
@@ -385,7 +385,7 @@ impl LossSettings {
             positive("loss.scores.score-identity.alpha", alpha)?;
             ensure!(
                 self.divergence == Divergence::ReverseKl,
-                "loss.divergence weighs distribution matching, not the score-identity loss: leave one of them out"
+                "loss.divergence weighs distribution matching, not the score-identity loss: give --recipe plain, dmd2 or f-js, or leave it out"
             );
         }
         not_negative("loss.regression.weight", self.regression.weight)?;
@@ -418,29 +418,36 @@ impl LossSettings {
 }
 
 /// Settings that belong together, as committed files under `src/recipes`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Recipe {
+    /// Score identity (Zhou et al. 2024, SiD): the best for the time here, and nothing but the teacher is needed.
+    #[default]
+    Sid,
+    /// The same with one update of the fake score per update: the least time.
+    Fast,
+    /// Score identity with the adversarial term (Zhou et al. 2024, SiDA): the best here, and it needs pictures.
+    Sida,
+    /// Plain distribution matching (Yin et al. 2024, DMD, without its regression term).
+    Plain,
     /// Distribution matching with the regression term (Yin et al. 2024, DMD).
     Dmd,
     /// Distribution matching with the adversarial term (Yin et al. 2024, DMD2).
     Dmd2,
     /// The same for the Jensen-Shannon divergence (Xu et al. 2025, f-distill).
     FJs,
-    /// Score identity (Zhou et al. 2024, SiD).
-    Sid,
-    /// Plain distribution matching at a low noise level, for a first look.
-    Fast,
 }
 
 impl Recipe {
     /// The file.
     pub fn text(self) -> &'static str {
         match self {
+            Recipe::Sid => include_str!("recipes/sid.toml"),
+            Recipe::Fast => include_str!("recipes/fast.toml"),
+            Recipe::Sida => include_str!("recipes/sida.toml"),
+            Recipe::Plain => include_str!("recipes/plain.toml"),
             Recipe::Dmd => include_str!("recipes/dmd.toml"),
             Recipe::Dmd2 => include_str!("recipes/dmd2.toml"),
             Recipe::FJs => include_str!("recipes/f-js.toml"),
-            Recipe::Sid => include_str!("recipes/sid.toml"),
-            Recipe::Fast => include_str!("recipes/fast.toml"),
         }
     }
 }

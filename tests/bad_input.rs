@@ -393,7 +393,11 @@ fn terms_without_what_they_need_are_refused() {
     let check = |options: &str, parts: &[&str]| _ = w.refuses(&format!("{DISTILL} {options}"), 1, parts);
     check("--recipe dmd2", &["loss.gan needs real pictures: give --data PATH"]);
     check("--recipe dmd", &["there are no pairs", "dmd pairs TEACHER"]);
-    check("--set loss.divergence=forward-kl", &["loss.divergence needs a discriminator", "loss.gan.critic_weight"]);
+    check(
+        "--recipe plain --set loss.divergence=forward-kl",
+        &["loss.divergence needs a discriminator", "loss.gan.critic_weight"],
+    );
+    check("--set loss.divergence=forward-kl", &["not the score-identity loss: give --recipe plain"]);
     check("--set loss.gan.weight=1", &["loss.gan.weight is 1 without a discriminator"]);
     check("--set generator.steps=[1.0,2.0]", &["generator.steps is [1.0, 2.0], expected descending noise levels"]);
     check("--set generator.steps=[90.0,2.0]", &["generator.steps is 90, expected within the teacher's noise levels"]);
@@ -445,7 +449,7 @@ fn pairs_that_do_not_fit_are_refused() {
 #[test]
 fn recipes_are_shown_whole_and_can_be_changed() {
     let w = Workplace::new();
-    for recipe in ["dmd", "dmd2", "f-js", "sid", "fast"] {
+    for recipe in ["plain", "dmd", "dmd2", "f-js", "sid", "sida", "fast"] {
         let output = w.run(&format!("config show --recipe {recipe} --steps 7"));
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success() && text.contains("steps = 7"), "{recipe}: {text}");
@@ -457,7 +461,7 @@ fn recipes_are_shown_whole_and_can_be_changed() {
     w.write("mine.toml", "[loss.gan]\nweight = 0.5\n");
     let shown = w.ok("config show --recipe dmd2 --config mine.toml --set loss.gan.r1=2 --set generator.sigma=max");
     assert_eq!(shown["loss"]["gan"]["weight"], 0.5);
-    assert_eq!(shown["loss"]["gan"]["critic_weight"], 0.01);
+    assert_eq!(shown["loss"]["gan"]["critic_weight"], 0.03);
     assert_eq!(shown["loss"]["gan"]["r1"], 2.0);
     assert_eq!(shown["generator"]["sigma"], "max");
 }

@@ -125,6 +125,7 @@ decay = "linear"
 [real_score]
 guidance_scale = 1.5
 [loss]
+scores = "distribution-matching"
 divergence = "jensen-shannon"
 ratio_memory = 0.5
 [loss.regression]

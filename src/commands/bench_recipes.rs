@@ -22,8 +22,9 @@ use std::path::Path;
 use std::time::Instant;
 
 /// What is run where the command line names nothing: every recipe, and plain distribution matching with the noise levels
-/// of the paper and of DMD's figure (0.2 T to 0.98 T).
-const VARIANTS: [&str; 7] = ["plain", "plain generator.t_range=[0.2,0.98]", "fast", "dmd", "dmd2", "f-js", "sid"];
+/// of the papers (0.02 T to 0.98 T).
+const VARIANTS: [&str; 8] =
+    ["plain generator.t_range=[0.02,0.98]", "plain", "dmd", "dmd2", "f-js", "fast", "sid", "sida"];
 
 /// Distils, draws and scores.
 pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
@@ -91,15 +92,12 @@ const BATCH: usize = 64;
 fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
     let mut words = variant.split_whitespace();
     let name = words.next().context("--variant: is empty")?;
-    let mut texts = Vec::new();
-    if name != PLAIN {
-        let recipe = Recipe::from_str(name, false).map_err(|_| {
-            let known: Vec<_> = Recipe::value_variants().iter().filter_map(|r| r.to_possible_value()).collect();
-            let known: Vec<&str> = known.iter().map(|value| value.get_name()).collect();
-            anyhow::anyhow!("--variant: no recipe \"{name}\", expected {PLAIN} or one of {}", known.join(", "))
-        })?;
-        texts.push((format!("recipe {name}"), recipe.text().to_string()));
-    }
+    let recipe = Recipe::from_str(name, false).map_err(|_| {
+        let known: Vec<_> = Recipe::value_variants().iter().filter_map(|r| r.to_possible_value()).collect();
+        let known: Vec<&str> = known.iter().map(|value| value.get_name()).collect();
+        anyhow::anyhow!("--variant: no recipe \"{name}\", expected one of {}", known.join(", "))
+    })?;
+    let mut texts = vec![(format!("recipe {name}"), recipe.text().to_string())];
     for set in args.sets.iter().map(String::as_str).chain(words) {
         texts.push((set.to_string(), config::assignment(set)?));
     }
@@ -114,9 +112,6 @@ fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
     config.validate().with_context(|| format!("--variant \"{variant}\""))?;
     Ok(config)
 }
-
-/// No recipe: the defaults.
-const PLAIN: &str = "plain";
 
 fn pairs(args: &BenchRecipesArgs, out: &Path) -> Result<()> {
     super::pairs::run(&PairsArgs {

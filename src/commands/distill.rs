@@ -23,11 +23,8 @@ pub fn run(args: &DistillArgs) -> Result<Value> {
 
 /// The settings that the command line comes to: recipe, file, single settings, options.
 pub fn settings(args: &SettingsArgs) -> Result<Config> {
-    let mut texts = Vec::new();
-    if let Some(recipe) = args.recipe {
-        let name = recipe.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
-        texts.push((format!("recipe {name}"), recipe.text().to_string()));
-    }
+    let name = args.recipe.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
+    let mut texts = vec![(format!("recipe {name}"), args.recipe.text().to_string())];
     if let Some(path) = &args.config {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         texts.push((path.display().to_string(), text));
