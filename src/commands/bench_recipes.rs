@@ -2,6 +2,7 @@
 //! training pictures and its own samples, beside the teacher and the undistilled network.
 
 use super::score::pictures;
+use crate::ablate::figure::stack;
 use crate::cli::{BenchRecipesArgs, PairsArgs};
 use crate::config::{self, Config, Recipe};
 use crate::distill::distill;
@@ -19,7 +20,6 @@ use dmd_models::{Generator, ModelFolder};
 use ndarray::{Array2, Array4, s};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::Instant;
 
 /// What is run where the command line names nothing: every recipe, and plain distribution matching with the noise levels
 /// of the papers (0.02 T to 0.98 T).
@@ -58,9 +58,8 @@ pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
             pairs(args, Path::new(&config.loss.regression.pairs))?;
         }
         let out = args.out.join(variant.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-', "_"));
-        let started = Instant::now();
         distill(config, &args.teacher, &out, &Device::Cpu, false)?;
-        let seconds = started.elapsed().as_secs_f64();
+        let seconds = training_seconds(&out)?;
         let folder = ModelFolder::load(&out.join("generator"), &Device::Cpu)?;
         let sigmas = match folder.about.steps.is_empty() {
             true => vec![folder.about.sigma.context("the run left no generator")?],
@@ -72,11 +71,12 @@ pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
     }
     if let Some(page) = &args.table {
         let body: String = rows.iter().map(|row| row.line(&rows[0]) + "\n").collect();
-        table::replace(page, "dmd bench recipes", &format!("{HEAD}\n{body}"))?;
+        let name = args.teacher.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        table::replace(page, &format!("dmd bench recipes {name}"), &format!("{HEAD}\n{body}"))?;
     }
     let picture = args.out.join("recipes.png");
     let panels: Vec<(&str, _)> = panels.iter().map(|(name, panel)| (name.as_str(), panel.clone())).collect();
-    save_png(&picture, &labelled_panel(&panels))?;
+    save_png(&picture, &stack(&panels.chunks(PER_ROW).map(labelled_panel).collect::<Vec<_>>()))?;
     say(&format!("the picture: {}", picture.display()));
     Ok(json!({ "picture": picture, "results": rows.iter().map(Row::json).collect::<Vec<_>>() }))
 }
@@ -87,6 +87,17 @@ const SEED: u64 = 2024;
 const SHOWN: usize = 16;
 /// Pictures per pass.
 const BATCH: usize = 64;
+
+/// Models beside each other in the picture.
+const PER_ROW: usize = 4;
+
+/// What a run's metrics say that it took, so that a run found finished keeps its time.
+fn training_seconds(run: &Path) -> Result<f64> {
+    let path = run.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let last: Value = serde_json::from_str(text.lines().last().context("a run without metrics")?)?;
+    last["elapsed_s"].as_f64().with_context(|| format!("{}: no elapsed_s", path.display()))
+}
 
 /// `RECIPE KEY=VALUE …` as a configuration, with the data and pairs that the recipe needs.
 fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
