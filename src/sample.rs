@@ -118,7 +118,8 @@ impl Model {
         }
     }
 
-    fn denoiser(&self) -> &Denoiser {
+    /// The network that makes the pictures.
+    pub fn denoiser(&self) -> &Denoiser {
         match self {
             Model::Teacher { denoiser, .. } | Model::FewSteps { denoiser, .. } => denoiser,
             Model::Generator(generator) => &generator.denoiser,

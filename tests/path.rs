@@ -81,6 +81,49 @@ fn a_guided_teacher_goes_the_whole_way() {
     w.fails("score teacher", 2, &["--against"]);
 }
 
+/// A generator of three passes: the same seed makes the same pictures in its folder and in its file, whose graph is one
+/// pass.
+#[test]
+fn a_generator_of_several_passes_goes_the_whole_way() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    let steps = [10.0, 2.5, 0.5];
+    w.ok("distill --teacher teacher --out run --steps 2 --batch 2 --set ratio=1 --set generator.steps=[10.0,2.5,0.5]");
+    assert_eq!(w.ok("inspect run/generator")["steps"], json!(steps));
+    w.refuses("export run/generator --onnx u8.onnx --output u8", 1, &["output u8 with 3 passes", "export f32"]);
+    let exported = w.ok("export run/generator --onnx generator.onnx --report");
+    assert!(exported["measured"]["psnr_db"].as_f64().unwrap() > 100.0, "{exported}");
+    let file = w.ok("inspect generator.onnx");
+    assert_eq!((&file["steps"], &file["format"], &file["sigma"]), (&json!(steps), &json!(2), &json!(10.0)));
+
+    w.ok("sample run/generator --npy candle.npy -n 5 --seed 7 --batch 2 --steps 3");
+    for (file, options) in [("onnx", ""), ("tract", "--engine tract")] {
+        w.ok(&format!("sample generator.onnx --npy {file}.npy -n 5 --seed 7 {options}"));
+        let difference = max_difference(&w.npy(&format!("{file}.npy")), &w.npy("candle.npy"));
+        assert!(difference <= TOLERANCE, "{file}: {difference}");
+    }
+    // A given noise is that of the first pass; what is added after it is that of seed 0, in both.
+    dmd::npy::write(&w.path("noise.npy"), &dmd_runtime::picture_noise(7, 0, 5, [3, 8, 8])).unwrap();
+    w.ok("sample generator.onnx --noise noise.npy --npy file.npy");
+    w.ok("sample run/generator --noise noise.npy --npy folder.npy");
+    assert!(max_difference(&w.npy("file.npy"), &w.npy("folder.npy")) <= TOLERANCE);
+    assert!(max_difference(&w.npy("file.npy"), &w.npy("onnx.npy")) > 1e-3);
+    for model in ["run/generator", "generator.onnx"] {
+        w.fails(&format!("sample {model} --steps 1 --npy no.npy"), 1, &["--steps 1", "in 3 passes"]);
+    }
+
+    for target in ["qnn", "directml", "webgpu", "tensorrt", "cpu"] {
+        let report = w.ok(&format!("lint generator.onnx --target {target}"));
+        assert_eq!((&report["partitions"], &report["refused"]), (&json!([report["nodes"]]), &json!([])), "{report}");
+    }
+    // The lookups come first, so that what CoreML takes is one piece after them.
+    let coreml = w.ok("lint generator.onnx --target coreml");
+    let refused: Vec<_> = coreml["refused"].as_array().unwrap().iter().map(|r| &r["operator"]).collect();
+    assert!(refused.iter().all(|operator| *operator == "Gather") && refused.len() == 4, "{coreml}");
+    assert_eq!(coreml["partitions"].as_array().unwrap().len(), 1, "{coreml}");
+    assert!(w.ok("bench run generator.onnx --runs 2")["median_ms"].as_f64().unwrap() > 0.0);
+    w.ok("score generator.onnx --against run/generator -n 8");
+}
+
 fn samples_agree(w: &Workplace) {
     let of_teacher = w.ok("sample teacher --out teacher.png --npy teacher.npy -n 5 --steps 3 --seed 7");
     assert_eq!((&of_teacher["pictures"], &of_teacher["labels"]), (&json!(5), &json!([0, 1, 0, 1, 0])));

@@ -3,7 +3,7 @@
 
 import * as ort from "onnxruntime-web/wasm";
 import { describe } from "./metadata.mjs";
-import { pictureNoise } from "./noise.mjs";
+import { pictureNoise, refine } from "./noise.mjs";
 import { quantize } from "./quantize.mjs";
 
 // Threads need a page that its server isolates (see serve.mjs); a small network is fast without them, too.
@@ -18,26 +18,34 @@ export async function load(bytes) {
 
 /**
  * The pictures `0 .. n` of a seed, one after the other: { index, label, pixels, image, ms }. `image` holds the raw
- * values as the file gives them, `pixels` RGBA bytes for a canvas, `ms` the time of the engine for this picture.
+ * values as the file gives them, `pixels` RGBA bytes for a canvas, `ms` the time of the engine for this picture, all
+ * passes together.
  * Without a label, a generator with classes cycles through them.
  */
 export async function* pictures({ info, session }, { seed, label, n }) {
-  const { batch, channels, height, width } = info;
+  const { batch, channels, height, width, classes, steps } = info;
   const size = channels * height * width;
   for (let first = 0; first < n; first += batch) {
     const count = Math.min(batch, n - first);
     // What is left of the last batch is zero noise and label 0, and is thrown away.
     const noise = new Float32Array(batch * size);
-    const labels = new BigInt64Array(batch);
-    for (let i = 0; i < count; i++) {
-      noise.set(pictureNoise(seed, first + i, size), i * size);
-      labels[i] = BigInt(labelOf(info, label, first + i) ?? 0);
+    for (let i = 0; i < count; i++) noise.set(pictureNoise(seed, first + i, size), i * size);
+    let [image, ms] = [undefined, 0];
+    for (const [pass, sigma] of steps.entries()) {
+      for (let i = 0; pass > 0 && i < count; i++) {
+        noise.set(refine(seed, pass, first + i, image.data.subarray(i * size, (i + 1) * size), sigma), i * size);
+      }
+      const feeds = { noise: new ort.Tensor("float32", noise, [batch, channels, height, width]) };
+      // A file of several passes takes a row of its tables in the place of a label.
+      const row = (_, i) => pass * Math.max(1, classes.length) + (i < count ? (labelOf(info, label, first + i) ?? 0) : 0);
+      const rows = BigInt64Array.from(Array.from({ length: batch }, row), BigInt);
+      if (steps.length > 1 || classes.length > 0) {
+        feeds[steps.length > 1 ? "row" : "label"] = new ort.Tensor("int64", rows, [batch]);
+      }
+      const start = performance.now();
+      ({ image } = await session.run(feeds));
+      ms += (performance.now() - start) / count;
     }
-    const feeds = { noise: new ort.Tensor("float32", noise, [batch, channels, height, width]) };
-    if (info.classes.length > 0) feeds.label = new ort.Tensor("int64", labels, [batch]);
-    const start = performance.now();
-    const { image } = await session.run(feeds);
-    const ms = (performance.now() - start) / count;
     for (let i = 0; i < count; i++) {
       const values = image.data.slice(i * size, (i + 1) * size);
       const index = first + i;

@@ -10,7 +10,7 @@ export function describe(bytes) {
     if (!Number.isInteger(value) || value < 1) throw new Error(`${key} is ${metadata.get(key)}, expected a count`);
     return value;
   };
-  if (number("dmd.format") > 1) throw new Error("this file is newer than the page; update the page");
+  if (number("dmd.format") > 2) throw new Error("this file is newer than the page; update the page");
   return {
     batch: number("dmd.batch"),
     channels: number("dmd.channels"),
@@ -19,6 +19,8 @@ export function describe(bytes) {
     output: metadata.get("dmd.output"),
     classes: JSON.parse(metadata.get("dmd.classes")),
     version: metadata.get("dmd.version"),
+    /** The noise level of each pass; files of one pass have no list. */
+    steps: JSON.parse(metadata.get("dmd.steps") ?? `[${metadata.get("dmd.sigma")}]`),
   };
 }
 

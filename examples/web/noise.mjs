@@ -5,9 +5,23 @@
 
 /** The unit normal noise of picture `index` of a seed, for `n` values. Seeds may be numbers or BigInts below 2^64. */
 export function pictureNoise(seed, index, n) {
+  return normals(seed, PICTURE_NOISE, index, n);
+}
+
+/**
+ * What pass number `pass` (from 1) of a file of several passes reads for picture `index` of a seed: the picture so far,
+ * noised to the pass's level `sigma` and divided by it.
+ */
+export function refine(seed, pass, index, picture, sigma) {
+  const divisor = Math.fround(sigma);
+  return normals(seed, REFINING_NOISE + pass, index, picture.length).map((eps, i) => eps + Math.fround(picture[i] / divisor));
+}
+
+/** `n` unit normals of the stream (seed, purpose, index). */
+function normals(seed, purpose, index, n) {
   const values = new Float32Array(n);
   for (let block = 0; 2 * block < n; block++) {
-    const [a, b, c, d] = words(seed, PICTURE_NOISE, index, block);
+    const [a, b, c, d] = words(seed, purpose, index, block);
     // 1 - unit lies in (0, 1], so that the logarithm is finite.
     const radius = Math.sqrt(-2 * Math.log(1 - unit(a, b)));
     const angle = 2 * Math.PI * unit(c, d);
@@ -34,6 +48,9 @@ export function words(seed, purpose, index, block) {
 
 /** The purpose of the noise that becomes pictures. */
 export const PICTURE_NOISE = 0;
+
+/** The purpose of the noise between passes, plus the number of the pass. */
+const REFINING_NOISE = 0x100;
 
 /** The 64-bit product of two words, as [high, low]. Halves of 16 bits keep every sum within the integers of a double. */
 function multiply(a, b) {

@@ -31,9 +31,10 @@ async function open(name, read) {
     generator = await load(bytes).catch((reason) => {
       throw new Error(`${name}: ${reason.message}`);
     });
-    const { width, height, classes: names } = generator.info;
+    const { width, height, classes: names, steps } = generator.info;
+    const passes = steps.length > 1 ? `${steps.length} passes` : "one pass";
     const kinds = names.length > 0 ? `, ${names.length} classes` : "";
-    about.textContent = `Pictures from noise in one pass, made in this browser: ${width} × ${height} pixels${kinds}.`;
+    about.textContent = `Pictures from noise in ${passes}, made in this browser: ${width} × ${height} pixels${kinds}.`;
     const every = new Option(names.length > 0 ? "All in turn" : "None", "");
     classes.replaceChildren(every, ...names.map((name, label) => new Option(name, label)));
     for (const control of [seed, count, draw]) control.disabled = false;

@@ -8,14 +8,14 @@ use dmd_models::layers::{Conv2d, GroupNorm};
 use dmd_models::{Backend, Eager};
 
 impl Graph {
-    /// The picture for unit normal noise `(B, C, H, W)` and, where there are classes, labels `(B,)`. CPU, f32.
-    pub fn run(&self, noise: &Tensor, label: Option<&Tensor>) -> Result<Tensor> {
+    /// The picture for unit normal noise `(B, C, H, W)` and, where there are tables, their rows `(B,)`. CPU, f32.
+    pub fn run(&self, noise: &Tensor, row: Option<&Tensor>) -> Result<Tensor> {
         let mut values: Vec<Tensor> = Vec::with_capacity(self.nodes().len());
         for node in self.nodes() {
             let inputs: Vec<&Tensor> = node.inputs.iter().map(|id| &values[id.index()]).collect();
-            let value = match (&node.op, label) {
+            let value = match (&node.op, row) {
                 (Op::Noise, _) => noise.clone(),
-                (Op::Lookup(table), Some(label)) => table.index_select(label, 0)?,
+                (Op::Lookup(table), Some(row)) => table.index_select(row, 0)?,
                 _ => evaluate(node, &inputs)?,
             };
             values.push(value);
@@ -56,7 +56,7 @@ fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
         }
         Op::Add => b.add(x[0], x[1]),
         Op::AddPerChannel => b.add_per_channel(x[0], x[1]),
-        Op::ScalePerChannel => Ok(x[0].broadcast_mul(&x[1].unsqueeze(2)?.unsqueeze(3)?)?),
+        Op::ScalePerChannel | Op::ScalePerPicture => Ok(x[0].broadcast_mul(&x[1].unsqueeze(2)?.unsqueeze(3)?)?),
         Op::Affine { mul, add } => b.affine(x[0], &[*mul], *add),
         Op::Concat => b.concat(x[0], x[1]),
         Op::Upsample2x => b.upsample_2x(x[0]),

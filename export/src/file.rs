@@ -4,8 +4,9 @@
 use crate::fold::{Folded, fold};
 use crate::graph::{Graph, Op};
 use crate::lower::lower;
+use crate::passes::merge;
 use crate::precision::{activations, half, weights};
-use crate::verify::{EngineVerdict, Inputs, Samples, Status, verify};
+use crate::verify::{EngineVerdict, Status, Subject, verify};
 use crate::{Dialect, Error, LayerSensitivity, Network, Precision, Result, Value, check, onnx, trace};
 use candle_core::{Device, Tensor};
 use candle_onnx::onnx::ModelProto;
@@ -134,6 +135,20 @@ pub struct ExportReport {
 /// Writes a network as an ONNX file, after every engine present has been seen to make candle's pictures from it.
 /// On any error, nothing is left under `path` that was not there before.
 pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions, path: &Path) -> Result<ExportReport> {
+    export_passes(std::slice::from_ref(network), info, options, path)
+}
+
+/// Writes a generator of several passes as one file, whose graph is one pass: [`export`], with the weights stored once
+/// and a table of what differs between the passes. `passes` is the same network held at one noise level after the
+/// other, descending. The first makes a picture of unit noise; each other one of `x/sigma + eps`, the picture so far
+/// noised to its own level and divided by it, which [`dmd_runtime::Generator`] and the checks here do in between.
+pub fn export_passes<N: Network>(
+    passes: &[N],
+    info: &ModelInfo,
+    options: &ExportOptions,
+    path: &Path,
+) -> Result<ExportReport> {
+    let network = check_passes(passes, options)?;
     let [height, width] = info.size;
     let shape = [network.channels(), height, width];
     let classes = class_names(network.max_classes(), &info.classes)?;
@@ -141,26 +156,27 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
     if path.exists() && !options.force {
         return Err(Error::Exists { path: path.into() });
     }
-    let mut graph = traced(network, shape, classes.len(), options)?;
+    let mut graph = traced(passes, shape, classes.len(), options)?;
     let folded = fold(&mut graph)?;
-    let metadata = metadata(network, info, shape, &classes, options)?;
+    let metadata = metadata(passes, info, shape, &classes, options)?;
     let dynamic_batch = options.batch == Batch::Dynamic;
     let lowered = lower(&graph, options.dialect, dynamic_batch)?;
     // What follows works on the file's own spelling.
     drop(graph);
-    let given = if options.fixed_label.is_some() { 0 } else { classes.len() };
-    let calibration = || Inputs::draw(&[CALIBRATION_SEED], CALIBRATION, shape, options.batch.traced(), given);
+    let fixed = options.fixed_label;
+    let labels = if fixed.is_some() { 0 } else { classes.len() };
+    let subject = Subject { passes, shape, batch: options.batch.traced(), labels, fixed };
     let (graph, layers) = match options.precision {
         Precision::Fp32 => (lowered.graph, vec![]),
         Precision::Fp16 => {
             let graph = half::rewrite(&lowered)?;
-            half::check_finite(&graph, &calibration())?;
+            half::check_finite(&graph, &subject.calibration()?)?;
             (graph, vec![])
         }
         Precision::W8 => (weights::rewrite(&lowered.graph)?, vec![]),
         Precision::W8a8 => {
             let weights_only = weights::rewrite(&lowered.graph)?;
-            activations::rewrite(&lowered.graph, &weights_only, &calibration(), options.max_drop_db)?
+            activations::rewrite(&lowered.graph, &weights_only, &subject.calibration()?, options.max_drop_db)?
         }
     };
     let mut model = onnx::model(graph, options.dialect, &metadata);
@@ -172,7 +188,7 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
     }
     // The unwritable path is found before the time for the check is spent.
     let aside = Aside::write(path, &files, options.force)?;
-    let samples = Samples::draw(network, shape, options.batch.traced(), classes.len(), options.fixed_label)?;
+    let samples = subject.samples()?;
     let ((nodes, initializers), bytes) = (counts(&model), files.bytes);
     drop(files);
     let engines = verify(&aside.model(), model, &samples, options);
@@ -181,11 +197,6 @@ pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions
     let (dialect, precision) = (options.dialect, options.precision);
     Ok(ExportReport { path: path.into(), nodes, initializers, bytes, dialect, precision, layers, folded, engines })
 }
-
-/// Pictures that precisions are calibrated on, or more where there are more labels; their noise is none of the
-/// verification's.
-const CALIBRATION: usize = 12;
-const CALIBRATION_SEED: u64 = 1 << 32;
 
 /// What goes into a file, and into the one beside it.
 struct Files<'a> {
@@ -233,15 +244,19 @@ pub fn weights_sha256(weights: &Weights) -> Result<String> {
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn traced<N: Network>(network: &N, shape: [usize; 3], classes: usize, options: &ExportOptions) -> Result<Graph> {
+fn traced<N: Network>(passes: &[N], shape: [usize; 3], classes: usize, options: &ExportOptions) -> Result<Graph> {
     let [channels, height, width] = shape;
     let input = [options.batch.traced(), channels, height, width];
-    let mut graph = match options.fixed_label {
-        None => trace(input, classes, |b, noise, label| network.generate(b, noise, label))?,
+    let one = |network: &N| match options.fixed_label {
+        None => trace(input, classes, |b, noise, label| network.generate(b, noise, label)),
         Some(label) => {
             let label = Value::Constant(Tensor::new(&[label as i64], &Device::Cpu)?);
-            trace(input, 0, |b, noise, _| network.generate(b, noise, Some(&label)))?
+            trace(input, 0, |b, noise, _| network.generate(b, noise, Some(&label)))
         }
+    };
+    let mut graph = match passes {
+        [network] => one(network)?,
+        _ => merge(&passes.iter().map(one).collect::<Result<Vec<_>>>()?)?,
     };
     let found = graph.node(graph.output()).shape.clone();
     if found != input {
@@ -254,6 +269,23 @@ fn traced<N: Network>(network: &N, shape: [usize; 3], classes: usize, options: &
         graph.finish(pixels);
     }
     Ok(graph)
+}
+
+/// The first pass, of one at least.
+fn check_passes<'a, N: Network>(passes: &'a [N], options: &ExportOptions) -> Result<&'a N> {
+    let sigmas: Vec<f64> = passes.iter().map(Network::sigma).collect();
+    let first = passes.first().ok_or_else(|| Error::Setting("there is no pass to export".into()))?;
+    if !sigmas.windows(2).all(|pair| pair[0] > pair[1]) {
+        return Err(Error::Setting(format!("the passes have the noise levels {sigmas:?}, expected descending ones")));
+    }
+    if passes.len() > 1 && options.output == Output::U8 {
+        return Err(Error::Setting(format!(
+            "output u8 with {} passes: each pass but the first goes on from the picture before, for which bytes are too \
+             coarse; export f32, which dmd-runtime turns into bytes at the end",
+            passes.len()
+        )));
+    }
+    Ok(first)
 }
 
 fn check_settings([channels, height, width]: [usize; 3], classes: &[String], options: &ExportOptions) -> Result<()> {
@@ -288,23 +320,26 @@ fn class_names(max: usize, names: &[String]) -> Result<Vec<String>> {
 }
 
 fn metadata<N: Network>(
-    network: &N,
+    passes: &[N],
     info: &ModelInfo,
     [channels, height, width]: [usize; 3],
     classes: &[String],
     options: &ExportOptions,
 ) -> Result<Vec<(&'static str, String)>> {
     let taken = if options.fixed_label.is_some() { &[] } else { classes };
-    let names = serde_json::to_string(taken).map_err(|error| Error::Setting(error.to_string()))?;
+    let json = |error: serde_json::Error| Error::Setting(error.to_string());
+    let names = serde_json::to_string(taken).map_err(json)?;
     let output = match options.output {
         Output::F32 => "f32",
         Output::U8 => "u8",
     };
+    let sigmas: Vec<f64> = passes.iter().map(Network::sigma).collect();
     let mut metadata = vec![
-        ("dmd.format", dmd_runtime::FORMAT.to_string()),
+        // What reads the first format knows of one pass alone.
+        ("dmd.format", if passes.len() > 1 { 2 } else { 1 }.to_string()),
         ("dmd.version", env!("CARGO_PKG_VERSION").into()),
         ("dmd.dialect", options.dialect.name().into()),
-        ("dmd.sigma", network.sigma().to_string()),
+        ("dmd.sigma", sigmas[0].to_string()),
         ("dmd.batch", options.batch.traced().to_string()),
         ("dmd.channels", channels.to_string()),
         ("dmd.height", height.to_string()),
@@ -316,6 +351,9 @@ fn metadata<N: Network>(
     // Only where they say something, so that a plain file is what it was in the first version.
     if options.precision != Precision::Fp32 {
         metadata.push(("dmd.precision", options.precision.name().into()));
+    }
+    if passes.len() > 1 {
+        metadata.push(("dmd.steps", serde_json::to_string(&sigmas).map_err(json)?));
     }
     if options.batch == Batch::Dynamic {
         metadata.push(("dmd.dynamic_batch", "true".into()));

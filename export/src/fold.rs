@@ -24,8 +24,9 @@ pub fn fold(graph: &mut Graph) -> Result<Folded> {
 /// Looks at one node and what stands before it; rewrites and says so, or leaves all as it was.
 type Rule = fn(&mut Graph, NodeId) -> Result<bool>;
 
-const RULES: [(&str, Rule); 12] = [
+const RULES: [(&str, Rule); 13] = [
     ("affine_of_affine", affine_of_affine),
+    ("level_of_level", level_of_level),
     ("identity", identity),
     ("affine_through_sum", affine_through_sum),
     ("map_into_previous_conv", map_into_previous_conv),
@@ -59,6 +60,25 @@ fn affine_of_affine(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let node = graph.node_mut(id);
     node.op = Op::Affine { mul: first_mul * mul, add: first_add * mul + add };
     node.inputs = inputs;
+    Ok(true)
+}
+
+/// (x·s₁(row))·s₂(row) = x·(s₁·s₂)(row): a pass's sigma meets its c_in and its c_skip.
+fn level_of_level(graph: &mut Graph, id: NodeId) -> Result<bool> {
+    let scale = |id: NodeId| match (&graph.node(id).op, graph.node(id).inputs.as_slice()) {
+        (Op::ScalePerPicture, &[x, level]) => match &graph.node(level).op {
+            Op::Lookup(table) => Some((x, level, table.clone())),
+            _ => None,
+        },
+        _ => None,
+    };
+    let Some((source, level, second)) = scale(id) else { return Ok(false) };
+    let Some((x, _, first)) = scale(source) else { return Ok(false) };
+    if graph.n_uses(level) != 1 {
+        return Ok(false);
+    }
+    graph.node_mut(level).op = Op::Lookup(narrow(&(wide(&first)? * wide(&second)?)?)?);
+    graph.node_mut(id).inputs[0] = x;
     Ok(true)
 }
 
@@ -453,12 +473,38 @@ mod tests {
 
     #[test]
     fn a_norm_goes_into_the_class_tables_that_modulate_it() {
-        let left = ["norm", "class", "scale", "class", "shift", "mish"];
+        let left = ["norm", "lookup", "scale", "lookup", "shift", "mish"];
         check(&[("norm_into_class_table", 1)], &left, |b, x, label| {
             let (scale, shift) = (class_vector(b, label, 2)?, class_vector(b, label, 3)?);
             let x = b.modulate(&b.group_norm(x, &norm(1), None)?, &scale, &shift)?;
             b.activation(&x, Activation::Mish)
         });
+    }
+
+    #[test]
+    fn the_coefficients_of_a_pass_meet_in_one_table() {
+        let pass = |sigma: f64| {
+            trace(SHAPE, 0, |b, noise, _| {
+                let x = b.affine(noise, &[sigma], 0.0)?;
+                let f = b.conv2d(&b.affine(&x, &[0.5 / sigma], 0.0)?, &conv(1, [4, 4], 3, 1))?;
+                b.add(&b.affine(&x, &[1.0 / (1.0 + sigma)], 0.0)?, &b.affine(&f, &[0.1 * sigma], 0.0)?)
+            })
+            .unwrap()
+        };
+        let passes = [pass(8.0), pass(2.0), pass(0.5)];
+        let mut graph = crate::passes::merge(&passes).unwrap();
+        assert_eq!(graph.rows(), 3);
+        let (folded, noise) = (fold(&mut graph).unwrap(), normal(1000, &SHAPE));
+        assert_eq!(folded, Folded::from([("level_of_level", 2)]));
+        let kinds: Vec<&str> = graph.nodes().iter().skip(1).map(|node| node.op.kind()).collect();
+        assert_eq!(kinds, ["lookup", "level", "conv", "lookup", "level", "lookup", "level", "add"]);
+        for (row, pass) in passes.iter().enumerate() {
+            let rows = Tensor::full(row as i64, SHAPE[0], &Device::Cpu).unwrap();
+            let (expected, found) = (pass.run(&noise, None).unwrap(), graph.run(&noise, Some(&rows)).unwrap());
+            let largest = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let difference = largest(&(&expected - found).unwrap());
+            assert!(difference <= 4e-6 * largest(&expected), "pass {row} moved by {difference}");
+        }
     }
 
     #[test]

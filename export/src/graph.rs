@@ -15,6 +15,8 @@ pub struct Graph {
     pub batch: usize,
     /// Number of labels; 0 for an unconditional network.
     pub classes: usize,
+    /// Noise levels that the graph can be held at, one per run.
+    pub passes: usize,
 }
 
 /// A place in a [`Graph`].
@@ -40,7 +42,7 @@ pub struct Node {
     /// Shape of the value.
     pub shape: Vec<usize>,
     /// The layer it came from, if one did; empty for sums, concatenations and the like.
-    layer: String,
+    pub(crate) layer: String,
 }
 
 /// Operations of the field. x, y stand for the inputs; parameters are f32 tensors on the CPU.
@@ -50,7 +52,8 @@ pub enum Op {
     Noise,
     /// A tensor that does not depend on any input.
     Constant(Tensor),
-    /// Row `label` of a table `(classes, ...)`, for every sample: `(B, ...)`.
+    /// A row of a table `(rows, ...)` for every sample, `(B, ...)`: row `label`, or where there are several passes,
+    /// `pass · classes + label`.
     Lookup(Tensor),
     /// Convolution of x.
     Conv2d(Conv),
@@ -79,6 +82,8 @@ pub enum Op {
     AddPerChannel,
     /// x `(B, C, H, W)` times y `(B or 1, C)` at every pixel.
     ScalePerChannel,
+    /// x `(B, C, H, W)` times y `(B, 1)`: the coefficients of a pass's noise level.
+    ScalePerPicture,
     /// x·mul + add.
     Affine {
         /// Factor.
@@ -116,7 +121,12 @@ impl Graph {
     pub(crate) fn new(noise: [usize; 4], classes: usize) -> Self {
         let input =
             Node { name: "noise".into(), op: Op::Noise, inputs: vec![], shape: noise.to_vec(), layer: "noise".into() };
-        Graph { nodes: vec![input], output: NodeId(0), batch: noise[0], classes }
+        Graph { nodes: vec![input], output: NodeId(0), batch: noise[0], classes, passes: 1 }
+    }
+
+    /// Rows of its tables; 0 where nothing depends on a label or a pass.
+    pub fn rows(&self) -> usize {
+        if self.passes > 1 { self.passes * self.classes.max(1) } else { self.classes }
     }
 
     /// The nodes, each after those it reads.
@@ -256,7 +266,7 @@ impl Graph {
 }
 
 /// Names of the file's inputs and outputs.
-const RESERVED: [&str; 3] = ["noise", "label", "image"];
+const RESERVED: [&str; 4] = ["noise", "label", "row", "image"];
 
 /// The module that a layer belongs to: `a.attentions.0` for `a.attentions.0.to_q` and for `a.attentions.0.to_out.0`.
 fn module_of(layer: &str) -> &str {
@@ -273,7 +283,7 @@ impl Op {
         match self {
             Op::Noise => "noise",
             Op::Constant(_) => "constant",
-            Op::Lookup(_) => "class",
+            Op::Lookup(_) => "lookup",
             Op::Conv2d(_) => "conv",
             Op::GroupNorm { .. } => "norm",
             Op::Activation(act) => activation_name(*act),
@@ -281,6 +291,7 @@ impl Op {
             Op::Add => "add",
             Op::AddPerChannel => "shift",
             Op::ScalePerChannel => "scale",
+            Op::ScalePerPicture => "level",
             Op::Affine { .. } => "affine",
             Op::Concat => "concat",
             Op::Upsample2x => "upsample",
@@ -338,6 +349,7 @@ impl Op {
             {
                 Ok(x.to_vec())
             }
+            (Op::ScalePerPicture, [x @ [b, _, _, _], [bv, 1]]) if b == bv => Ok(x.to_vec()),
             (Op::Concat, [[b, c, h, w], [b2, c2, h2, w2]]) if (b, h, w) == (b2, h2, w2) => Ok(vec![*b, c + c2, *h, *w]),
             (Op::Upsample2x, [[b, c, h, w]]) => Ok(vec![*b, *c, 2 * h, 2 * w]),
             (Op::AvgPool2x, [[b, c, h, w]]) if *h > 1 && *w > 1 => Ok(vec![*b, *c, h / 2, w / 2]),

@@ -154,7 +154,7 @@ pub(crate) fn infer(node: &NodeProto, x: &[Read]) -> Result<Vec<Typed>, String> 
         }
         "Gather" => {
             if read(1)?.kind != DataType::Int64 as i32 {
-                return Err("the label is not int64".into());
+                return Err("the index is not int64".into());
             }
             like([&read(1)?.dims, &first.dims[1..]].concat())
         }

@@ -36,10 +36,11 @@ impl<'a> Interpreter<'a> {
         })
     }
 
-    /// The picture of noise `(B, C, H, W)` and, where the graph takes them, labels `(B,)`; f32, u8 pictures too.
-    pub fn run(&self, noise: &Tensor, label: Option<&Tensor>, see: &mut See) -> Result<Tensor> {
+    /// The picture of noise `(B, C, H, W)` and, where the graph looks something up, rows `(B,)`; f32, u8 pictures too.
+    pub fn run(&self, noise: &Tensor, row: Option<&Tensor>, see: &mut See) -> Result<Tensor> {
         let mut values: HashMap<&str, Tensor> = HashMap::from([("noise", noise.clone())]);
-        values.extend(label.map(|label| ("label", label.clone())));
+        let index = self.graph.input.iter().map(|input| input.name.as_str()).find(|name| *name != "noise");
+        values.extend(index.zip(row.cloned()));
         for (at, node) in self.graph.node.iter().enumerate() {
             let inputs: Vec<&Tensor> =
                 node.input.iter().map(|name| self.value(&values, name)).collect::<Result<_>>()?;

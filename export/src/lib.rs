@@ -44,6 +44,7 @@ pub use trace::{Trace, Value, trace};
 mod evaluate;
 pub mod fold;
 pub mod graph;
+mod passes;
 
 mod check;
 mod dialect;
@@ -60,9 +61,9 @@ mod file;
 mod network;
 mod verify;
 pub use dmd_runtime::{EngineChoice, Output};
-pub use file::{Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, export, weights_sha256};
+pub use file::{Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, export, export_passes, weights_sha256};
 pub use network::Network;
-pub use verify::{EngineVerdict, Status};
+pub use verify::{EngineVerdict, Status, missing_operator};
 
 pub mod lint;
 mod ort_format;

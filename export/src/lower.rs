@@ -18,8 +18,8 @@ pub(crate) fn lower(graph: &Graph, dialect: Dialect, dynamic_batch: bool) -> Res
         if let Some(value) = lowering.node(graph.node(id))? {
             lowering.values.insert((id, Form::Whole), value);
         }
-        if id.index() == 0 && graph.classes > 0 {
-            lowering.class_tables()?;
+        if id.index() == 0 && graph.rows() > 0 {
+            lowering.tables()?;
         }
     }
     let output = graph.node(graph.output());
@@ -97,6 +97,10 @@ impl Lowering<'_> {
                 let y = self.per_channel(node.inputs[1])?;
                 self.file.node(name, "Mul", &[x, &y], vec![], shape)
             }
+            Op::ScalePerPicture => {
+                let y = self.per_channel(node.inputs[1])?;
+                self.file.island(name, "Mul", &[x, &y], vec![], shape)
+            }
             Op::Affine { mul, add } => self.affine(node, *mul as f32, *add as f32, x),
             Op::Upsample2x => self.upsample(node, x),
             Op::AvgPool2x => {
@@ -111,13 +115,25 @@ impl Lowering<'_> {
         }))
     }
 
-    /// All that depends on the label is one table with a row for each: one lookup, cut into its parts.
-    fn class_tables(&mut self) -> Result<()> {
+    /// All that depends on the label or the pass is one table with a row for each: one lookup, cut into its parts. The
+    /// few numbers that scale a picture are looked up by themselves, in single precision always: what they lose, the
+    /// whole picture loses.
+    fn tables(&mut self) -> Result<()> {
         let (graph, batch) = (self.graph, self.graph.batch);
-        let label = self.file.input("label", DataType::Int64, &[batch]);
+        let (index, table_name) = if graph.passes > 1 { ("row", "pass_table") } else { ("label", "class_table") };
+        let index = self.file.input(index, DataType::Int64, &[batch]);
         let (mut ids, mut tables, mut outputs) = (vec![], vec![], vec![]);
+        let scales_pictures = |id: &NodeId| {
+            let readers = graph.consumers(*id);
+            !readers.is_empty() && readers.iter().all(|reader| matches!(graph.node(*reader).op, Op::ScalePerPicture))
+        };
         for id in graph.ids() {
-            if let Op::Lookup(table) = &graph.node(id).op {
+            let (Op::Lookup(table), name) = (&graph.node(id).op, &graph.node(id).name) else { continue };
+            if scales_pictures(&id) {
+                let table = self.file.weight(&format!("{name}.table"), table, &[table.dims()[0], 1, 1, 1])?;
+                let value = self.file.island(name, "Gather", &[&table, &index], vec![], &[batch, 1, 1, 1]);
+                self.values.insert((id, Form::PerChannel), value);
+            } else {
                 let flat = table.flatten_from(1)?;
                 outputs.push((graph.node(id).name.clone(), vec![batch, flat.dims()[1], 1, 1]));
                 tables.push(flat);
@@ -132,13 +148,14 @@ impl Lowering<'_> {
         }
         let table = Tensor::cat(&tables, 1)?;
         let (rows, width) = table.dims2()?;
-        let table = self.file.weight("class_table", &table, &[rows, width, 1, 1])?;
+        let table = self.file.weight(table_name, &table, &[rows, width, 1, 1])?;
         if let [(name, shape)] = outputs.as_slice() {
-            self.file.node(name, "Gather", &[&table, &label], vec![], shape);
+            self.file.node(name, "Gather", &[&table, &index], vec![], shape);
             return Ok(());
         }
-        let row = self.file.node("class_table.row", "Gather", &[&table, &label], vec![], &[batch, width, 1, 1]);
-        self.dialect.split(self, "class_table", &row, &outputs);
+        let row =
+            self.file.node(&format!("{table_name}.row"), "Gather", &[&table, &index], vec![], &[batch, width, 1, 1]);
+        self.dialect.split(self, table_name, &row, &outputs);
         Ok(())
     }
 

@@ -5,10 +5,11 @@ use crate::{Error, ExportOptions, Network, Precision, Result};
 use candle_core::Tensor;
 use candle_onnx::onnx::ModelProto;
 use dmd_models::Eager;
+use dmd_runtime::noise::refine;
 use dmd_runtime::{EngineChoice, EngineKind, Options, Output, engines, picture_noise, quantize};
-use ndarray::{Array4, ArrayView4, Axis};
+use ndarray::{Array4, ArrayView4, Axis, s};
 use serde::Serialize;
-use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Seeds of the noises, in turn.
@@ -67,7 +68,100 @@ impl std::fmt::Display for EngineVerdict {
     }
 }
 
-/// What a file is fed: fixed noises and, where it takes them, labels, every one of them.
+/// What is exported, as calibration and checks run it.
+pub(crate) struct Subject<'a, N> {
+    /// The network at the noise level of each pass.
+    pub passes: &'a [N],
+    /// `[C, H, W]` of a picture.
+    pub shape: [usize; 3],
+    /// Pictures per run.
+    pub batch: usize,
+    /// Labels that the file takes; 0 for none.
+    pub labels: usize,
+    /// The class that every picture is of, where the file takes no label for that reason.
+    pub fixed: Option<usize>,
+}
+
+/// Pictures that precisions are calibrated on, or more where there are more labels; their noise is none of the
+/// verification's.
+const CALIBRATION: usize = 12;
+const CALIBRATION_SEED: u64 = 1 << 32;
+
+impl<N: Network> Subject<'_, N> {
+    /// What every pass reads for some pictures of every label.
+    pub fn calibration(&self) -> Result<Inputs> {
+        let first = self.first_pass(&[CALIBRATION_SEED], CALIBRATION);
+        if self.passes.len() == 1 {
+            return Ok(first);
+        }
+        let n = first.noise.dim().0;
+        let mut read: Vec<Vec<Tensor>> = vec![Vec::new(); self.passes.len()];
+        for i in 0..n {
+            self.picture(&first, i, |pass, input| read[pass].push(input.clone()))?;
+        }
+        let inputs = read.concat().iter().map(array).collect::<Result<Vec<_>>>()?;
+        let rows = (0..self.passes.len()).flat_map(|pass| first.rows(pass, 0..n, self.labels)).collect();
+        Ok(Inputs { batch: self.batch, noise: stack(&inputs), labels: rows })
+    }
+
+    /// Fixed noises and the pictures that candle makes of them. Every label occurs.
+    pub fn samples(&self) -> Result<Samples> {
+        let inputs = self.first_pass(&SEEDS, MIN_PICTURES);
+        let picture = |i: usize| array(&self.picture(&inputs, i, |_, _| {})?);
+        let pictures = (0..inputs.noise.dim().0).map(picture).collect::<Result<Vec<_>>>()?;
+        if pictures.iter().flatten().any(|value| !value.is_finite()) {
+            let message = "the network itself makes pictures that are not finite; there is nothing to compare with";
+            return Err(Error::Setting(message.into()));
+        }
+        let sigmas = self.passes.iter().map(Network::sigma).collect();
+        Ok(Samples { sigmas, n_labels: self.labels, pictures: stack(&pictures), inputs })
+    }
+
+    /// `n` noises, or as many more as it takes to be a multiple of the batch and to meet all labels; `seeds` in turn.
+    fn first_pass(&self, seeds: &[u64], n: usize) -> Inputs {
+        let n = n.max(self.labels).next_multiple_of(self.batch);
+        let one = |i: usize| picture_noise(seeds[i % seeds.len()], (i / seeds.len()) as u64, 1, self.shape);
+        let noises: Vec<Array4<f32>> = (0..n).map(one).collect();
+        let labels = (0..n).filter(|_| self.labels > 0).map(|i| (i % self.labels) as i64).collect();
+        Inputs { batch: self.batch, noise: stack(&noises), labels }
+    }
+
+    /// Picture `i` by every pass in turn, in candle; `see` is shown what each pass reads.
+    fn picture(&self, inputs: &Inputs, i: usize, mut see: impl FnMut(usize, &Tensor)) -> Result<Tensor> {
+        let device = self.passes[0].device();
+        let noise = tensor(inputs.noise.slice(s![i..=i, .., .., ..]))?.to_device(&device)?;
+        let label = self.fixed.map(|label| label as i64).or_else(|| inputs.labels.get(i).copied());
+        let label = label.map(|label| Tensor::new(&[label], &device)).transpose()?;
+        let sigmas: Vec<f64> = self.passes.iter().map(Network::sigma).collect();
+        through_passes(&sigmas, i, &noise, |pass, input| {
+            see(pass, input);
+            Ok::<_, Error>(self.passes[pass].generate(&Eager, input, label.as_ref())?)
+        })
+    }
+}
+
+/// The pictures of noise `(B, C, H, W)` by every pass in turn, as [`dmd_runtime::Generator::run`] makes them: they are
+/// the pictures `first ..` of a call.
+fn through_passes<E: From<candle_core::Error>>(
+    sigmas: &[f64],
+    first: usize,
+    noise: &Tensor,
+    mut pass: impl FnMut(usize, &Tensor) -> std::result::Result<Tensor, E>,
+) -> std::result::Result<Tensor, E> {
+    let mut x = pass(0, noise)?;
+    for (number, sigma) in sigmas.iter().enumerate().skip(1) {
+        let mut values = Vec::with_capacity(x.elem_count());
+        for (i, picture) in x.flatten_from(1)?.to_vec2::<f32>()?.iter().enumerate() {
+            let at = values.len();
+            values.resize(at + picture.len(), 0.0);
+            refine(0, number, (first + i) as u64, picture, *sigma, &mut values[at..]);
+        }
+        x = pass(number, &Tensor::from_vec(values, x.shape(), x.device())?)?;
+    }
+    Ok(x)
+}
+
+/// What a graph is fed: noise and, where it takes them, labels or rows.
 pub(crate) struct Inputs {
     batch: usize,
     noise: Array4<f32>,
@@ -75,55 +169,31 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    /// `n` noises, or as many more as it takes to be a multiple of `batch` and to meet all `classes`. `seeds` are
-    /// taken in turn; `shape` is `[C, H, W]`.
-    pub fn draw(seeds: &[u64], n: usize, shape: [usize; 3], batch: usize, classes: usize) -> Self {
-        let n = n.max(classes).next_multiple_of(batch);
-        let one = |i: usize| picture_noise(seeds[i % seeds.len()], (i / seeds.len()) as u64, 1, shape);
-        let noises: Vec<Array4<f32>> = (0..n).map(one).collect();
-        let labels = (0..n).filter(|_| classes > 0).map(|i| (i % classes) as i64).collect();
-        Inputs { batch, noise: stack(&noises), labels }
-    }
-
     /// What one run after the other takes.
     pub fn runs(&self) -> candle_core::Result<Vec<(Tensor, Option<Tensor>)>> {
         let run = |(i, noise): (usize, ArrayView4<f32>)| {
-            let values: Vec<f32> = noise.iter().copied().collect();
             let labels = self.labels.get(i * self.batch..(i + 1) * self.batch);
-            Ok((
-                Tensor::from_vec(values, noise.shape(), &CPU)?,
-                labels.map(|labels| Tensor::new(labels, &CPU)).transpose()?,
-            ))
+            Ok((tensor(noise)?, labels.map(|labels| Tensor::new(labels, &CPU)).transpose()?))
         };
         self.noise.axis_chunks_iter(Axis(0), self.batch).enumerate().map(run).collect()
     }
+
+    /// The rows of a pass for some pictures, where the file takes `n_labels`.
+    fn rows(&self, pass: usize, pictures: Range<usize>, n_labels: usize) -> Vec<i64> {
+        let label = |i: usize| self.labels.get(i).copied().unwrap_or(0);
+        pictures.map(|i| (pass * n_labels.max(1)) as i64 + label(i)).collect()
+    }
 }
 
-/// Inputs, and the pictures that candle makes of them.
+/// Inputs of the first pass, and the pictures that candle makes of them by all.
 pub(crate) struct Samples {
+    sigmas: Vec<f64>,
+    n_labels: usize,
     inputs: Inputs,
     pictures: Array4<f32>,
 }
 
 impl Samples {
-    /// Every label occurs. With a `fixed` one all are of that class, and the file is given none.
-    pub fn draw<N: Network>(
-        network: &N,
-        shape: [usize; 3],
-        batch: usize,
-        classes: usize,
-        fixed: Option<usize>,
-    ) -> Result<Self> {
-        let given = if fixed.is_some() { 0 } else { classes };
-        let inputs = Inputs::draw(&SEEDS, MIN_PICTURES, shape, batch, given);
-        let mut pictures = Vec::new();
-        for (i, noise) in inputs.noise.axis_chunks_iter(Axis(0), 1).enumerate() {
-            let label = fixed.map(|label| label as i64).or_else(|| inputs.labels.get(i).copied());
-            pictures.push(candle_picture(network, &noise.to_owned(), label.as_ref())?);
-        }
-        Ok(Samples { pictures: stack(&pictures), inputs })
-    }
-
     /// How far `found` is from candle's pictures, in the unit of the output.
     fn compare(&self, found: &Found) -> Comparison {
         let (pairs, peak): (Vec<(f64, f64)>, f64) = match found {
@@ -264,12 +334,16 @@ fn run_engine(
 fn run_candle_onnx(model: &ModelProto, samples: &Samples, output: Output) -> std::result::Result<Found, Status> {
     candle_onnx_pictures(model, samples, output).map_err(|error| {
         let text = error.to_string();
-        let missing = text.split("unsupported op_type ").nth(1).and_then(|rest| rest.split(' ').next());
-        Status::Skipped(match missing {
+        Status::Skipped(match missing_operator(&text) {
             Some(operator) => format!("it lacks the operator {operator}"),
             None => text.lines().next().unwrap_or_default().to_string(),
         })
     })
+}
+
+/// The operator that candle's own evaluator of ONNX says it lacks, in the text of its error.
+pub fn missing_operator(error: &str) -> Option<&str> {
+    error.split("unsupported op_type ").nth(1)?.split(' ').next()
 }
 
 fn candle_onnx_pictures(model: &ModelProto, samples: &Samples, output: Output) -> candle_core::Result<Found> {
@@ -277,11 +351,18 @@ fn candle_onnx_pictures(model: &ModelProto, samples: &Samples, output: Output) -
         Output::F32 => Found::F32(vec![]),
         Output::U8 => Found::U8(vec![]),
     };
-    for (noise, label) in samples.inputs.runs()? {
-        let mut inputs = HashMap::from([("noise".into(), noise)]);
-        inputs.extend(label.map(|label| ("label".to_string(), label)));
-        let mut outputs = candle_onnx::simple_eval(model, inputs)?;
-        let image = outputs.remove("image").ok_or_else(|| candle_core::Error::Msg("it gave no image".into()))?;
+    let Samples { sigmas, n_labels, inputs, .. } = samples;
+    for (run, (noise, label)) in inputs.runs()?.into_iter().enumerate() {
+        let pictures = run * inputs.batch..(run + 1) * inputs.batch;
+        let image = through_passes(sigmas, pictures.start, &noise, |pass, noise| {
+            let index = match sigmas.len() {
+                1 => label.clone().map(|label| ("label", label)),
+                _ => Some(("row", Tensor::new(inputs.rows(pass, pictures.clone(), *n_labels), &CPU)?)),
+            };
+            let given = [("noise", noise.clone())].into_iter().chain(index);
+            let mut outputs = candle_onnx::simple_eval(model, given.map(|(name, x)| (name.into(), x)).collect())?;
+            outputs.remove("image").ok_or_else(|| candle_core::Error::Msg("it gave no image".into()))
+        })?;
         match &mut found {
             Found::F32(all) => all.extend(image.flatten_all()?.to_vec1::<f32>()?),
             Found::U8(all) => all.extend(image.flatten_all()?.to_vec1::<u8>()?),
@@ -292,19 +373,13 @@ fn candle_onnx_pictures(model: &ModelProto, samples: &Samples, output: Output) -
 
 const CPU: candle_core::Device = candle_core::Device::Cpu;
 
-fn candle_picture<N: Network>(network: &N, noise: &Array4<f32>, label: Option<&i64>) -> Result<Array4<f32>> {
-    let device = network.device();
-    let values: Vec<f32> = noise.iter().copied().collect();
-    let tensor = Tensor::from_vec(values, noise.shape(), &device)?;
-    let label = label.map(|label| Tensor::new(&[*label], &device)).transpose()?;
-    let picture = network.generate(&Eager, &tensor, label.as_ref())?.to_device(&CPU)?;
-    let shape = picture.dims4()?;
-    let values = picture.flatten_all()?.to_vec1::<f32>()?;
-    if values.iter().any(|value| !value.is_finite()) {
-        let message = "the network itself makes pictures that are not finite; there is nothing to compare with";
-        return Err(Error::Setting(message.into()));
-    }
-    Array4::from_shape_vec(shape, values).map_err(|error| Error::Setting(error.to_string()))
+fn tensor(pictures: ArrayView4<f32>) -> candle_core::Result<Tensor> {
+    Tensor::from_vec(pictures.iter().copied().collect::<Vec<f32>>(), pictures.shape(), &CPU)
+}
+
+fn array(pictures: &Tensor) -> Result<Array4<f32>> {
+    let values = pictures.flatten_all()?.to_vec1::<f32>()?;
+    Array4::from_shape_vec(pictures.dims4()?, values).map_err(|error| Error::Setting(error.to_string()))
 }
 
 fn stack(pictures: &[Array4<f32>]) -> Array4<f32> {

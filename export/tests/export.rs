@@ -4,11 +4,11 @@
 use candle_core::{DType, Device, Tensor};
 use dmd_export::{
     Batch, Dialect, EngineChoice, Error, ExportOptions, ExportReport, ModelInfo, Network, Output, Precision, Status,
-    export, weights_sha256,
+    export, export_passes, weights_sha256,
 };
 use dmd_models::layers::{Conv2d, Embedding};
 use dmd_models::unet::ClassEmbedding;
-use dmd_models::{Activation, Backend, Denoiser, Generator, NoiseLevels, Prediction, UNet, UNetConfig, Weights};
+use dmd_models::{Activation, Backend, Denoiser, Eager, Generator, NoiseLevels, Prediction, UNet, UNetConfig, Weights};
 use dmd_runtime::noise::Stream;
 use std::collections::BTreeSet;
 use std::fs;
@@ -230,7 +230,6 @@ fn a_fixed_label_folds_into_the_graph() {
     let noise = dmd_runtime::picture_noise(3, 0, 2, [3, 8, 8]);
     let expected = all.run(noise.view(), &[1, 1]).unwrap().to_f32();
     let found = one.run(noise.view(), &[]).unwrap().to_f32();
-    let largest = |values: &ndarray::Array4<f32>| values.iter().fold(0f32, |max, x| max.max(x.abs()));
     assert!(largest(&(&expected - &found)) < 1e-5 * largest(&expected));
 }
 
@@ -273,6 +272,149 @@ fn a_dynamic_batch_is_the_only_free_axis_and_takes_any_number() {
             assert!(axes[0] && axes[1..].iter().all(|free| !free), "{}: {axes:?}", info.name);
         }
     }
+}
+
+/// Noise levels of a generator of three passes.
+const STEPS: [f64; 3] = [80.0, 2.5, 0.4];
+
+/// One network at each of its levels.
+fn at_steps(config: &UNetConfig, steps: &[f64]) -> Vec<Generator> {
+    let weights = random_weights(config);
+    steps.iter().map(|sigma| edm(config, &weights, *sigma)).collect()
+}
+
+/// What `dmd sample` makes in candle: x + sigma·eps between the passes, nothing divided (Yin et al. 2024, DMD2, 4.5).
+fn in_candle(passes: &[Generator], seed: u64, labels: Option<&[i64]>, n: usize) -> ndarray::Array4<f32> {
+    let tensor = |noise: ndarray::Array4<f32>| {
+        Tensor::from_vec(noise.iter().copied().collect(), noise.dim(), &Device::Cpu).unwrap()
+    };
+    let label = labels.map(|labels| Tensor::new(labels, &Device::Cpu).unwrap());
+    let mut input = (tensor(dmd_runtime::picture_noise(seed, 0, n, [3, 8, 8])) * passes[0].sigma).unwrap();
+    for (pass, Generator { denoiser, sigma }) in passes.iter().enumerate() {
+        if pass > 0 {
+            let eps = tensor(dmd_runtime::noise::refining_noise(seed, pass, 0, n, [3, 8, 8]));
+            input = (input + (eps * *sigma).unwrap()).unwrap();
+        }
+        input = denoiser.denoise(&Eager, &input, &[*sigma], label.as_ref()).unwrap();
+    }
+    ndarray::Array4::from_shape_vec((n, 3, 8, 8), input.flatten_all().unwrap().to_vec1().unwrap()).unwrap()
+}
+
+fn largest(values: &ndarray::Array4<f32>) -> f32 {
+    values.iter().fold(0f32, |max, x| max.max(x.abs()))
+}
+
+#[test]
+fn several_passes_are_one_graph_that_makes_candles_pictures_by_every_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("steps.onnx");
+    let scale_shift: (&str, serde_json::Value) = ("resnet_time_scale_shift", "scale_shift".into());
+    let unconditional = ("num_class_embeds", serde_json::Value::Null);
+    let kinds = [vec![], vec![unconditional.clone()], vec![scale_shift.clone()], vec![scale_shift, unconditional]];
+    for (kind, changes) in kinds.iter().enumerate() {
+        let config = small(changes);
+        let passes = at_steps(&config, &STEPS);
+        let labels = config.num_class_embeds.map(|_| &[2i64, 0, 1, 2, 0][..]);
+        let expected = in_candle(&passes, 6, labels, 5);
+        for (dialect, batch) in Dialect::ALL.into_iter().zip([Batch::Fixed(2), Batch::Dynamic, Batch::Fixed(1)]) {
+            let options = ExportOptions { dialect, batch, force: true, ..Default::default() };
+            let report = export_passes(&passes, &info(&config), &options, &path).unwrap();
+            report.engines.iter().for_each(|verdict| eprintln!("{kind} {dialect}: {verdict}"));
+            for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
+                let options = dmd_runtime::Options { engine, ..Default::default() };
+                let mut generator = dmd_runtime::Generator::load(&path, options).unwrap();
+                assert_eq!(generator.info().steps, STEPS);
+                let noise = dmd_runtime::picture_noise(6, 0, 5, [3, 8, 8]);
+                let found = generator.run_seeded(noise.view(), labels.unwrap_or(&[]), 6).unwrap().to_f32();
+                let difference = largest(&(&expected - found));
+                assert!(difference < 1e-5 * largest(&expected), "{kind} {dialect} {engine:?}: {difference}");
+            }
+        }
+    }
+}
+
+/// The weights are there once: a file of three passes is a file of one with longer tables and four products.
+#[test]
+fn several_passes_cost_rows_of_a_table_and_no_weights() {
+    let config = small(&[]);
+    let passes = at_steps(&config, &STEPS);
+    let folder = tempfile::tempdir().unwrap();
+    let [one, three] = ["one.onnx", "three.onnx"].map(|name| folder.path().join(name));
+    let single = export(&passes[0], &info(&config), &Default::default(), &one).unwrap();
+    let several = export_passes(&passes, &info(&config), &Default::default(), &three).unwrap();
+    let graph = |path: &Path| candle_onnx::read_file(path).unwrap().graph.unwrap();
+    let (one, three) = (graph(&one), graph(&three));
+    let count = |graph: &candle_onnx::onnx::GraphProto, operator: &str| {
+        graph.node.iter().filter(|node| node.op_type == operator).count()
+    };
+    assert_eq!(count(&three, "Conv"), count(&one, "Conv"));
+    // c_in, c_skip and c_out: a lookup each, and a product where one pass has that of c_skip alone.
+    assert_eq!((several.nodes, count(&three, "Gather")), (single.nodes + 5, count(&one, "Gather") + 3));
+    assert_eq!(three.input.iter().map(|input| input.name.as_str()).collect::<Vec<_>>(), ["noise", "row"]);
+    let table = three.initializer.iter().find(|tensor| tensor.name == "pass_table").unwrap();
+    assert_eq!(table.dims[0], 9);
+    let added = several.bytes - single.bytes;
+    let rows = 6 * table.dims[1] as usize * 4;
+    assert!(added < rows + 1500, "{added} bytes more, of which {rows} are rows");
+}
+
+#[test]
+fn several_passes_come_in_every_precision_and_dialect() {
+    let config = small(&[("block_out_channels", [32, 64].as_slice().into())]);
+    let passes = at_steps(&config, &[10.0, 1.0]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("steps.onnx");
+    for dialect in Dialect::ALL {
+        for precision in [Precision::Fp16, Precision::W8, Precision::W8a8] {
+            let options = ExportOptions { dialect, precision, force: true, ..Default::default() };
+            let report = export_passes(&passes, &info(&config), &options, &path).unwrap();
+            report.engines.iter().for_each(|verdict| eprintln!("{dialect} {precision}: {verdict}"));
+            assert!(report.engines.iter().any(|v| v.engine == "tract" && v.status == Status::Passed));
+            // What scales whole pictures keeps its precision.
+            let graph = candle_onnx::read_file(&path).unwrap().graph.unwrap();
+            let levels = graph.initializer.iter().filter(|tensor| tensor.dims == [6, 1, 1, 1]);
+            assert_eq!(levels.filter(|tensor| tensor.data_type == 1).count(), 3, "{dialect} {precision}");
+        }
+    }
+}
+
+#[test]
+fn one_class_and_outside_weights_go_with_several_passes() {
+    let config = small(&[]);
+    let passes = at_steps(&config, &STEPS);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("one.onnx");
+    let options = ExportOptions { fixed_label: Some(1), external_data: true, ..Default::default() };
+    export_passes(&passes, &info(&config), &options, &path).unwrap();
+    let mut generator = dmd_runtime::Generator::load(&path, Default::default()).unwrap();
+    assert_eq!((generator.info().labelled, generator.info().fixed_class.as_deref()), (false, Some("1")));
+    let expected = in_candle(&passes, 3, Some(&[1, 1]), 2);
+    let found = generator.generate(&dmd_runtime::Request { seed: 3, labels: vec![], batch: 2 }).unwrap().to_f32();
+    assert!(largest(&(&expected - found)) < 1e-5 * largest(&expected));
+}
+
+#[test]
+fn passes_that_make_no_list_are_refused() {
+    let config = small(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let refuse = |passes: &[Generator], options: &ExportOptions| {
+        export_passes(passes, &info(&config), options, &folder.path().join("a.onnx")).unwrap_err().to_string()
+    };
+    let plain = ExportOptions::default();
+    for (steps, expected) in
+        [(&[][..], "no pass"), (&[2.5, 2.5], "[2.5, 2.5], expected descending"), (&[0.4, 2.5], "descending")]
+    {
+        let error = refuse(&at_steps(&config, steps), &plain);
+        assert!(error.contains(expected), "{error}");
+    }
+    let error = refuse(&at_steps(&config, &STEPS), &ExportOptions { output: Output::U8, ..plain.clone() });
+    assert!(error.contains("output u8 with 3 passes") && error.contains("export f32"), "{error}");
+    let mut passes = at_steps(&config, &STEPS);
+    let silent = UNet::init(&config, &mut |_, n| vec![0.1; n]).unwrap();
+    passes[2] = edm(&config, &silent, STEPS[2]);
+    let error = refuse(&passes, &plain);
+    assert!(error.contains("not one network at several noise levels: \"conv_in\" has other parameters"), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]

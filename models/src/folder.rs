@@ -52,6 +52,13 @@ pub struct About {
     pub run: Option<serde_json::Value>,
 }
 
+impl About {
+    /// The noise level of each of a generator's passes, descending; empty for a teacher.
+    pub fn sigmas(&self) -> &[f64] {
+        if self.steps.is_empty() { self.sigma.as_slice() } else { &self.steps }
+    }
+}
+
 /// What a folder holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -141,7 +148,8 @@ impl ModelFolder {
         })
     }
 
-    /// The one-step generator, where the folder holds one.
+    /// The generator held at its first noise level, its only one if it makes a picture in one pass; none where the
+    /// folder holds no generator.
     pub fn generator(&self, device: &Device) -> Result<Option<Generator>> {
         match (self.about.kind, self.about.sigma) {
             (Kind::Generator, Some(sigma)) => Ok(Some(Generator { denoiser: self.denoiser(device)?, sigma })),

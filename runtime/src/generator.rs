@@ -7,7 +7,7 @@ use ndarray::{Array4, ArrayView4, ArrayViewMut3};
 use crate::engine::{self, Engine, Out};
 use crate::images::Pixels;
 use crate::info::MAX_VALUES;
-use crate::noise::{PICTURE_NOISE, Stream};
+use crate::noise::{PICTURE_NOISE, Stream, refine};
 use crate::{EngineChoice, EngineInfo, Error, Images, Info, Output, Result};
 
 /// A generator ready to make pictures.
@@ -27,9 +27,9 @@ pub struct Generator {
     info: Info,
     engine_info: EngineInfo,
     engine: Box<dyn Engine>,
-    /// The engine's inputs, reused from call to call: `(B, C, H, W)` and `(B)`.
+    /// The engine's inputs, reused from call to call: `(B, C, H, W)` and, where the graph has an index, `(B)`.
     noise: Vec<f32>,
-    label: Vec<i64>,
+    index: Vec<i64>,
 }
 
 /// How a file is run.
@@ -68,8 +68,8 @@ impl Generator {
         let info = Info::read(path)?;
         let (engine, engine_info) = engine::open(path, &info, &options)?;
         let noise = zeros(info.batch * info.values());
-        let label = zeros(if info.labelled { info.batch } else { 0 });
-        Ok(Self { info, engine_info, engine, noise, label })
+        let index = zeros(if info.index().is_some() { info.batch } else { 0 });
+        Ok(Self { info, engine_info, engine, noise, index })
     }
 
     /// What the file says of itself.
@@ -86,14 +86,21 @@ impl Generator {
     pub fn generate(&mut self, request: &Request) -> Result<Images> {
         let labels = self.request_labels(request)?;
         let seed = request.seed;
-        self.run_chunks(request.batch, labels, |picture, noise| {
+        self.run_chunks(request.batch, labels, seed, |picture, noise| {
             Stream::new(seed, PICTURE_NOISE, picture as u64).fill_normal(noise);
         })
     }
 
     /// Makes pictures of the caller's own unit normal noise `(N, C, H, W)`, for any `N`. A generator with classes
-    /// takes `N` labels, another none.
+    /// takes `N` labels, another none. One of several passes draws what it adds between them from seed 0;
+    /// [`run_seeded`](Self::run_seeded) from another.
     pub fn run(&mut self, noise: ArrayView4<'_, f32>, labels: &[i64]) -> Result<Images> {
+        self.run_seeded(noise, labels, 0)
+    }
+
+    /// Makes pictures as [`run`](Self::run) does, with the seed of the noise between the passes. The noise of a seed
+    /// ([`picture_noise`](crate::picture_noise)) makes the pictures that [`generate`](Self::generate) makes of it.
+    pub fn run_seeded(&mut self, noise: ArrayView4<'_, f32>, labels: &[i64], seed: u64) -> Result<Images> {
         let shape = self.info.shape();
         if noise.shape()[1..] != shape {
             return Err(Error::NoiseShape { found: noise.shape().to_vec(), expected: shape });
@@ -109,17 +116,17 @@ impl Generator {
             });
         }
         let labels = labels.iter().map(|label| self.check_label(*label)).collect::<Result<_>>()?;
-        self.run_chunks(noise.dim().0, labels, |picture, values| {
+        self.run_chunks(noise.dim().0, labels, seed, |picture, values| {
             let mut values = ArrayViewMut3::from_shape(shape, values).expect("the chunk holds one picture's values");
             values.assign(&noise.index_axis(ndarray::Axis(0), picture));
         })
     }
 
-    /// Runs the engine once on the inputs of its last call, which after loading are zeros, and throws its output away:
+    /// Runs the engine for one pass on the inputs of its last call, which after loading are zeros, and throws its output away:
     /// the bare call, to measure an engine by, and what [`generate`](Self::generate) adds to it.
     pub fn run_engine(&mut self) -> Result<()> {
         let mut nowhere = Buffer::zeros(self.info.output, 0);
-        let run = self.engine.run(&self.noise, &self.label, nowhere.part(0, 0));
+        let run = self.engine.run(&self.noise, &self.index, nowhere.part(0, 0));
         run.map_err(|reason| Error::Run { engine: self.engine_info.kind, reason })
     }
 
@@ -152,27 +159,42 @@ impl Generator {
         }
     }
 
-    /// Runs `n` pictures in chunks of the file's batch; `fill` writes the noise of one. The rest of the last chunk is
-    /// zero noise and label 0, and is thrown away. Where the batch is free, chunks are as large as may be.
-    fn run_chunks(&mut self, n: usize, labels: Vec<usize>, mut fill: impl FnMut(usize, &mut [f32])) -> Result<Images> {
+    /// Runs `n` pictures in chunks of the file's batch, each chunk through all passes; `fill` writes the noise of one.
+    /// The rest of the last chunk is zero noise and label 0, and is thrown away. Where the batch is free, chunks are as
+    /// large as may be.
+    fn run_chunks(
+        &mut self,
+        n: usize,
+        labels: Vec<usize>,
+        seed: u64,
+        mut fill: impl FnMut(usize, &mut [f32]),
+    ) -> Result<Images> {
         self.check_size(n)?;
-        let values = self.info.values();
+        let (values, classes) = (self.info.values(), self.info.classes.len().max(1));
         let mut pixels = Buffer::zeros(self.info.output, n * values);
         let chunk = if self.info.dynamic_batch { n.min(DYNAMIC_CHUNK) } else { self.info.batch };
         for first in (0..n).step_by(chunk) {
             let count = chunk.min(n - first);
             if self.info.dynamic_batch {
                 self.noise.resize(count * values, 0.0);
-                self.label.resize(if self.info.labelled { count } else { 0 }, 0);
+                self.index.resize(if self.info.index().is_some() { count } else { 0 }, 0);
             }
             let (noise, padding) = self.noise.split_at_mut(count * values);
             noise.chunks_exact_mut(values).enumerate().for_each(|(i, picture)| fill(first + i, picture));
             padding.fill(0.0);
-            for (i, label) in self.label.iter_mut().enumerate() {
-                *label = if i < count { labels[first + i] as i64 } else { 0 };
+            for (pass, sigma) in self.info.steps.iter().enumerate() {
+                if pass > 0 {
+                    let inputs = self.noise.chunks_exact_mut(values).zip(pixels.pictures(first, values));
+                    for (i, (input, picture)) in inputs.take(count).enumerate() {
+                        refine(seed, pass, (first + i) as u64, picture, *sigma, input);
+                    }
+                }
+                for (i, row) in self.index.iter_mut().enumerate() {
+                    *row = (pass * classes + labels.get(first + i).filter(|_| i < count).unwrap_or(&0)) as i64;
+                }
+                let run = self.engine.run(&self.noise, &self.index, pixels.part(first * values, count * values));
+                run.map_err(|reason| Error::Run { engine: self.engine_info.kind, reason })?;
             }
-            let run = self.engine.run(&self.noise, &self.label, pixels.part(first * values, count * values));
-            run.map_err(|reason| Error::Run { engine: self.engine_info.kind, reason })?;
         }
         pixels.check_finite(values)?;
         Ok(Images::new(pixels.into_pixels(n, self.info.shape()), labels))
@@ -206,6 +228,14 @@ impl Buffer {
         match self {
             Self::F32(values) => Out::F32(&mut values[start..start + n]),
             Self::U8(values) => Out::U8(&mut values[start..start + n]),
+        }
+    }
+
+    /// The pictures from `first` on, so far; none where they are bytes, from which no pass goes on.
+    fn pictures(&self, first: usize, values: usize) -> std::slice::ChunksExact<'_, f32> {
+        match self {
+            Self::F32(all) => all[first * values..].chunks_exact(values),
+            Self::U8(_) => [].chunks_exact(values),
         }
     }
 

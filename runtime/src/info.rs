@@ -9,7 +9,7 @@ use crate::ort_file;
 use crate::{Error, Result};
 
 /// The newest `dmd.format` that this build reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// The most values that one engine call may take or give: 4 GiB of f32.
 pub(crate) const MAX_VALUES: usize = 1 << 30;
@@ -33,6 +33,8 @@ pub struct Info {
     pub precision: String,
     /// `dmd.sigma`: the noise level at which the generator was trained. It is folded into the graph.
     pub sigma: f64,
+    /// `dmd.steps`: the noise levels of the passes that make a picture, descending from `sigma`; `[sigma]` for one pass.
+    pub steps: Vec<f64>,
     /// Pictures in one engine call; where the batch is dynamic, the fewest.
     pub batch: usize,
     /// Whether the graph takes any number of pictures at once.
@@ -99,6 +101,21 @@ impl Info {
         [self.channels, self.height, self.width]
     }
 
+    /// Passes that make a picture.
+    pub fn passes(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// The graph's second input, where there is one: the `label` of each picture, or where there are several passes the
+    /// `row` of its tables, `pass · classes + label`.
+    pub(crate) fn index(&self) -> Option<&'static str> {
+        match (self.passes(), self.labelled) {
+            (1, false) => None,
+            (1, true) => Some("label"),
+            _ => Some("row"),
+        }
+    }
+
     /// The label of a class, by its name or its number.
     pub fn class(&self, name: &str) -> Option<usize> {
         let by_name = self.classes.iter().position(|class| class == name);
@@ -130,6 +147,7 @@ fn from_metadata(model: &Model, format: u32) -> Result<Info, String> {
         dialect: text(model, "dmd.dialect")?.into(),
         precision: optional(model, "dmd.precision")?.unwrap_or_else(|| "fp32".into()),
         sigma,
+        steps: steps(model, sigma, output)?,
         batch: size(model, "dmd.batch")?,
         dynamic_batch: optional(model, "dmd.dynamic_batch")?.unwrap_or(false),
         channels: size(model, "dmd.channels")?,
@@ -148,6 +166,27 @@ fn from_metadata(model: &Model, format: u32) -> Result<Info, String> {
     })
 }
 
+/// The noise levels of all passes; files of one pass have no list.
+fn steps(model: &Model, sigma: f64, output: Output) -> Result<Vec<f64>, String> {
+    if !model.metadata.iter().any(|(key, _)| key == "dmd.steps") {
+        return Ok(vec![sigma]);
+    }
+    let text = text(model, "dmd.steps")?;
+    let wrong = |what: &str| format!("dmd.steps is {text:?}, expected {what}");
+    let steps: Vec<f64> = serde_json::from_str(text).map_err(|_| wrong("a JSON array of noise levels"))?;
+    let descending = steps.windows(2).all(|pair| pair[0] > pair[1]) && steps.iter().all(|step| *step > 0.0);
+    match steps.first() {
+        Some(first) if descending && *first == sigma && steps.len() > 1 => {}
+        _ => return Err(wrong(&format!("two noise levels or more, descending from dmd.sigma, {sigma}"))),
+    }
+    match output {
+        Output::F32 => Ok(steps),
+        Output::U8 => {
+            Err(format!("dmd.output is \"u8\" with {} passes, which go on from each other's f32", steps.len()))
+        }
+    }
+}
+
 /// The graph must be what the metadata promises, so that whatever runs it later needs no checks of its own.
 fn check_graph(info: &Info, model: &Model) -> Result<(), String> {
     let Info { batch, channels, height, width, .. } = *info;
@@ -162,8 +201,13 @@ fn check_graph(info: &Info, model: &Model) -> Result<(), String> {
         Output::U8 => ("image", onnx::U8, shape([height, width, channels])),
     };
     let mut inputs = vec![("noise", onnx::F32, shape([channels, height, width]))];
-    if info.labelled {
-        inputs.push(("label", onnx::I64, vec![batch]));
+    inputs.extend(info.index().map(|index| (index, onnx::I64, vec![batch])));
+    let rows = info.passes() * info.classes.len().max(1);
+    if let Some(found) = model.pass_rows.filter(|found| *found != rows as u64) {
+        let (steps, classes) = (info.passes(), info.classes.len());
+        return Err(format!(
+            "the graph's pass_table has {found} rows, {steps} dmd.steps and {classes} classes ask for {rows}"
+        ));
     }
     check_ports("input", &model.inputs, &inputs)?;
     check_ports("output", &model.outputs, &[image])

@@ -1,4 +1,4 @@
-//! Runs a one-step generator, exported by `dmd export --onnx`, inside an app: a seed in, pictures out.
+//! Runs a generator of one or a few steps, exported by `dmd export --onnx`, inside an app: a seed in, pictures out.
 //!
 //! This crate knows nothing of training. It reads the file's own description ([`Info`]), finds an engine, draws
 //! the noise ([`noise`]) and hands back pictures ([`Images`]). Two engines are built in, each a cargo feature:

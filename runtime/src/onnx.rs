@@ -21,6 +21,8 @@ pub(crate) struct Model {
     pub inputs: Vec<Port>,
     pub outputs: Vec<Port>,
     pub nodes: usize,
+    /// Rows of the table that tells the passes apart.
+    pub pass_rows: Option<u64>,
     /// Weights in the file itself.
     pub weight_bytes: u64,
     /// Weights that lie elsewhere.
@@ -75,6 +77,11 @@ pub(crate) fn read(path: &Path) -> Result<Model> {
     }
 }
 
+/// Whether a weight of this name tells the passes apart. In half precision the name goes on.
+pub(crate) fn is_pass_table(name: &str) -> bool {
+    name.split('.').next() == Some("pass_table")
+}
+
 enum Broken {
     Io(std::io::Error),
     Format(String),
@@ -90,6 +97,17 @@ fn broken<T>(reason: impl Into<String>) -> Walked<T> {
 struct Walk<R> {
     reader: BufReader<R>,
     at: u64,
+}
+
+/// What matters of a `TensorProto`.
+struct Tensor {
+    name: String,
+    /// Its first dimension.
+    rows: Option<u64>,
+    /// What it holds.
+    bytes: u64,
+    /// Where the rest is.
+    outside: Option<Outside>,
 }
 
 /// One field's value, as the wire has it. The bytes of `Len` have not been read yet.
@@ -126,9 +144,12 @@ impl<R: Read + Seek> Walk<R> {
                     self.node(self.at + n)?;
                 }
                 (5, Field::Len(n)) => {
-                    let (bytes, outside) = self.tensor(self.at + n)?;
-                    model.weight_bytes += bytes;
-                    model.outside.extend(outside);
+                    let tensor = self.tensor(self.at + n)?;
+                    model.weight_bytes += tensor.bytes;
+                    model.outside.extend(tensor.outside);
+                    if is_pass_table(&tensor.name) {
+                        model.pass_rows = tensor.rows;
+                    }
                 }
                 (11, Field::Len(n)) => {
                     let port = self.port(self.at + n)?;
@@ -167,19 +188,23 @@ impl<R: Read + Seek> Walk<R> {
         Ok(())
     }
 
-    /// A `TensorProto`: gives the bytes it holds and where the others are, after a check that its dimensions ask for no
-    /// more elements.
-    fn tensor(&mut self, end: u64) -> Walked<(u64, Option<Outside>)> {
-        let (mut elements, mut bytes, mut external) = (1u64, 0u64, false);
+    /// A `TensorProto`, after a check that its dimensions ask for no more elements than it holds.
+    fn tensor(&mut self, end: u64) -> Walked<Tensor> {
+        let (mut elements, mut bytes, mut external, mut rows) = (1u64, 0u64, false, None);
         let mut outside = Outside::default();
         let mut name = String::new();
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
-                (1, Field::Number(dim)) => elements = elements.saturating_mul(dim),
+                (1, Field::Number(dim)) => {
+                    rows = rows.or(Some(dim));
+                    elements = elements.saturating_mul(dim);
+                }
                 (1, Field::Len(n)) => {
                     let dims_end = self.at + n;
                     while self.at < dims_end {
-                        elements = elements.saturating_mul(self.varint(dims_end)?);
+                        let dim = self.varint(dims_end)?;
+                        rows = rows.or(Some(dim));
+                        elements = elements.saturating_mul(dim);
                     }
                 }
                 (8, Field::Len(n)) => name = self.string(n)?,
@@ -208,7 +233,7 @@ impl<R: Read + Seek> Walk<R> {
         if elements > held.saturating_mul(4) && elements > 0 {
             return broken(format!("tensor {name:?} claims {elements} elements and holds {held} bytes"));
         }
-        Ok((bytes, external.then_some(outside)))
+        Ok(Tensor { name, rows, bytes, outside: external.then_some(outside) })
     }
 
     fn port(&mut self, end: u64) -> Walked<Port> {

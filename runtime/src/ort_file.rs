@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use crate::onnx::{Model, Port};
+use crate::onnx::{self, Model, Port};
 use crate::{Error, Result};
 
 /// Whether a path is to be read as this format.
@@ -27,7 +27,7 @@ fn model(bytes: &[u8]) -> Option<Model> {
     let model = session.table(1)?;
     let graph = model.table(7)?;
     let [weights, values, nodes] = [0, 1, 2].map(|field| graph.tables(field));
-    let values = values?;
+    let (weights, values) = (weights?, values?);
     let entry = |entry: &Table| Some((entry.string(0)?.into(), entry.string(1)?.into()));
     let opsets = model.tables(1)?;
     let opset = opsets.iter().find(|set| matches!(set.string(0), Some("" | "ai.onnx")))?;
@@ -43,10 +43,18 @@ fn model(bytes: &[u8]) -> Option<Model> {
         inputs: ports(5)?,
         outputs: ports(6)?,
         nodes: nodes?.len(),
-        weight_bytes: weights?.iter().filter_map(|weight| Some(weight.vector(4, 1)?.len() as u64)).sum(),
+        pass_rows: weights.iter().find_map(pass_rows),
+        weight_bytes: weights.iter().filter_map(|weight| Some(weight.vector(4, 1)?.len() as u64)).sum(),
         outside: Vec::new(),
         file_bytes: bytes.len() as u64,
     })
+}
+
+/// Rows of the table that tells the passes apart, if this is it.
+fn pass_rows(weight: &Table) -> Option<u64> {
+    let is_table = onnx::is_pass_table(weight.string(0)?);
+    let at = weight.vector(2, 8).filter(|_| is_table)?.next()?;
+    i64_at(weight.bytes, at)?.try_into().ok()
 }
 
 /// More inputs or outputs than any file of ours has, and few enough to look each up in turn.

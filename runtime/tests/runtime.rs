@@ -8,7 +8,7 @@
 //! import json, sys, numpy as np, onnx
 //! from onnx import TensorProto as T, helper as h, numpy_helper as nh
 //!
-//! def fixture(path, classes, output, batch=2, channels=3, height=8, width=6, hidden=4, groups=2, depth=0, clip=True, **changes):
+//! def fixture(path, classes, output, batch=2, channels=3, height=8, width=6, hidden=4, groups=2, depth=0, clip=True, steps=(), **changes):
 //!     rng = np.random.default_rng(0)
 //!     weights, nodes = [], []
 //!     def const(name, value, dtype=np.float32):
@@ -22,10 +22,11 @@
 //!     inputs = [h.make_tensor_value_info("noise", T.FLOAT, [batch, channels, height, width])]
 //!     x = conv("noise", "conv_in", channels, hidden, stride=2)
 //!     if classes:
-//!         inputs.append(h.make_tensor_value_info("label", T.INT64, [batch]))
-//!         table = const("classes", rng.normal(size=(len(classes), hidden)))
-//!         row = node("Gather", [table, "label"], "row", axis=0)
-//!         x = node("Add", [x, node("Reshape", [row, const("s0", [batch, hidden, 1, 1], np.int64)], "row4")], "conditioned")
+//!         index = "row" if steps else "label"
+//!         inputs.append(h.make_tensor_value_info(index, T.INT64, [batch]))
+//!         table = const("pass_table" if steps else "classes", rng.normal(size=(len(classes) * max(1, len(steps)), hidden)))
+//!         found = node("Gather", [table, index], "found" if steps else "row", axis=0)
+//!         x = node("Add", [x, node("Reshape", [found, const("s0", [batch, hidden, 1, 1], np.int64)], "row4")], "conditioned")
 //!     # group norm as instance norm: (B, G, C/G*H*W), then a scale and a shift per channel
 //!     flat = node("Reshape", [x, const("s1", [batch, groups, -1], np.int64)], "grouped")
 //!     flat = node("InstanceNormalization", [flat, const("one", np.ones(groups)), const("zero", np.zeros(groups))], "normed", epsilon=1e-5)
@@ -54,6 +55,8 @@
 //!     meta = {"dmd.format": "1", "dmd.version": "0.1.0", "dmd.dialect": "portable", "dmd.sigma": "2.5",
 //!             "dmd.batch": str(batch), "dmd.channels": str(channels), "dmd.height": str(height), "dmd.width": str(width),
 //!             "dmd.output": output, "dmd.classes": json.dumps(classes), "dmd.weights_sha256": "0" * 64} | changes
+//!     if steps:
+//!         meta |= {"dmd.format": "2", "dmd.sigma": str(steps[0]), "dmd.steps": json.dumps(steps)}
 //!     h.set_model_props(model, {key: value for key, value in meta.items() if value})
 //!     onnx.checker.check_model(model, full_check=True)
 //!     onnx.save(model, path)
@@ -63,6 +66,7 @@
 //! fixture(folder + "/classes-f32.onnx", names, "f32")
 //! fixture(folder + "/classes-u8.onnx", names, "u8")
 //! fixture(folder + "/plain-f32.onnx", [], "f32", batch=1, channels=1, clip=False)
+//! fixture(folder + "/steps-f32.onnx", names[:2], "f32", channels=1, clip=False, steps=[8.0, 2.0, 0.5])
 //! fixture(folder + "/foreign.onnx", [], "f32", batch=1, channels=1, **{"dmd.format": ""})
 //! # runtime/examples/overhead.rs takes this one, of a real generator's size; it is too large to keep
 //! if len(sys.argv) > 2:
@@ -142,10 +146,42 @@ fn outputs_are_those_of_the_python_runtime() {
 }
 
 #[test]
+fn a_file_of_several_passes_runs_them_all() {
+    let info = Info::read(fixture("steps-f32.onnx")).unwrap();
+    assert_eq!((info.format, info.sigma, info.passes(), info.steps.as_slice()), (2, 8.0, 3, &[8.0, 2.0, 0.5][..]));
+    // onnxruntime 1.32.0 in a loop of numpy, with the noise of fixtures/noise.py: the first six values of three passes
+    // for labels [1, 0] of seed 2^33 + 5, and the sum of all |values|.
+    //
+    //     x = noise(purpose=0)
+    //     for p, sigma in enumerate([8.0, 2.0, 0.5]):
+    //         if p: x = noise(purpose=0x100 + p) + image / np.float32(sigma)
+    //         image = session.run(None, {"noise": x, "row": [p * 2 + label for label in [1, 0]]})[0]
+    let expected = [-0.54790473, -0.6076405, -0.49089473, -0.29027638, -0.40598375, -0.46325982];
+    for engine in present() {
+        let mut generator = load("steps-f32.onnx", engine);
+        let seed = (1 << 33) + 5;
+        let images = generator.generate(&request(seed, &[1, 0], 2)).unwrap();
+        let values = images.as_f32().unwrap();
+        for (value, expected) in values.iter().zip(expected) {
+            assert!((value - expected).abs() < 1e-5, "{engine:?}: {value}, expected {expected}");
+        }
+        let sum: f64 = values.iter().map(|x| f64::from(x.abs())).sum();
+        assert!((sum - 39.054_005).abs() < 1e-3, "{engine:?}: {sum}");
+
+        // The batch of the file is 2: a chunk and a padded one, whose pictures keep their own noise in every pass.
+        let more = generator.generate(&request(seed, &[1, 0, 1], 3)).unwrap();
+        assert_eq!(more.as_f32().unwrap().slice(s![..2, .., .., ..]), values, "{engine:?}");
+        let noise = picture_noise(seed, 0, 3, [1, 8, 6]);
+        assert_eq!(generator.run_seeded(noise.view(), &[1, 0, 1], seed).unwrap(), more, "{engine:?}");
+        assert_ne!(generator.run(noise.view(), &[1, 0, 1]).unwrap(), more, "{engine:?}: seed 0 between the passes");
+    }
+}
+
+#[test]
 fn engines_agree() {
     let engines = present();
     let make = |name, engine: &EngineChoice| load(name, *engine).generate(&request(3, &[], 5)).unwrap();
-    for name in ["classes-f32.onnx", "plain-f32.onnx"] {
+    for name in ["classes-f32.onnx", "plain-f32.onnx", "steps-f32.onnx"] {
         let images: Vec<_> = engines.iter().map(|engine| make(name, engine).to_f32()).collect();
         for pair in images.windows(2) {
             let difference = (&pair[0] - &pair[1]).mapv(f32::abs).fold(0.0, |a: f32, b| a.max(*b));
@@ -268,9 +304,9 @@ fn values_that_are_not_finite_are_an_error() {
 }
 
 /// Writes a changed copy of a fixture; `from` and `to` are of the same length, so that the file stays whole.
-fn changed(from: &str, to: &str) -> (tempfile::TempDir, PathBuf) {
+fn changed(name: &str, from: &str, to: &str) -> (tempfile::TempDir, PathBuf) {
     assert_eq!(from.len(), to.len());
-    let mut bytes = fs::read(fixture("classes-f32.onnx")).unwrap();
+    let mut bytes = fs::read(fixture(name)).unwrap();
     let at = bytes.windows(from.len()).rposition(|window| window == from.as_bytes()).unwrap();
     bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
     let folder = tempfile::tempdir().unwrap();
@@ -300,12 +336,13 @@ fn files_that_are_not_ours_are_refused_with_what_they_are() {
 
 #[test]
 fn broken_metadata_is_named() {
-    let check = |from: &str, to: &str, expected: &str| {
-        let (_folder, path) = changed(from, to);
+    let check_in = |name: &str, from: &str, to: &str, expected: &str| {
+        let (_folder, path) = changed(name, from, to);
         let found = error(Generator::load(&path, Options::default()));
         assert!(matches!(found, Error::Inconsistent { .. }), "{found}");
         assert!(found.to_string().contains(expected), "{found}");
     };
+    let check = |from: &str, to: &str, expected: &str| check_in("classes-f32.onnx", from, to, expected);
     check("dmd.sigma", "dmd.xxxxx", "the metadata has no dmd.sigma");
     check("2.5", "two", "dmd.sigma is \"two\", expected a number");
     check("2.5", "inf", "dmd.sigma is inf, expected a positive number");
@@ -322,12 +359,24 @@ fn broken_metadata_is_named() {
     check("dmd.width\x12\x016", "dmd.width\x12\x017", "the metadata says f32 [2, 3, 8, 7]");
     let names = r#"["circle", "square", "star"]"#;
     check(names, &format!("[{}]", " ".repeat(names.len() - 2)), "expected only [\"noise\"]");
+
+    let check = |from: &str, to: &str, expected: &str| check_in("steps-f32.onnx", from, to, expected);
+    let list = "[8.0, 2.0, 0.5]";
+    check(list, "[8.0, 2.0, 8.5]", "expected two noise levels or more, descending from dmd.sigma, 8");
+    check(list, "[9.0, 2.0, 0.5]", "descending from dmd.sigma, 8");
+    check(list, "[8.0, 2.0,-0.5]", "descending from dmd.sigma, 8");
+    check(list, "[8.0          ]", "expected two noise levels or more");
+    check(list, "8.0 and 2.0 ...", "expected a JSON array of noise levels");
+    // One level less than the graph has rows for; without the list, the graph is another one than promised.
+    check(list, "[8.0, 2.0     ]", "pass_table has 6 rows, 2 dmd.steps and 2 classes ask for 4");
+    check("dmd.steps", "dmd.xxxxx", "pass_table has 6 rows");
+    check("row", "raw", "the graph has no input \"row\" (i64 [2])");
 }
 
 #[test]
 fn a_newer_format_is_refused_as_such() {
-    let (_folder, path) = changed("dmd.format\x12\x011", "dmd.format\x12\x012");
-    assert!(matches!(error(Info::read(path)), Error::NewerFormat { found: 2, .. }));
+    let (_folder, path) = changed("classes-f32.onnx", "dmd.format\x12\x011", "dmd.format\x12\x013");
+    assert!(matches!(error(Info::read(path)), Error::NewerFormat { found: 3, .. }));
 }
 
 #[test]

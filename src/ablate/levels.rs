@@ -54,8 +54,7 @@ impl Players {
                 );
                 let generator = loaded.generator(&Device::Cpu)?;
                 let generator = generator.with_context(|| format!("{}: holds no generator", folder.display()))?;
-                let sigmas = if loaded.about.steps.is_empty() { &[generator.sigma][..] } else { &loaded.about.steps };
-                Model::of_steps(generator.denoiser, sigmas, 0)
+                Model::of_steps(generator.denoiser, loaded.about.sigmas(), 0)
             }
         };
         let (fake_score, fake_score_is) = match run {

@@ -1,10 +1,9 @@
 //! `dmd bench export`: one model in every dialect and precision, as a table.
 
 use super::engine_options;
-use super::export::{generator, info};
+use super::export::{info, passes, reference};
 use crate::cli::{BenchExportArgs, Engine};
 use crate::output::say;
-use crate::report::export::Reference;
 use crate::report::table;
 use anyhow::{Context, Result};
 use candle_core::Device;
@@ -17,10 +16,9 @@ use std::path::Path;
 /// Exports, runs and compares.
 pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
     let folder = ModelFolder::load(&args.model, &Device::Cpu)?;
-    let generator = generator(&folder, &args.model, args.sigma)?;
+    let passes = passes(&folder, &args.model, args.sigma)?;
     let info = info(&folder)?;
-    let [height, width] = info.size;
-    let reference = Reference::of(&generator, [folder.config.in_channels, height, width], None)?;
+    let reference = reference(&passes, None)?;
     let scratch = scratch()?;
     let mut rows = Vec::new();
     let mut body = format!("{HEAD}\n");
@@ -29,7 +27,7 @@ pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
         for precision in Precision::ALL {
             let path = scratch.0.join(format!("{dialect}-{precision}.onnx"));
             let options = ExportOptions { dialect, precision, force: true, ..ExportOptions::default() };
-            let report = dmd_export::export(&generator, &info, &options, &path)?;
+            let report = dmd_export::export_passes(&passes, &info, &options, &path)?;
             let (measured, _) = reference.measure(&path, engine_options(Engine::Auto, threads))?;
             let part = report.bytes as f64 / *fp32_bytes.get_or_insert(report.bytes) as f64;
             let whole = taken_whole(&path)?;

@@ -4,6 +4,7 @@ use super::{check_free, engine_choice, engine_options, make_parent};
 use crate::cli::{ExportArgs, OutputKind};
 use crate::output::say;
 use crate::report::export::{self as report, Reference};
+use crate::sample::Model;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use dmd_export::lint::{Target, lint, read};
@@ -20,7 +21,7 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         check_free(path, args.force)?;
     }
     let folder = ModelFolder::load(&args.generator, &Device::Cpu)?;
-    let generator = generator(&folder, &args.generator, args.sigma)?;
+    let passes = passes(&folder, &args.generator, args.sigma)?;
     let info = info(&folder)?;
     let output = match args.output {
         OutputKind::F32 => Output::F32,
@@ -42,13 +43,13 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         ..ExportOptions::default()
     };
     make_parent(&args.onnx)?;
-    let exported = dmd_export::export(&generator, &info, &options, &args.onnx)?;
+    let exported = dmd_export::export_passes(&passes, &info, &options, &args.onnx)?;
     for verdict in &exported.engines {
         say(&verdict.to_string());
     }
     say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
     let mut result = match args.report {
-        true => write_report(args, &generator, &options, &exported, threads)?,
+        true => write_report(args, &passes, &options, &exported, threads)?,
         false => serde_json::to_value(&exported)?,
     };
     if let Some(target) = args.target {
@@ -62,14 +63,12 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
 /// Runs the file beside the network, by the engine that verified it, and writes what was seen.
 fn write_report(
     args: &ExportArgs,
-    generator: &Generator,
+    passes: &[Generator],
     options: &ExportOptions,
     report: &ExportReport,
     threads: Option<usize>,
 ) -> Result<Value> {
-    let config = generator.denoiser.unet.config();
-    let [height, width] = config.size().context("a generator that was exported has a size")?;
-    let reference = Reference::of(generator, [config.in_channels, height, width], options.fixed_label)?;
+    let reference = reference(passes, options.fixed_label)?;
     let passed = report.engines.iter().any(|verdict| verdict.status == Status::Passed);
     let measured = passed.then(|| reference.measure(&args.onnx, engine_options(args.engine, threads))).transpose()?;
     let value = report::write(report, &reference, measured.as_ref())?;
@@ -96,11 +95,24 @@ pub fn info(folder: &ModelFolder) -> Result<ModelInfo> {
     })
 }
 
-/// The folder's generator; or its teacher held at `sigma`, where that is asked for.
-pub fn generator(folder: &ModelFolder, path: &Path, sigma: Option<f64>) -> Result<Generator> {
+/// Pictures of the network itself.
+pub fn reference(passes: &[Generator], fixed_label: Option<usize>) -> Result<Reference> {
+    let sigmas: Vec<f64> = passes.iter().map(|pass| pass.sigma).collect();
+    let denoiser = &passes.first().context("a generator has one pass at least")?.denoiser;
+    let config = denoiser.unet.config();
+    let [height, width] = config.size().context("a generator that was exported has a size")?;
+    let model = Model::of_steps(denoiser.clone(), &sigmas, 0);
+    Reference::of(&model, [config.in_channels, height, width], fixed_label)
+}
+
+/// The folder's generator, held at the noise level of each of its passes; or its teacher held at `sigma`, where that is
+/// asked for.
+pub fn passes(folder: &ModelFolder, path: &Path, sigma: Option<f64>) -> Result<Vec<Generator>> {
     let path = path.display();
     match (folder.generator(&Device::Cpu)?, sigma) {
-        (Some(generator), None) => Ok(generator),
+        (Some(generator), None) => {
+            Ok(folder.about.sigmas().iter().map(|&sigma| Generator { sigma, ..generator.clone() }).collect())
+        }
         (Some(generator), Some(_)) => {
             bail!("{path}: is a generator already, held at sigma {}; leave --sigma out", generator.sigma)
         }
@@ -115,7 +127,7 @@ pub fn generator(folder: &ModelFolder, path: &Path, sigma: Option<f64>) -> Resul
                 sigma >= min && sigma <= max,
                 "--sigma is {sigma}, expected {min} to {max}, what {path} was trained on"
             );
-            Ok(Generator { denoiser, sigma })
+            Ok(vec![Generator { denoiser, sigma }])
         }
     }
 }

@@ -48,6 +48,7 @@ fn model(path: &Path) -> Result<Value> {
         "prediction": format!("{:?}", folder.scheduler.prediction()),
         "sigma_range": [levels.sigma_min(), levels.sigma_max()],
         "sigma": folder.about.sigma,
+        "steps": folder.about.sigmas(),
         "data": folder.about.data,
         "made_by": format!("dmd {}", folder.about.version).trim().to_string(),
         "block_out_channels": folder.config.block_out_channels,

@@ -58,42 +58,30 @@ pub enum Source {
         classes: Vec<String>,
     },
     /// An exported file, in the runtime.
-    File(Box<dmd_runtime::Generator>),
+    File {
+        /// The file.
+        generator: Box<dmd_runtime::Generator>,
+        /// Seed of the noise between passes.
+        seed: u64,
+    },
 }
 
 impl Source {
     /// Opens what `args.model` names.
     pub fn open(args: &SampleArgs, threads: Option<usize>) -> Result<Self> {
         if is_exported(&args.model) {
-            ensure!(
-                args.steps.is_none_or(|steps| steps == 1),
-                "--steps {}: an exported generator makes a picture in one pass",
-                args.steps.unwrap_or(1)
-            );
             let generator = dmd_runtime::Generator::load(&args.model, engine_options(args.engine, threads))?;
-            return Ok(Source::File(Box::new(generator)));
+            check_steps(args.steps, generator.info().passes())?;
+            return Ok(Source::File { generator: Box::new(generator), seed: args.seed });
         }
         let device = args.device.open()?;
         let folder = ModelFolder::load(&args.model, &device)?;
         let [h, w] = folder.size()?;
         let model = match folder.generator(&device)? {
-            Some(generator) if folder.about.steps.len() > 1 => {
-                let sigmas = &folder.about.steps;
-                ensure!(
-                    args.steps.is_none_or(|steps| steps == sigmas.len()),
-                    "--steps {}: this generator makes a picture in {} passes",
-                    args.steps.unwrap_or(1),
-                    sigmas.len()
-                );
-                Model::of_steps(generator.denoiser, sigmas, args.seed)
-            }
             Some(generator) => {
-                ensure!(
-                    args.steps.is_none_or(|steps| steps == 1),
-                    "--steps {}: a generator makes a picture in one pass",
-                    args.steps.unwrap_or(1)
-                );
-                Model::Generator(generator)
+                let sigmas = folder.about.sigmas();
+                check_steps(args.steps, sigmas.len())?;
+                Model::of_steps(generator.denoiser, sigmas, args.seed)
             }
             None => {
                 let n_steps = args.steps.unwrap_or(STEPS);
@@ -113,7 +101,7 @@ impl Source {
     pub fn shape(&self) -> [usize; 3] {
         match self {
             Source::Folder { shape, .. } => *shape,
-            Source::File(generator) => generator.info().shape(),
+            Source::File { generator, .. } => generator.info().shape(),
         }
     }
 
@@ -121,7 +109,7 @@ impl Source {
     pub fn classes(&self) -> &[String] {
         match self {
             Source::Folder { classes, .. } => classes,
-            Source::File(generator) => &generator.info().classes,
+            Source::File { generator, .. } => &generator.info().classes,
         }
     }
 
@@ -134,19 +122,30 @@ impl Source {
                 Model::Generator(_) => "the generator".into(),
                 Model::FewSteps { sigmas, .. } => format!("the generator ({} steps)", sigmas.len()),
             },
-            Source::File(generator) => format!("{} {}", generator.engine().kind, generator.engine().version),
+            Source::File { generator, .. } => format!("{} {}", generator.engine().kind, generator.engine().version),
         }
     }
 
     /// Pictures of this noise, `batch` at a time on candle.
     pub fn pictures(&mut self, noise: &Array4<f32>, labels: &[i64], batch: usize) -> Result<Array4<f32>> {
         match self {
-            Source::File(generator) => Ok(generator.run(noise.view(), labels)?.to_f32()),
+            Source::File { generator, seed } => Ok(generator.run_seeded(noise.view(), labels, *seed)?.to_f32()),
             Source::Folder { model, .. } => {
                 let values: Vec<f32> = noise.iter().copied().collect();
                 model.pictures(&Tensor::from_vec(values, noise.dim(), &Device::Cpu)?, labels, batch)
             }
         }
+    }
+}
+
+/// A generator's steps are its own.
+fn check_steps(asked: Option<usize>, passes: usize) -> Result<()> {
+    match asked.filter(|steps| *steps != passes) {
+        Some(steps) => bail!(
+            "--steps {steps}: this generator makes a picture in {passes} pass{}",
+            if passes == 1 { "" } else { "es" }
+        ),
+        None => Ok(()),
     }
 }
 

@@ -9,7 +9,6 @@ use crate::sample::Model;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use dmd_export::ExportReport;
-use dmd_models::Generator;
 use ndarray::{Array4, s};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -50,14 +49,15 @@ pub struct Measured {
 }
 
 impl Reference {
-    /// Runs the network. All pictures are of the class `fixed`, or of every class in turn.
-    pub fn of(generator: &Generator, shape: [usize; 3], fixed: Option<usize>) -> Result<Self> {
+    /// Runs the network, a generator of one pass or of several (those with seed 0 between them, as the runtime has it).
+    /// All pictures are of the class `fixed`, or of every class in turn.
+    pub fn of(generator: &Model, shape: [usize; 3], fixed: Option<usize>) -> Result<Self> {
         let noise = dmd_runtime::picture_noise(0, 0, PICTURES, shape);
-        let classes = generator.denoiser.n_classes().unwrap_or(0);
+        let classes = generator.denoiser().n_classes().unwrap_or(0);
         let label = |i: usize| fixed.unwrap_or(i % classes.max(1)) as i64;
         let labels: Vec<i64> = (0..PICTURES).filter(|_| classes > 0).map(label).collect();
         let tensor = Tensor::from_vec(noise.iter().copied().collect(), noise.dim(), &Device::Cpu)?;
-        let pictures = Model::Generator(generator.clone()).pictures(&tensor, &labels, 32)?;
+        let pictures = generator.pictures(&tensor, &labels, 32)?;
         Ok(Reference { noise, labels, pictures })
     }
 

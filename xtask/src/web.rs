@@ -17,7 +17,7 @@ use crate::venv::succeed;
 const NODE: (u32, u32) = (20, 11);
 
 /// How the folder is filled, line by line. Two steps: the pictures need not be good, only the same.
-const PREPARE: [&str; 7] = [
+const PREPARE: [&str; 10] = [
     "distill --teacher TEACHER --out run --steps 2 --batch 4 --device cpu --force",
     "export run/generator --onnx f32.onnx --force",
     "export run/generator --onnx u8.onnx --output u8 --batch 2 --force",
@@ -25,6 +25,9 @@ const PREPARE: [&str; 7] = [
     "sample f32.onnx --npy f32-8.npy -n 16 --seed 8 --force",
     "sample f32.onnx --npy f32-7-class.npy -n 16 --seed 7 --class 1 --force",
     "sample u8.onnx --npy u8-7.npy -n 16 --seed 7 --force",
+    "distill --teacher TEACHER --out run-steps --steps 2 --batch 4 --device cpu --force --set generator.steps=[10,2.5,0.5]",
+    "export run-steps/generator --onnx steps.onnx --force",
+    "sample steps.onnx --npy steps-7.npy -n 16 --seed 7 --force",
 ];
 
 pub fn test() -> Result<ExitCode> {

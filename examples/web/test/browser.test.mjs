@@ -5,6 +5,7 @@
 //   f32-7.npy, f32-8.npy     16 pictures of seeds 7 and 8, all classes in turn
 //   f32-7-class.npy          16 pictures of seed 7, all of class 1
 //   u8-7.npy                 16 pictures of seed 7 from u8.onnx
+//   steps.onnx, steps-7.npy  a generator of three passes, and 16 pictures of seed 7 from it
 
 import assert from "node:assert/strict";
 import { writeFile } from "node:fs/promises";
@@ -24,7 +25,7 @@ const TOLERANCE = 1e-4;
 let [server, browser, origin] = [];
 
 before(async () => {
-  const models = { "/f32.onnx": file("f32.onnx"), "/u8.onnx": file("u8.onnx"), "/none.onnx": file("f32-7.npy") };
+  const models = { "/f32.onnx": file("f32.onnx"), "/u8.onnx": file("u8.onnx"), "/steps.onnx": file("steps.onnx"), "/none.onnx": file("f32-7.npy") };
   server = await serve(0, models);
   origin = `http://127.0.0.1:${server.address().port}`;
   browser = await launch();
@@ -82,6 +83,12 @@ function assertSame(found, wanted) {
   const off = differences.filter((d) => d > 0).length;
   assert.ok(off <= a.length / 1000, `${off} of ${a.length} bytes are off by one step`);
 }
+
+test("a file of several passes shows the runtime's pictures", async () => {
+  await openPage("steps.onnx");
+  await set("seed", "7");
+  assertSame(await canvases(), await expected("steps-7.npy"));
+});
 
 test("the grid of a seed shows the runtime's pictures", async () => {
   await openPage("f32.onnx");

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 import { describe } from "../metadata.mjs";
-import { PICTURE_NOISE, pictureNoise, words } from "../noise.mjs";
+import { PICTURE_NOISE, pictureNoise, refine, words } from "../noise.mjs";
 
 const FIXTURES = new URL("../../../runtime/tests/fixtures/", import.meta.url);
 
@@ -25,10 +25,17 @@ test("an odd number of values is a prefix", () => {
   assert.deepEqual(pictureNoise(7, 0, 5), pictureNoise(7n, 0n, 8).slice(0, 5));
 });
 
+test("a pass reads the picture before it, noised by its own stream", () => {
+  // runtime/tests/fixtures/noise.py: normals(*philox([0, 0x101, 5, 0], [7, 0])), added to [0.25, -0.25].
+  const found = refine(7, 1, 5, Float32Array.of(0.5, -0.5), 2);
+  [0.70511067, -0.04911879].forEach((x, i) => assert.ok(Math.abs(found[i] - x) <= 2 ** -22));
+});
+
 test("a file says what it is", async () => {
   const { classes, ...info } = describe(await readFile(new URL("classes-u8.onnx", FIXTURES)));
-  assert.deepEqual(info, { batch: 2, channels: 3, height: 8, width: 6, output: "u8", version: info.version });
+  assert.deepEqual(info, { batch: 2, channels: 3, height: 8, width: 6, output: "u8", version: info.version, steps: [2.5] });
   assert.equal(classes.length, 3);
+  assert.deepEqual(describe(await readFile(new URL("steps-f32.onnx", FIXTURES))).steps, [8, 2, 0.5]);
 });
 
 test("what is no file of ours is refused", async () => {

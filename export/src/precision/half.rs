@@ -67,7 +67,9 @@ pub(super) fn tail(graph: &GraphProto) -> HashSet<&str> {
     let mut found = HashSet::new();
     let mut open = vec!["image"];
     while let Some(node) = open.pop().and_then(|name| makers.get(name)) {
-        if found.insert(node.name.as_str()) && matches!(node.op_type.as_str(), "Add" | "Clip" | "Transpose" | "Cast") {
+        if found.insert(node.name.as_str())
+            && matches!(node.op_type.as_str(), "Add" | "Mul" | "Clip" | "Transpose" | "Cast")
+        {
             open.extend(node.input.iter().map(String::as_str).filter(|name| makers.contains_key(name)));
         }
     }
@@ -118,7 +120,7 @@ impl<'a> Rewrite<'a> {
         if let Some(tensor) = self.source.initializer.iter().find(|tensor| tensor.name == name) {
             return Ok(self.constant(tensor.clone()));
         }
-        if self.half_values.contains(name) == half || name == "label" {
+        if self.half_values.contains(name) == half || self.is_index(name) {
             return Ok(name.into());
         }
         let (kind, suffix) = if half { (DataType::Float16, "f16") } else { (DataType::Float, "f32") };
@@ -135,6 +137,10 @@ impl<'a> Rewrite<'a> {
             self.result.value_info.extend(self.infos.get(name).map(|info| value_info_like(info, &cast, kind)));
         }
         Ok(cast)
+    }
+
+    fn is_index(&self, name: &str) -> bool {
+        self.infos.get(name).and_then(|info| element_type(info)) == Some(DataType::Int64 as i32)
     }
 
     fn constant(&mut self, tensor: TensorProto) -> String {

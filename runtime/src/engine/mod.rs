@@ -16,8 +16,8 @@ mod tract;
 /// A loaded graph. The generator has checked the sizes of everything it hands over.
 pub(crate) trait Engine: Send {
     /// Runs one full batch, or any number of pictures where the file leaves it free: noise `(B, C, H, W)`, and `(B)`
-    /// labels where the graph takes them. Writes the first `out.len()` values of the output; an error is the engine's own reason.
-    fn run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> Result<(), String>;
+    /// labels or rows where the graph takes them ([`Info::index`]). Writes the first `out.len()` values of the output; an error is the engine's own reason.
+    fn run(&mut self, noise: &[f32], index: &[i64], out: Out<'_>) -> Result<(), String>;
 }
 
 /// Where the output goes: the graph's element type, and room for the leading pictures of the batch.

@@ -33,8 +33,8 @@ struct OnnxRuntime {
     session: Session,
     /// `[C, H, W]`.
     shape: [usize; 3],
-    /// Whether the graph lists its label before its noise.
-    label_first: bool,
+    /// Whether the graph lists its label or row before its noise.
+    index_first: bool,
 }
 
 pub(super) fn info(library: Option<&Path>) -> Result<EngineInfo> {
@@ -50,10 +50,10 @@ pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<d
         reason: error.to_string(),
     })?;
     let shape = info.shape();
-    let label_first = session.inputs().first().is_some_and(|input| input.name() == "label");
+    let index_first = session.inputs().first().is_some_and(|input| input.name() != "noise");
     let Runtime { library, version, warning, .. } = runtime;
     let engine_info = EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning };
-    Ok((Box::new(OnnxRuntime { session, shape, label_first }), engine_info))
+    Ok((Box::new(OnnxRuntime { session, shape, index_first }), engine_info))
 }
 
 fn session(environment: &Environment, path: &Path, threads: usize) -> ort::Result<Session> {
@@ -89,23 +89,23 @@ pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<
 }
 
 impl Engine for OnnxRuntime {
-    fn run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> Result<(), String> {
-        self.try_run(noise, label, out).map_err(|error| error.to_string())?
+    fn run(&mut self, noise: &[f32], index: &[i64], out: Out<'_>) -> Result<(), String> {
+        self.try_run(noise, index, out).map_err(|error| error.to_string())?
     }
 }
 
 impl OnnxRuntime {
     /// The outer result is the engine's, the inner one that of the output's size.
-    fn try_run(&mut self, noise: &[f32], label: &[i64], out: Out<'_>) -> ort::Result<Result<(), String>> {
+    fn try_run(&mut self, noise: &[f32], index: &[i64], out: Out<'_>) -> ort::Result<Result<(), String>> {
         let values = noise.len();
         let [c, h, w] = self.shape;
         // Both inputs are lent, not copied.
         let noise = SessionInputValue::from(TensorRef::from_array_view(([values / (c * h * w), c, h, w], noise))?);
-        let outputs = if label.is_empty() {
+        let outputs = if index.is_empty() {
             self.session.run([noise])?
         } else {
-            let label = SessionInputValue::from(TensorRef::from_array_view(([label.len()], label))?);
-            self.session.run(if self.label_first { [label, noise] } else { [noise, label] })?
+            let index = SessionInputValue::from(TensorRef::from_array_view(([index.len()], index))?);
+            self.session.run(if self.index_first { [index, noise] } else { [noise, index] })?
         };
         let image = &outputs[0];
         Ok(match &out {

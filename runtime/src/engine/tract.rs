@@ -22,8 +22,8 @@ struct Tract {
     plan: Arc<TypedRunnableModel>,
     /// `[B, C, H, W]`.
     shape: [usize; 4],
-    /// Whether the graph lists its label before its noise.
-    label_first: bool,
+    /// Whether the graph lists its label or row before its noise.
+    index_first: bool,
 }
 
 pub(super) fn info() -> Result<EngineInfo> {
@@ -45,13 +45,14 @@ fn load(path: &Path, info: &Info, threads: usize) -> TractResult<Tract> {
     let onnx = tract_onnx::onnx().with_ignore_value_info(info.dynamic_batch);
     let mut model = onnx.model_for_path(path)?;
     let first = model.input_outlets()?.first().copied();
-    let label_first = first.is_some_and(|outlet| model.node(outlet.node).name == "label");
+    let index_first = first.is_some_and(|outlet| model.node(outlet.node).name != "noise");
     let executor = if threads > 1 { Executor::multithread(threads) } else { Executor::SingleThread };
     let options = RunOptions { executor: Some(executor), ..RunOptions::default() };
     let shape = [info.batch, info.channels, info.height, info.width];
     if info.dynamic_batch {
         for at in 0..model.input_outlets()?.len() {
-            let fact = if info.labelled && (at == 0) == label_first { i64::fact([1]) } else { f32::fact(shape) };
+            let fact =
+                if info.index().is_some() && (at == 0) == index_first { i64::fact([1]) } else { f32::fact(shape) };
             model.set_input_fact(at, fact.into())?;
         }
         model.set_output_fact(0, InferenceFact::default())?;
@@ -62,15 +63,15 @@ fn load(path: &Path, info: &Info, threads: usize) -> TractResult<Tract> {
         FloatPrecisionTranslator::new(DatumType::F16, DatumType::F32).transform(&mut model)?;
     }
     let plan = model.into_optimized()?.into_runnable_with_options(&options)?;
-    Ok(Tract { plan, shape, label_first })
+    Ok(Tract { plan, shape, index_first })
 }
 
 impl Engine for Tract {
-    fn run(&mut self, noise: &[f32], label: &[i64], mut out: Out<'_>) -> Result<(), String> {
+    fn run(&mut self, noise: &[f32], index: &[i64], mut out: Out<'_>) -> Result<(), String> {
         let (batch, values) = (self.shape[0], self.shape.iter().product());
-        let labels = |call: usize| label.get(call * batch..(call + 1) * batch).unwrap_or_default();
+        let rows = |call: usize| index.get(call * batch..(call + 1) * batch).unwrap_or_default();
         for (call, noise) in noise.chunks_exact(values).enumerate() {
-            let image = caught(|| self.try_run(noise, labels(call)))?;
+            let image = caught(|| self.try_run(noise, rows(call)))?;
             match out.part(call * values, values) {
                 part @ Out::F32(_) => {
                     let view = image.to_plain_array_view::<f32>().map_err(|error| format!("{error:#}"))?;
@@ -87,11 +88,11 @@ impl Engine for Tract {
 }
 
 impl Tract {
-    fn try_run(&self, noise: &[f32], label: &[i64]) -> TractResult<TValue> {
+    fn try_run(&self, noise: &[f32], index: &[i64]) -> TractResult<TValue> {
         let mut inputs = tvec![Tensor::from_shape(&self.shape, noise)?.into_tvalue()];
-        if !label.is_empty() {
-            let at = if self.label_first { 0 } else { 1 };
-            inputs.insert(at, Tensor::from_shape(&[label.len()], label)?.into_tvalue());
+        if !index.is_empty() {
+            let at = if self.index_first { 0 } else { 1 };
+            inputs.insert(at, Tensor::from_shape(&[index.len()], index)?.into_tvalue());
         }
         Ok(self.plan.run(inputs)?.remove(0))
     }
