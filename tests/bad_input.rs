@@ -234,7 +234,11 @@ fn the_wrong_kind_of_model_is_refused() {
     w.refuses("distill --teacher run/generator --out new", 1, &["run/generator: is a generator, expected a teacher"]);
     w.refuses("distill --teacher nowhere --out new", 1, &["the teacher: nowhere: no such folder"]);
     w.refuses("sample nowhere --npy a.npy", 1, &["nowhere: no such folder"]);
-    w.refuses("sample run/generator --npy a.npy --steps 4", 1, &["--steps 4: a generator makes a picture in one pass"]);
+    w.refuses(
+        "sample run/generator --npy a.npy --steps 4",
+        1,
+        &["--steps 4: this generator makes a picture in one pass"],
+    );
     w.refuses("inspect nowhere", 1, &["nowhere: no such file or folder"]);
     w.write("a.txt", "text");
     w.refuses("inspect a.txt", 1, &["a.txt: not a model folder, a run, an .onnx, .ort or .safetensors file"]);

@@ -140,12 +140,10 @@ impl Source {
 
 /// A generator's steps are its own.
 fn check_steps(asked: Option<usize>, passes: usize) -> Result<()> {
-    match asked.filter(|steps| *steps != passes) {
-        Some(steps) => bail!(
-            "--steps {steps}: this generator makes a picture in {passes} pass{}",
-            if passes == 1 { "" } else { "es" }
-        ),
-        None => Ok(()),
+    let Some(steps) = asked.filter(|steps| *steps != passes) else { return Ok(()) };
+    match passes {
+        1 => bail!("--steps {steps}: this generator makes a picture in one pass"),
+        _ => bail!("--steps {steps}: this generator makes a picture in {passes} passes"),
     }
 }
 
