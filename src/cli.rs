@@ -604,7 +604,7 @@ pub struct DemoArgs {
     #[arg(long, default_value = "models/pretrained/emoji-16", value_name = "DIR")]
     pub teacher: PathBuf,
     /// Updates of the generator.
-    #[arg(long, default_value_t = 140, value_name = "N")]
+    #[arg(long, default_value_t = 300, value_name = "N")]
     pub steps: u64,
 }
 
