@@ -12,7 +12,7 @@ pub use health::Health;
 mod monitor;
 use monitor::Monitor;
 
-use crate::config::{Config, Sigma, SigmaName};
+use crate::config::{Config, ScoreLoss, Sigma, SigmaName};
 use crate::data::{self, DataOptions};
 use crate::optim::NotFinite;
 use crate::pairs::Pairs;
@@ -125,6 +125,8 @@ fn check_memory(config: &Config, teacher: &ModelFolder) -> Result<()> {
     let cost = cost(&teacher.denoiser(&Device::Cpu)?.unet, [teacher.config.in_channels, height, width])?;
     // The adversarial and the regression term run the network on more pictures before they go back.
     let terms = usize::from(config.loss.gan.on()) + usize::from(config.loss.regression.weight > 0.0);
+    // Score identity goes back through both scores.
+    let terms = terms + if matches!(config.loss.scores, ScoreLoss::ScoreIdentity { .. }) { 2 } else { 0 };
     let pictures = config.batch / config.accumulate;
     let activations = if config.grad_checkpoint { cost.checkpointed } else { cost.activations };
     let n_averages = config.generator.ema.decays().len();
