@@ -160,14 +160,19 @@ impl Geometry {
         if self.stride == 1 { kw } else { kh * kw }
     }
 
-    /// Rows of a plane.
-    fn plane_height(&self) -> usize {
-        self.out_height + self.taps() / (self.channels * self.planes_per_channel()).max(1) - 1
+    /// Taps that lie in one plane, a row apart.
+    fn taps_per_plane(&self) -> usize {
+        if self.stride == 1 { self.kernel[0] } else { 1 }
+    }
+
+    /// Floats of a plane.
+    fn plane_size(&self) -> usize {
+        (self.out_height + self.taps_per_plane() - 1) * self.out_width
     }
 
     /// Floats of one picture's planes.
     fn planes_size(&self) -> usize {
-        self.channels * self.planes_per_channel() * self.plane_height() * self.out_width
+        self.channels * self.planes_per_channel() * self.plane_size()
     }
 
     /// Whether the picture can be read as it lies: 1×1, stride 1, whole vectors.
@@ -177,14 +182,12 @@ impl Geometry {
 
     /// Lays out pictures `(n, C, H, W)` as planes and hands them over.
     fn with_planes<R>(&self, pictures: &[f32], work: impl FnOnce(Planes) -> R) -> R {
-        let plane = self.plane_height() * self.out_width;
-        let rows = self.taps() / (self.channels * self.planes_per_channel());
-        let row = self.out_width;
+        let (plane, rows, row) = (self.plane_size(), self.taps_per_plane(), self.out_width);
         if self.in_place() {
             return work(Planes { values: pictures, plane, rows, row });
         }
-        let size = pictures.len() / self.pixels_in() * self.planes_per_channel() * plane;
-        with_scratch(&SCRATCH, size + SLACK, |buffer| {
+        let n_pictures = pictures.len() / (self.channels * self.pixels_in());
+        with_scratch(&SCRATCH, n_pictures * self.planes_size() + SLACK, |buffer| {
             let channels = buffer.chunks_exact_mut(self.planes_per_channel() * plane);
             for (channel, planes) in pictures.chunks_exact(self.pixels_in()).zip(channels) {
                 for (i, plane) in planes.chunks_exact_mut(plane).enumerate() {
