@@ -52,12 +52,28 @@ pub struct AdamwStep {
 pub fn adamw(var: &Var, moments: &Var, grad: &Tensor, step: AdamwStep) -> Result<()> {
     let grad = grad.contiguous()?;
     if on_cpu_f32(&[var, &grad]) {
-        moments.inplace_op2(&grad, &Moments(step))?;
-        return var.inplace_op2(moments, &Weights(step));
+        let update_moments = |moments: &mut [f32], grad: &[f32]| {
+            let (mean, square) = moments.split_at_mut(grad.len());
+            moments_pass(mean, square, grad, step);
+        };
+        let update_weights = |weights: &mut [f32], moments: &[f32]| {
+            let (mean, square) = moments.split_at(weights.len());
+            weights_pass(weights, mean, square, step);
+        };
+        if moments.elem_count() != 2 * grad.elem_count() {
+            bail!("adamw: {} moments for {} values", moments.elem_count(), grad.elem_count());
+        }
+        moments.inplace_op2(&grad, &InPlace(update_moments))?;
+        return var.inplace_op2(moments, &InPlace(update_weights));
     }
+    adamw_composite(var, moments, &grad, step)
+}
+
+/// The same by candle's own operations.
+pub fn adamw_composite(var: &Var, moments: &Var, grad: &Tensor, step: AdamwStep) -> Result<()> {
     let [b1, b2] = step.betas;
     let (mean, square) = (moments.get(0)?.reshape(grad.shape())?, moments.get(1)?.reshape(grad.shape())?);
-    let mean = ((mean * b1)? + (&grad * ((1.0 - b1) * step.grad_scale))?)?;
+    let mean = ((mean * b1)? + (grad * ((1.0 - b1) * step.grad_scale))?)?;
     let square = ((square * b2)? + (grad.sqr()? * ((1.0 - b2) * step.grad_scale * step.grad_scale))?)?;
     moments.set(&Tensor::stack(&[mean.flatten_all()?, square.flatten_all()?], 0)?)?;
     let root = ((square.sqrt()? * step.root_scale)? + step.eps)?;
@@ -67,27 +83,10 @@ pub fn adamw(var: &Var, moments: &Var, grad: &Tensor, step: AdamwStep) -> Result
 /// `average ← average + (value − average)·(1 − decay)`, the exponential moving average.
 pub fn average_into(average: &Var, value: &Tensor, decay: f64) -> Result<()> {
     if on_cpu_f32(&[average, value]) {
-        return average.inplace_op2(value, &Average((1.0 - decay) as f32));
+        let update = |average: &mut [f32], value: &[f32]| average_pass(average, value, (1.0 - decay) as f32);
+        return average.inplace_op2(value, &InPlace(update));
     }
     average.set(&((average.as_tensor() * decay)? + (value * (1.0 - decay))?)?)
-}
-
-struct Moments(AdamwStep);
-
-impl InplaceOp2 for Moments {
-    fn name(&self) -> &'static str {
-        "adamw_moments"
-    }
-
-    fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, layout: &Layout) -> Result<()> {
-        let (moments, grad) = slices(self.name(), to, to_layout, from, layout)?;
-        if moments.len() != 2 * grad.len() {
-            bail!("{}: {} moments for {} values", self.name(), moments.len(), grad.len());
-        }
-        let (mean, square) = moments.split_at_mut(grad.len());
-        moments_pass(mean, square, grad, self.0);
-        Ok(())
-    }
 }
 
 vectorised! {
@@ -103,21 +102,6 @@ vectorised! {
     }
 }
 
-struct Weights(AdamwStep);
-
-impl InplaceOp2 for Weights {
-    fn name(&self) -> &'static str {
-        "adamw_weights"
-    }
-
-    fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, layout: &Layout) -> Result<()> {
-        let (weights, moments) = slices(self.name(), to, to_layout, from, layout)?;
-        let (mean, square) = moments.split_at(weights.len());
-        weights_pass(weights, mean, square, self.0);
-        Ok(())
-    }
-}
-
 vectorised! {
     fn weights_pass(weights: &mut [f32], mean: &[f32], square: &[f32], step: AdamwStep) {
         let (keep, rate) = (step.keep as f32, step.rate as f32);
@@ -128,38 +112,27 @@ vectorised! {
     }
 }
 
-struct Average(f32);
-
-impl InplaceOp2 for Average {
-    fn name(&self) -> &'static str {
-        "average_into"
-    }
-
-    fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, layout: &Layout) -> Result<()> {
-        let (average, value) = slices(self.name(), to, to_layout, from, layout)?;
-        average_pass(average, value, self.0);
-        Ok(())
-    }
-}
-
 vectorised! {
     fn average_pass(average: &mut [f32], value: &[f32], share: f32) {
         average.iter_mut().zip(value).for_each(|(a, v)| *a += (v - *a) * share);
     }
 }
 
-/// Destination and source of an operation in place.
-fn slices<'a>(
-    name: &str,
-    to: &'a mut CpuStorage,
-    to_layout: &Layout,
-    from: &'a CpuStorage,
-    layout: &Layout,
-) -> Result<(&'a mut [f32], &'a [f32])> {
-    match (to, from, to_layout.contiguous_offsets(), layout.contiguous_offsets()) {
-        (CpuStorage::F32(to), CpuStorage::F32(from), Some((to_start, to_end)), Some((start, end))) => {
-            Ok((&mut to[to_start..to_end], &from[start..end]))
+/// A pass over a destination and a source, in place.
+struct InPlace<F>(F);
+
+impl<F: Fn(&mut [f32], &[f32])> InplaceOp2 for InPlace<F> {
+    fn name(&self) -> &'static str {
+        "in_place"
+    }
+
+    fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, layout: &Layout) -> Result<()> {
+        match (to, from, to_layout.contiguous_offsets(), layout.contiguous_offsets()) {
+            (CpuStorage::F32(to), CpuStorage::F32(from), Some((to_start, to_end)), Some((start, end))) => {
+                self.0(&mut to[to_start..to_end], &from[start..end]);
+                Ok(())
+            }
+            _ => bail!("in_place: needs contiguous f32 tensors"),
         }
-        _ => bail!("{name}: needs contiguous f32 tensors"),
     }
 }

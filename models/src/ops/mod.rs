@@ -12,7 +12,7 @@ mod resample;
 mod simd;
 mod tile;
 
-pub use adamw::{AdamwStep, adamw, average_into, sum_of_squares};
+pub use adamw::{AdamwStep, adamw, adamw_composite, average_into, sum_of_squares};
 pub use attention::{attention, attention_composite};
 pub use concat::concat;
 pub use conv2d::{conv2d, conv2d_composite};
