@@ -3,7 +3,7 @@
 
 use super::score::pictures;
 use crate::ablate::figure::stack;
-use crate::cli::{BenchRecipesArgs, PairsArgs};
+use crate::cli::{BenchRecipesArgs, PairsArgs, SettingsArgs};
 use crate::config::{self, Config, Recipe};
 use crate::distill::distill;
 use crate::eval::{distance, kernel_distance};
@@ -61,11 +61,8 @@ pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
         distill(config, &args.teacher, &out, &Device::Cpu, false)?;
         let seconds = training_seconds(&out)?;
         let folder = ModelFolder::load(&out.join("generator"), &Device::Cpu)?;
-        let sigmas = match folder.about.steps.is_empty() {
-            true => vec![folder.about.sigma.context("the run left no generator")?],
-            false => folder.about.steps.clone(),
-        };
-        let images = judge.draw(&Model::of_steps(folder.denoiser(&Device::Cpu)?, &sigmas, SEED), SEED)?;
+        let model = Model::of_steps(folder.denoiser(&Device::Cpu)?, folder.about.sigmas(), SEED);
+        let images = judge.draw(&model, SEED)?;
         rows.push(judge.row(variant, &images, Some(seconds))?);
         panels.push((variant.clone(), judge.panel(&images)));
     }
@@ -108,12 +105,9 @@ fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
         let known: Vec<&str> = known.iter().map(|value| value.get_name()).collect();
         anyhow::anyhow!("--variant: no recipe \"{name}\", expected one of {}", known.join(", "))
     })?;
-    let mut texts = vec![(format!("recipe {name}"), recipe.text().to_string())];
-    for set in args.sets.iter().map(String::as_str).chain(words) {
-        texts.push((set.to_string(), config::assignment(set)?));
-    }
-    let mut config: Config = config::layered(&texts)?;
-    (config.steps, config.batch) = (args.steps, args.batch);
+    let sets = args.sets.iter().cloned().chain(words.map(String::from)).collect();
+    let (steps, batch) = (Some(args.steps), Some(args.batch));
+    let mut config = super::distill::settings(&SettingsArgs { recipe, sets, steps, batch, ..SettingsArgs::default() })?;
     if config.loss.gan.on() {
         config.data = args.data.display().to_string();
     }
