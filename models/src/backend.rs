@@ -3,6 +3,7 @@
 //! (convolution, group norm, attention), so that each interpreter can spell them as suits it.
 
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::tape::{self, Precision};
 use crate::{Result, ops};
 use candle_core::{DType, Tensor};
 
@@ -26,6 +27,14 @@ pub enum Activation {
 pub trait Backend {
     /// A tensor, or whatever stands for one.
     type Value: Clone;
+
+    /// A whole network. A backend may take it as one operation.
+    fn network(&self, network: &impl Network, x: &Self::Value, label: Option<&Self::Value>) -> Result<Vec<Self::Value>>
+    where
+        Self: Sized,
+    {
+        network.run(self, x, label)
+    }
 
     /// A block of the network. A backend may take it as one operation.
     fn block(&self, block: &impl Block, x: &Self::Value, emb: &Self::Value) -> Result<Self::Value>
@@ -97,6 +106,18 @@ pub trait Backend {
     fn pad_right_bottom(&self, x: &Self::Value) -> Result<Self::Value>;
 }
 
+/// One run of a network, from a picture and perhaps a label to one map or several.
+pub trait Network {
+    /// What it computes in where a backend has the choice.
+    fn precision(&self) -> Precision;
+
+    /// Whether its weights are variables, so that gradients may reach them.
+    fn trainable(&self) -> bool;
+
+    /// Runs it. x `(B, C, H, W)`; label as in [`UNet::forward`](crate::UNet::forward).
+    fn run<B: Backend>(&self, b: &B, x: &B::Value, label: Option<&B::Value>) -> Result<Vec<B::Value>>;
+}
+
 /// A part of a network with a large inside and one result: a resnet, or attention with what surrounds it.
 pub trait Block: Clone + Send + Sync + 'static {
     /// x `(B, C, H, W)` and the embedding of time and class `(B or 1, width)`, which not every block reads, to
@@ -110,6 +131,14 @@ pub struct Eager;
 
 impl Backend for Eager {
     type Value = Tensor;
+
+    fn network(&self, network: &impl Network, x: &Tensor, label: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        // Variables are left to candle, which is where their gradients are looked for.
+        match x.device().is_cuda() && !network.trainable() {
+            true => tape::pass(network, x, label, None, false),
+            false => network.run(self, x, label),
+        }
+    }
 
     fn constant(&self, tensor: &Tensor) -> Result<Tensor> {
         Ok(tensor.clone())

@@ -2,20 +2,26 @@
 //! again when their gradient is wanted (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). One forward
 //! pass more, for the memory of one block at a time.
 
-use crate::backend::{Activation, Backend, Block, Eager};
+use crate::backend::{Activation, Backend, Block, Eager, Network};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::tape::{self, Leaves};
 use crate::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Storage, Tensor, Var, bail};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// [`Eager`], with or without checkpointing. [`Recompute::backward`] takes the place of `Tensor::backward`.
+/// What networks are trained on: [`Eager`], with or without checkpointing, and on a GPU a [tape](crate::tape).
+/// [`Recompute::backward`] takes the place of `Tensor::backward`.
 #[derive(Clone, Default)]
 pub struct Recompute {
     on: bool,
+    /// A tape on the CPU too.
+    on_tape: bool,
     /// Gradients of weights within blocks, which are no part of the graph outside.
     within: Within,
+    /// The same of whole passes on a tape.
+    leaves: Leaves,
 }
 
 type Within = Arc<Mutex<Option<GradStore>>>;
@@ -23,7 +29,12 @@ type Within = Arc<Mutex<Option<GradStore>>>;
 impl Recompute {
     /// Recomputes if `on`; otherwise the same as [`Eager`].
     pub fn new(on: bool) -> Self {
-        Recompute { on, within: Within::default() }
+        Recompute { on, ..Recompute::default() }
+    }
+
+    /// Runs on a tape whatever the device: slower than [`Eager`] on the CPU, and the same numbers. The tests compare.
+    pub fn on_tape(on: bool) -> Self {
+        Recompute { on, on_tape: true, ..Recompute::default() }
     }
 
     /// The gradients of a scalar that this backend computed.
@@ -31,6 +42,13 @@ impl Recompute {
         let mut grads = loss.backward()?;
         if let Some(within) = take(&self.within) {
             grads.extend(within)?;
+        }
+        for (id, grad) in std::mem::take(&mut *self.leaves.lock().unwrap_or_else(PoisonError::into_inner)) {
+            let sum = match grads.get_id(id) {
+                Some(before) => (before + grad)?,
+                None => grad,
+            };
+            grads.insert_id(id, sum);
         }
         Ok(grads)
     }
@@ -151,6 +169,13 @@ macro_rules! as_eager {
 
 impl Backend for Recompute {
     type Value = Tensor;
+
+    fn network(&self, network: &impl Network, x: &Tensor, label: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        match self.on_tape || x.device().is_cuda() {
+            true => tape::pass(network, x, label, Some(&self.leaves), self.on),
+            false => network.run(self, x, label),
+        }
+    }
 
     fn block(&self, block: &impl Block, x: &Tensor, emb: &Tensor) -> Result<Tensor> {
         if !self.on || !(x.track_op() || emb.track_op()) {

@@ -2,9 +2,9 @@
 //! name with the reason. Tensor names and the order of operations are diffusers' (0.42), so that its weights load here
 //! and ours load there with equal outputs.
 
-use crate::backend::{Activation, Backend, Block};
+use crate::backend::{Activation, Backend, Block, Eager, Network};
 use crate::layers::{Conv2d, Draws, Embedding, GroupNorm, Init, Linear, Loader, Random, Scope, Source};
-use crate::{Error, Result, Weights};
+use crate::{Error, Precision, Result, Weights};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,7 @@ pub use config::{ClassEmbedding, Resampling, SampleSize, TimeEmbedding, TimeScal
 #[derive(Clone, Debug)]
 pub struct UNet {
     config: UNetConfig,
+    precision: Precision,
     conv_in: Conv2d,
     time_proj: TimeProjection,
     time_embedding: [Linear; 2],
@@ -46,6 +47,11 @@ impl UNet {
         Ok(random.weights)
     }
 
+    /// The same network, computing in this precision on a GPU.
+    pub fn in_precision(self, precision: Precision) -> Self {
+        UNet { precision, ..self }
+    }
+
     /// The configuration this network was built from.
     pub fn config(&self) -> &UNetConfig {
         &self.config
@@ -59,6 +65,12 @@ impl UNet {
     /// Runs the network. x `(B, C, H, W)`; `t`: one timestep for all or one per sample; `label`: ids `(B,)` i64, or
     /// vectors `(B, time_embedding_dim)` for `class_embed_type` identity. Returns `(B, C', H, W)`.
     pub fn forward<B: Backend>(&self, b: &B, x: &B::Value, t: &[f64], label: Option<&B::Value>) -> Result<B::Value> {
+        let mut outputs = b.network(&Run { unet: self, t, what: What::Output }, x, label)?;
+        outputs.pop().ok_or_else(|| Error::Config("the network has no output".into()))
+    }
+
+    /// The same, operation by operation.
+    fn decode<B: Backend>(&self, b: &B, x: &B::Value, t: &[f64], label: Option<&B::Value>) -> Result<B::Value> {
         let Encoded { bottleneck: mut h, emb, mut skips, .. } = self.encode(b, x, t, label)?;
         for block in &self.up_blocks {
             h = block.forward(b, h, &emb, &mut skips)?;
@@ -81,10 +93,7 @@ impl UNet {
         t: &[f64],
         label: Option<&B::Value>,
     ) -> Result<Vec<B::Value>> {
-        let Encoded { bottleneck, mut maps, .. } = self.encode(b, x, t, label)?;
-        maps.pop();
-        maps.push(bottleneck);
-        Ok(maps)
+        b.network(&Run { unet: self, t, what: What::Features }, x, label)
     }
 
     /// The way down and the middle.
@@ -114,7 +123,7 @@ impl UNet {
     /// Time and class as one vector per sample, `(B or 1, time_embedding_dim)`.
     fn embed<B: Backend>(&self, b: &B, t: &[f64], label: Option<&B::Value>) -> Result<B::Value> {
         let [linear_1, linear_2] = &self.time_embedding;
-        let time = b.constant(&self.time_proj.embed(t)?.to_device(self.device())?)?;
+        let time = b.constant(&self.time_proj.embed(t, self.device())?)?;
         let hidden = b.activation(&b.linear(&time, linear_1)?, Activation::Silu)?;
         let time = b.linear(&hidden, linear_2)?;
         match (&self.class_embedding, label) {
@@ -170,6 +179,7 @@ impl UNet {
             conv_norm_out: root.group_norm("conv_norm_out", first, config.norm_num_groups, config.norm_eps)?,
             conv_out: root.conv2d("conv_out", [first, config.out_channels], 3, 1, true)?,
             config: config.clone(),
+            precision: Precision::default(),
             time_proj,
             time_embedding,
             class_embedding,
@@ -177,6 +187,42 @@ impl UNet {
             mid_block,
             up_blocks,
         })
+    }
+}
+
+/// One run of the network.
+struct Run<'a> {
+    unet: &'a UNet,
+    t: &'a [f64],
+    what: What,
+}
+
+/// What a run is for.
+#[derive(Clone, Copy)]
+enum What {
+    Output,
+    Features,
+}
+
+impl Network for Run<'_> {
+    fn precision(&self) -> Precision {
+        self.unet.precision
+    }
+
+    fn trainable(&self) -> bool {
+        self.unet.conv_in.weight.is_variable()
+    }
+
+    fn run<B: Backend>(&self, b: &B, x: &B::Value, label: Option<&B::Value>) -> Result<Vec<B::Value>> {
+        match self.what {
+            What::Output => Ok(vec![self.unet.decode(b, x, self.t, label)?]),
+            What::Features => {
+                let Encoded { bottleneck, mut maps, .. } = self.unet.encode(b, x, self.t, label)?;
+                maps.pop();
+                maps.push(bottleneck);
+                Ok(maps)
+            }
+        }
     }
 }
 
@@ -235,8 +281,14 @@ impl TimeProjection {
     }
 
     /// f32 `(t.len(), width)`.
-    fn embed(&self, t: &[f64]) -> Result<Tensor> {
+    fn embed(&self, t: &[f64], device: &Device) -> Result<Tensor> {
         let rows: Vec<f32> = match self {
+            // A few numbers are sent at once; a table of them would wait for the GPU.
+            TimeProjection::Positional { frequencies, flip, odd: false } if !device.is_cpu() => {
+                let t = Tensor::from_vec(t.iter().map(|&t| t as f32).collect(), t.len(), device)?;
+                let frequencies = Tensor::new(frequencies.as_slice(), device)?;
+                return Eager.sinusoid(&t, &frequencies, *flip);
+            }
             TimeProjection::Positional { frequencies, flip, odd } => t
                 .iter()
                 .flat_map(|&t| {
@@ -269,7 +321,7 @@ impl TimeProjection {
                 return Ok(table.weight.index_select(&ids, 0)?);
             }
         };
-        Ok(Tensor::from_vec(rows, (t.len(), self.width()), &Device::Cpu)?)
+        Ok(Tensor::from_vec(rows, (t.len(), self.width()), device)?)
     }
 }
 

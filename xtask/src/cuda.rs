@@ -35,7 +35,7 @@ pub fn check() -> Result<ExitCode> {
     let compute_cap = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| COMPUTE_CAP.into());
     succeed(
         chores::cargo(&environment)
-            .args(["build", "--release", "--workspace", "--features", "dmd/cudnn"])
+            .args(["build", "--release", "--workspace", "--features", "dmd/cuda"])
             .env("CUDA_HOME", &cuda)
             .env("CUDA_PATH", &cuda)
             .env("CUDNN_HOME", &cudnn)

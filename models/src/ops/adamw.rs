@@ -1,5 +1,5 @@
-//! What an optimiser does to a network's variables after a backward pass, each in one or two passes over the memory:
-//! the norm of a gradient, AdamW, and the moving average.
+//! What an optimiser does to a variable after a backward pass, each in one or two passes over the memory: the norm of a
+//! gradient, AdamW, and the moving average. `optimizer.rs` does it to a whole network.
 
 use super::simd::{sum_by, vectorised};
 use super::{Values, on_cpu_f32};

@@ -7,7 +7,13 @@ mod adamw;
 mod attention;
 mod concat;
 mod conv2d;
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
 mod group_norm;
+pub mod nhwc;
+mod optimizer;
+#[cfg(feature = "cuda")]
+mod philox;
 mod resample;
 mod simd;
 mod tile;
@@ -17,6 +23,9 @@ pub use attention::{attention, attention_composite};
 pub use concat::concat;
 pub use conv2d::{conv2d, conv2d_composite};
 pub use group_norm::{group_norm, group_norm_composite};
+pub use optimizer::{Parameter, adamw_all, average_all};
+#[cfg(feature = "cuda")]
+pub use philox::philox_normal;
 pub use resample::{avg_pool_2x, upsample_2x};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};

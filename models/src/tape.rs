@@ -1,0 +1,731 @@
+//! A network's pass on a GPU: a [`Backend`] whose pictures lie with channels last, in f32 or bf16, and which writes down
+//! for itself how to go back. candle's own graph would add every gradient to a fresh zero tensor and knows no layout but
+//! its own; here a gradient is handed on as it is, added up within the kernel that makes the next one, and freed with the
+//! maps that it needed. To candle, the whole pass is one operation ([`pass`]).
+//!
+//! What no kernel takes (rare activations, odd numbers of channels) runs as [`Eager`] does it, and goes back by candle.
+
+use crate::backend::{Activation, Backend, Block, Eager, Network};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::ops::nhwc::{self, Attention, Norm, NormInput, RUN, Steps};
+use crate::{Error, Result};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, TensorId, Var, bail};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What a network computes in on a GPU. Weights, norms' statistics, losses and optimisers are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// f32, whose products a GPU takes in TF32: f32's range, 10 bits of fraction, sums in f32.
+    #[default]
+    F32,
+    /// bfloat16, f32's range with 7 bits of fraction; sums in f32.
+    Bf16,
+}
+
+impl std::str::FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::Bf16),
+            _ => Err(format!("precision \"{text}\", expected f32 or bf16")),
+        }
+    }
+}
+
+impl Precision {
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        self.dtype().size_in_bytes()
+    }
+
+    fn dtype(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// Gradients of weights, by the weight. Passes that are one loss's add up in it.
+pub(crate) type Leaves = Arc<Mutex<HashMap<TensorId, Tensor>>>;
+
+/// Runs `network` on a tape, x f32 `(B, C, H, W)`; results f32. They have candle's graph where `x` has, or where the
+/// network's weights are variables and there are `leaves` for their gradients.
+pub(crate) fn pass(
+    network: &impl Network,
+    x: &Tensor,
+    label: Option<&Tensor>,
+    leaves: Option<&Leaves>,
+    checkpoint: bool,
+) -> Result<Vec<Tensor>> {
+    let trains = leaves.is_some() && network.trainable();
+    let tape = Tape::new(network.precision(), trains || x.track_op(), trains, checkpoint);
+    let input = tape.input(&x.detach(), x.track_op())?;
+    let label = label.map(|label| tape.constant(label)).transpose()?;
+    let values = network.run(&tape, &input, label.as_ref())?;
+    let outputs = values.iter().map(|value| tape.output(value)).collect::<Result<Vec<Value>>>()?;
+    let tensors: Vec<Tensor> = outputs.iter().map(|output| output.data.clone()).collect();
+    if !tape.recording {
+        return Ok(tensors);
+    }
+    let slots = outputs.iter().map(|output| output.slot.clone()).collect();
+    let shapes: Vec<Shape> = tensors.iter().map(|t| t.shape().clone()).collect();
+    // candle's operations have one result: several are joined to one, and taken apart by candle.
+    let flat = tensors.iter().map(|t| t.flatten_all()).collect::<candle_core::Result<Vec<Tensor>>>()?;
+    let joined = Tensor::cat(&flat, 0)?;
+    let recorded = Recorded {
+        nodes: tape.nodes.into_inner(),
+        input: input.slot.filter(|_| x.track_op()),
+        outputs: slots,
+        shapes: shapes.clone(),
+        leaves: leaves.cloned().unwrap_or_default(),
+    };
+    let op = Pass { joined: Mutex::new(Some(joined)), recorded: Mutex::new(Some(recorded)) };
+    // A node of candle's graph hangs on an argument that has a gradient.
+    let argument = if x.track_op() { x.clone() } else { Var::zeros((), DType::F32, x.device())?.as_tensor().clone() };
+    let joined = argument.apply_op1(op)?;
+    let mut start = 0;
+    let part = |shape: Shape| -> Result<Tensor> {
+        let part = joined.narrow(0, start, shape.elem_count())?.reshape(&shape)?;
+        start += shape.elem_count();
+        Ok(part)
+    };
+    shapes.into_iter().map(part).collect()
+}
+
+/// Where a gradient goes.
+#[derive(Clone, Debug)]
+enum Slot {
+    /// To what the tape computed as its n-th.
+    Node(usize),
+    /// To a weight of this shape.
+    Leaf(TensorId, Shape),
+}
+
+/// A value of a pass. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Value {
+    /// A picture `(B, H, W, padded)`, or anything else as it is.
+    data: Tensor,
+    /// A picture's own channels; none for anything else.
+    channels: Option<usize>,
+    /// Where its gradient goes, if anywhere.
+    slot: Option<Slot>,
+    /// Still to be added to a picture.
+    bias: Option<Bias>,
+}
+
+/// `(1 or B, C)`, f32.
+#[derive(Clone, Debug)]
+struct Bias {
+    data: Tensor,
+    slot: Option<Slot>,
+}
+
+impl Value {
+    fn picture(data: Tensor, channels: usize, slot: Option<Slot>) -> Self {
+        Value { data, channels: Some(channels), slot, bias: None }
+    }
+
+    fn vector(data: Tensor, slot: Option<Slot>) -> Self {
+        Value { data, channels: None, slot, bias: None }
+    }
+
+    fn wants_gradient(&self) -> bool {
+        self.slot.is_some() || self.bias.as_ref().is_some_and(|bias| bias.slot.is_some())
+    }
+
+    /// Whether the kernels can take it.
+    fn whole_runs(&self) -> bool {
+        self.channels.is_some_and(|channels| channels.is_multiple_of(RUN))
+    }
+
+    fn biased(&self) -> nhwc::Biased<'_> {
+        (&self.data, self.bias.as_ref().map(|bias| &bias.data))
+    }
+
+    /// Where gradients go, without what was computed.
+    fn target(&self) -> Target {
+        Target {
+            slot: self.slot.clone(),
+            bias: self.bias.as_ref().and_then(|bias| Some((bias.slot.clone()?, bias.data.dims()[0]))),
+            channels: self.channels,
+        }
+    }
+}
+
+/// Where the gradient of a value goes.
+struct Target {
+    slot: Option<Slot>,
+    /// And that of its bias, with its number of rows.
+    bias: Option<(Slot, usize)>,
+    /// A picture's own.
+    channels: Option<usize>,
+}
+
+/// Gradients on their way back.
+struct Gradients {
+    nodes: Vec<Option<Tensor>>,
+    leaves: HashMap<TensorId, Tensor>,
+}
+
+impl Gradients {
+    fn add(&mut self, slot: &Slot, grad: Tensor) -> Result<()> {
+        let sum = |before: Option<Tensor>, grad: Tensor| -> Result<Tensor> {
+            match before {
+                None => Ok(grad),
+                Some(before) if grad.rank() == 4 && grad.dim(3)?.is_multiple_of(RUN) && before.is_contiguous() => {
+                    Ok(nhwc::add((&before, None), (&grad, None))?)
+                }
+                Some(before) => Ok((before + grad)?),
+            }
+        };
+        match slot {
+            Slot::Node(i) => self.nodes[*i] = Some(sum(self.nodes[*i].take(), grad)?),
+            Slot::Leaf(id, shape) => {
+                let grad = grad.reshape(shape)?;
+                let grad = match self.leaves.remove(id) {
+                    Some(before) => (before + grad)?,
+                    None => grad,
+                };
+                self.leaves.insert(*id, grad);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what has come for a slot so far.
+    fn take(&mut self, slot: Option<&Slot>) -> Option<Tensor> {
+        match slot {
+            Some(Slot::Node(i)) => self.nodes[*i].take(),
+            _ => None,
+        }
+    }
+
+    /// Hands a gradient to its value and, summed over a picture's pixels `(B, H, W, C)`, to the bias.
+    fn add_to(&mut self, target: &Target, grad: Tensor) -> Result<()> {
+        if let Some((slot, rows)) = &target.bias {
+            let (b, h, w, padded) = grad.dims4()?;
+            let parts = if *rows == 1 { (1, b * h * w, padded) } else { (b, h * w, padded) };
+            let sums = nhwc::row_sums(&grad.reshape(parts)?)?;
+            self.add(slot, sums.narrow(1, 0, target.channels.unwrap_or(padded))?.contiguous()?)?;
+        }
+        match &target.slot {
+            Some(slot) => self.add(slot, grad),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Sums `(rows, C)` to `(1, C)`.
+fn sum_rows(x: &Tensor) -> Result<Tensor> {
+    Ok(nhwc::row_sums(&x.unsqueeze(0)?)?)
+}
+
+type Backward = Box<dyn FnOnce(&mut Gradients, Tensor) -> Result<()> + Send>;
+
+/// The backend, for one pass.
+pub struct Tape {
+    dtype: DType,
+    recording: bool,
+    /// Whether weights get gradients.
+    trains: bool,
+    checkpoint: bool,
+    /// For each value how its gradient becomes those of what it was made of; none for an input.
+    nodes: RefCell<Vec<Option<Backward>>>,
+    /// Activations of vectors: every resnet wants the same one of the time embedding.
+    activated: RefCell<Vec<(TensorId, Activation, Value)>>,
+}
+
+impl Tape {
+    fn new(precision: Precision, recording: bool, trains: bool, checkpoint: bool) -> Self {
+        Tape {
+            dtype: precision.dtype(),
+            recording,
+            trains,
+            checkpoint,
+            nodes: RefCell::default(),
+            activated: RefCell::default(),
+        }
+    }
+
+    /// A tape of the same kind that forgets.
+    fn forgetful(&self) -> Self {
+        Tape { nodes: RefCell::default(), activated: RefCell::default(), recording: false, ..*self }
+    }
+
+    /// Brings in a picture `(B, C, H, W)`.
+    fn input(&self, x: &Tensor, wants_gradient: bool) -> Result<Value> {
+        let c = x.dim(1)?;
+        let data = nhwc::to_channels_last(&x.to_dtype(DType::F32)?, c.next_multiple_of(RUN), self.dtype)?;
+        Ok(Value::picture(data, c, wants_gradient.then(|| self.node(None))))
+    }
+
+    /// Takes a value out, a picture as f32 `(B, C, H, W)`.
+    fn output(&self, x: &Value) -> Result<Value> {
+        if x.channels.is_none() {
+            return Ok(x.clone());
+        }
+        let (target, padded, dtype) = (x.target(), x.data.dim(3)?, self.dtype);
+        let back = move |grads: &mut Gradients, grad: Tensor| {
+            grads.add_to(&target, nhwc::to_channels_last(&grad, padded, dtype)?)
+        };
+        Ok(Value::vector(self.plain(x)?, self.record(x.wants_gradient(), back)))
+    }
+
+    /// A value as candle's operations know it, without gradient.
+    fn plain(&self, x: &Value) -> Result<Tensor> {
+        Ok(match x.channels {
+            Some(channels) => nhwc::from_channels_last(&x.data, x.bias.as_ref().map(|bias| &bias.data), channels)?,
+            None => x.data.clone(),
+        })
+    }
+
+    /// A weight, f32.
+    fn weight(&self, weight: &Tensor) -> Result<Value> {
+        Ok(Value::vector(weight.detach().to_dtype(DType::F32)?, self.leaf(weight)))
+    }
+
+    fn leaf(&self, weight: &Tensor) -> Option<Slot> {
+        (self.recording && self.trains && weight.is_variable()).then(|| Slot::Leaf(weight.id(), weight.shape().clone()))
+    }
+
+    fn node(&self, back: Option<Backward>) -> Slot {
+        let mut nodes = self.nodes.borrow_mut();
+        nodes.push(back);
+        Slot::Node(nodes.len() - 1)
+    }
+
+    /// Notes how a value's gradient goes on, if anybody `wants` it.
+    fn record(
+        &self,
+        wants: bool,
+        back: impl FnOnce(&mut Gradients, Tensor) -> Result<()> + Send + 'static,
+    ) -> Option<Slot> {
+        (self.recording && wants).then(|| self.node(Some(Box::new(back))))
+    }
+
+    /// The value with its bias added.
+    fn settled(&self, x: &Value) -> Result<Value> {
+        let (Some(bias), Some(channels)) = (&x.bias, x.channels) else { return Ok(x.clone()) };
+        if !x.whole_runs() {
+            return self.composite(&[x], |t| Ok(t[0].clone()));
+        }
+        let (data, target) = (nhwc::settle((&x.data, Some(&bias.data)))?, x.target());
+        let slot = self.record(x.wants_gradient(), move |grads, grad| grads.add_to(&target, grad));
+        Ok(Value::picture(data, channels, slot))
+    }
+
+    /// An operation by candle, forward and back. `f` gets f32 values as [`Eager`] would, and may be called twice.
+    fn composite(
+        &self,
+        inputs: &[&Value],
+        f: impl Fn(&[Tensor]) -> candle_core::Result<Tensor> + Send + 'static,
+    ) -> Result<Value> {
+        let plain = inputs.iter().map(|x| self.plain(x)).collect::<Result<Vec<Tensor>>>()?;
+        let y = f(&plain)?;
+        let channels = if y.rank() == 4 { Some(y.dim(1)?) } else { None };
+        let (wants, dtype) = (inputs.iter().any(|x| x.wants_gradient()), self.dtype);
+        let targets: Vec<Target> = inputs.iter().map(|x| x.target()).collect();
+        let back = move |grads: &mut Gradients, grad: Tensor| {
+            let grad = match channels {
+                Some(channels) => nhwc::from_channels_last(&grad, None, channels)?,
+                None => grad,
+            };
+            let vars = plain.iter().map(Var::from_tensor).collect::<candle_core::Result<Vec<Var>>>()?;
+            let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+            let mut found = (f(&tensors)? * grad.detach())?.sum_all()?.backward()?;
+            for (target, var) in targets.iter().zip(&vars) {
+                let Some(grad) = found.remove(var) else { continue };
+                let grad = match target.channels {
+                    Some(channels) => nhwc::to_channels_last(&grad, channels.next_multiple_of(RUN), dtype)?,
+                    None => grad,
+                };
+                grads.add_to(target, grad)?;
+            }
+            Ok(())
+        };
+        let slot = self.record(wants, back);
+        Ok(match channels {
+            Some(c) => Value::picture(nhwc::to_channels_last(&y, c.next_multiple_of(RUN), dtype)?, c, slot),
+            None => Value::vector(y, slot),
+        })
+    }
+
+    /// The convolution without its bias.
+    fn convolution(&self, x: &Value, layer: &Conv2d) -> Result<Value> {
+        let x = self.settled(x)?;
+        let Some(in_channels) = x.channels else {
+            return Err(Error::Config(format!("{}: a convolution of something that is no picture", layer.name)));
+        };
+        let steps = Steps { stride: layer.stride, padding: layer.padding };
+        let kernel = match layer.weight.dims() {
+            [o, c] => layer.weight.detach().reshape((*o, *c, 1, 1))?,
+            _ => layer.weight.detach(),
+        };
+        let out_channels = kernel.dim(0)?;
+        let padded = [out_channels.next_multiple_of(RUN), x.data.dim(3)?];
+        let w = nhwc::pack(&kernel, padded, self.dtype)?;
+        let y = nhwc::convolve(&x.data, &w, steps)?;
+        let (leaf, target) = (self.leaf(&layer.weight), x.target());
+        let wants = leaf.is_some() || target.slot.is_some();
+        let back = move |grads: &mut Gradients, grad: Tensor| {
+            if let Some(leaf) = &leaf {
+                let dw = nhwc::convolve_backward_filter(&x.data, &grad, w.dims(), steps)?;
+                grads.add(leaf, nhwc::unpack(&dw, [out_channels, in_channels])?)?;
+            }
+            match &target.slot {
+                Some(slot) => grads.add(slot, nhwc::convolve_backward_data(&grad, &w, x.data.dims(), steps)?),
+                None => Ok(()),
+            }
+        };
+        Ok(Value::picture(y, out_channels, self.record(wants, back)))
+    }
+
+    /// v `(1 or B, C)` plus a weight `(C,)`.
+    fn add_to_rows(&self, v: &Value, weight: &Tensor) -> Result<Bias> {
+        let weight = self.weight(weight)?;
+        let data = v.data.broadcast_add(&weight.data)?;
+        let (of_v, leaf) = (v.slot.clone(), weight.slot);
+        let slot = self.record(of_v.is_some() || leaf.is_some(), move |grads, grad| {
+            if let Some(leaf) = &leaf {
+                grads.add(leaf, sum_rows(&grad)?)?;
+            }
+            of_v.map_or(Ok(()), |slot| grads.add(&slot, grad))
+        });
+        Ok(Bias { data, slot })
+    }
+
+    /// A network's pass backwards, from the gradients of some of its values.
+    fn back(nodes: Vec<Option<Backward>>, seeds: Vec<(Slot, Tensor)>) -> Result<Gradients> {
+        let mut grads = Gradients { nodes: nodes.iter().map(|_| None).collect(), leaves: HashMap::new() };
+        for (slot, grad) in seeds {
+            grads.add(&slot, grad)?;
+        }
+        for (i, back) in nodes.into_iter().enumerate().rev() {
+            // Inputs keep theirs; a node without a gradient was not used.
+            let Some(back) = back else { continue };
+            if let Some(grad) = grads.nodes[i].take() {
+                back(&mut grads, grad)?;
+            }
+        }
+        Ok(grads)
+    }
+}
+
+impl Backend for Tape {
+    type Value = Value;
+
+    fn block(&self, block: &impl Block, x: &Value, emb: &Value) -> Result<Value> {
+        if !(self.checkpoint && self.recording) {
+            return block.forward(self, x, emb);
+        }
+        // What is within is forgotten, and computed again on the way back.
+        let x = self.settled(x)?;
+        let forgetful = self.forgetful();
+        let still = |v: &Value| Value { slot: None, ..v.clone() };
+        let y = forgetful.settled(&block.forward(&forgetful, &still(&x), &still(emb))?)?;
+        let (block, emb) = (block.clone(), emb.clone());
+        let inner = Tape { recording: true, checkpoint: false, ..self.forgetful() };
+        let wants = self.trains || x.slot.is_some() || emb.slot.is_some();
+        let slot = self.record(wants, move |grads, grad| {
+            let fresh = |v: &Value| Value { slot: v.slot.as_ref().map(|_| inner.node(None)), ..v.clone() };
+            let (x_again, emb_again) = (fresh(&x), fresh(&emb));
+            let y = inner.settled(&block.forward(&inner, &x_again, &emb_again)?)?;
+            let seed = y.slot.map(|slot| vec![(slot, grad)]).unwrap_or_default();
+            let mut within = Tape::back(inner.nodes.into_inner(), seed)?;
+            for (outer, inner) in [(&x, &x_again), (&emb, &emb_again)] {
+                if let (Some(slot), Some(grad)) = (&outer.slot, within.take(inner.slot.as_ref())) {
+                    grads.add(slot, grad)?;
+                }
+            }
+            add_all(&mut grads.leaves, within.leaves)
+        });
+        Ok(Value { slot, ..y })
+    }
+
+    fn constant(&self, tensor: &Tensor) -> Result<Value> {
+        Ok(Value::vector(tensor.detach(), None))
+    }
+
+    fn dims(&self, x: &Value) -> Vec<usize> {
+        match (x.channels, x.data.dims()) {
+            (Some(channels), &[b, h, w, _]) => vec![b, channels, h, w],
+            (_, dims) => dims.to_vec(),
+        }
+    }
+
+    fn conv2d(&self, x: &Value, layer: &Conv2d) -> Result<Value> {
+        let y = self.convolution(x, layer)?;
+        let bias = |bias: &Tensor| -> Result<Bias> {
+            let bias = self.weight(bias)?;
+            Ok(Bias { data: bias.data.unsqueeze(0)?, slot: bias.slot })
+        };
+        Ok(Value { bias: layer.bias.as_ref().map(bias).transpose()?, ..y })
+    }
+
+    fn conv2d_add_per_channel(&self, x: &Value, layer: &Conv2d, v: &Value) -> Result<Value> {
+        let bias = match &layer.bias {
+            Some(bias) => self.add_to_rows(v, bias)?,
+            None => Bias { data: v.data.clone(), slot: v.slot.clone() },
+        };
+        Ok(Value { bias: Some(bias), ..self.convolution(x, layer)? })
+    }
+
+    fn linear(&self, x: &Value, layer: &Linear) -> Result<Value> {
+        let w = self.weight(&layer.weight)?;
+        let data = x.data.matmul(&w.data.t()?)?;
+        let (of_x, input, wants) = (x.slot.clone(), x.data.clone(), x.slot.is_some() || w.slot.is_some());
+        let slot = self.record(wants, move |grads, grad| {
+            if let Some(leaf) = &w.slot {
+                grads.add(leaf, grad.t()?.matmul(&input)?)?;
+            }
+            of_x.map_or(Ok(()), |slot| grads.add(&slot, grad.matmul(&w.data)?))
+        });
+        let y = Value::vector(data, slot);
+        match &layer.bias {
+            Some(bias) => self.add_to_rows(&y, bias).map(|Bias { data, slot }| Value::vector(data, slot)),
+            None => Ok(y),
+        }
+    }
+
+    fn group_norm(&self, x: &Value, layer: &GroupNorm, act: Option<Activation>) -> Result<Value> {
+        let (weight, beta) = (self.weight(&layer.weight)?, self.weight(&layer.bias)?);
+        let (groups, eps, silu) = (layer.groups, layer.eps, act == Some(Activation::Silu));
+        let y = if x.whole_runs() && nhwc::norm_fits(&x.data, groups) {
+            let norm = Norm { weight: weight.data, beta: beta.data, groups, eps, silu };
+            let bias = x.bias.as_ref().map(|bias| bias.data.clone());
+            let (y, stats) = nhwc::group_norm(&x.data, bias.as_ref(), &norm)?;
+            let (input, target, leaves) = (x.data.clone(), x.target(), [weight.slot, beta.slot]);
+            let wants = x.wants_gradient() || leaves[0].is_some();
+            let back = move |grads: &mut Gradients, grad: Tensor| {
+                let existing = grads.take(target.slot.as_ref());
+                let input = NormInput { x: &input, bias: bias.as_ref(), stats: &stats };
+                let (dx, totals) = nhwc::group_norm_backward(&input, &norm, &grad, existing.as_ref())?;
+                for (i, leaf) in leaves.iter().enumerate() {
+                    if let Some(leaf) = leaf {
+                        grads.add(leaf, sum_rows(&totals.get(i)?)?)?;
+                    }
+                }
+                if let Some((slot, rows)) = &target.bias {
+                    let of_bias = totals.get(2)?;
+                    grads.add(slot, if *rows == 1 { sum_rows(&of_bias)? } else { of_bias })?;
+                }
+                target.slot.map_or(Ok(()), |slot| grads.add(&slot, dx))
+            };
+            Value::picture(y, x.data.dim(3)?, self.record(wants, back))
+        } else {
+            self.composite(&[x, &weight, &beta], move |t| {
+                crate::ops::group_norm_composite(&t[0], &t[1], &t[2], groups, eps, silu)
+            })?
+        };
+        match act {
+            Some(act) if !silu => self.activation(&y, act),
+            _ => Ok(y),
+        }
+    }
+
+    fn activation(&self, x: &Value, act: Activation) -> Result<Value> {
+        let mut activated = self.activated.borrow_mut();
+        if let Some((_, _, y)) = activated.iter().find(|(id, of, _)| *id == x.data.id() && *of == act) {
+            return Ok(y.clone());
+        }
+        let y = self.composite(&[x], move |t| Eager.activation(&t[0], act).map_err(as_candle))?;
+        if x.channels.is_none() {
+            activated.push((x.data.id(), act, y.clone()));
+        }
+        Ok(y)
+    }
+
+    fn embedding(&self, ids: &Value, layer: &Embedding) -> Result<Value> {
+        let ids = ids.data.clone();
+        self.composite(&[&self.weight(&layer.weight)?], move |t| t[0].index_select(&ids, 0))
+    }
+
+    fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Result<Value> {
+        Ok(Value::vector(Eager.sinusoid(&ids.data, frequencies, flip)?, None))
+    }
+
+    fn attention(&self, q: &Value, k: &Value, v: &Value, heads: usize) -> Result<Value> {
+        let shared_bias = |x: &Value| x.bias.as_ref().is_none_or(|bias| bias.data.dims()[0] == 1);
+        if !([q, k, v].into_iter().all(|x| x.whole_runs() && shared_bias(x)) && nhwc::attention_fits(&q.data, heads)) {
+            return self.composite(&[q, k, v], move |t| crate::ops::attention_composite(&t[0], &t[1], &t[2], heads));
+        }
+        let values = [q, k, v];
+        let attention = Attention {
+            heads,
+            qkv: values.map(|x| x.data.clone()),
+            biases: [q, v].map(|x| x.bias.as_ref().map(|bias| bias.data.clone())),
+        };
+        let (o, lse) = attention.forward()?;
+        let (targets, kept) = (values.map(Value::target), o.clone());
+        let slot = self.record(values.iter().any(|x| x.wants_gradient()), move |grads, grad| {
+            let [dq, dk, dv] = attention.backward(&kept, &lse, &grad)?;
+            let [q, mut k, v] = targets;
+            if let Some((slot, rows)) = k.bias.take() {
+                grads.add(&slot, Tensor::zeros((rows, dk.dim(3)?), DType::F32, dk.device())?)?;
+            }
+            [(q, dq), (k, dk), (v, dv)].into_iter().try_for_each(|(target, grad)| grads.add_to(&target, grad))
+        });
+        Ok(Value::picture(o, q.data.dim(3)?, slot))
+    }
+
+    fn add(&self, x: &Value, y: &Value) -> Result<Value> {
+        if !(x.whole_runs() && y.whole_runs() && x.data.dims() == y.data.dims()) {
+            return self.composite(&[x, y], |t| Eager.add(&t[0], &t[1]).map_err(as_candle));
+        }
+        let (data, targets) = (nhwc::add(x.biased(), y.biased())?, [x.target(), y.target()]);
+        let slot = self.record(x.wants_gradient() || y.wants_gradient(), move |grads, grad| {
+            grads.add_to(&targets[0], grad.clone())?;
+            grads.add_to(&targets[1], grad)
+        });
+        Ok(Value::picture(data, x.data.dim(3)?, slot))
+    }
+
+    fn add_per_channel(&self, x: &Value, v: &Value) -> Result<Value> {
+        let x = self.settled(x)?;
+        Ok(Value { bias: Some(Bias { data: v.data.clone(), slot: v.slot.clone() }), ..x })
+    }
+
+    fn modulate(&self, x: &Value, scale: &Value, shift: &Value) -> Result<Value> {
+        self.composite(&[x, scale, shift], |t| Eager.modulate(&t[0], &t[1], &t[2]).map_err(as_candle))
+    }
+
+    fn columns(&self, x: &Value, start: usize, len: usize) -> Result<Value> {
+        self.composite(&[x], move |t| t[0].narrow(1, start, len)?.contiguous())
+    }
+
+    fn affine(&self, x: &Value, mul: &[f64], add: f64) -> Result<Value> {
+        let mul = mul.to_vec();
+        self.composite(&[x], move |t| Eager.affine(&t[0], &mul, add).map_err(as_candle))
+    }
+
+    fn concat(&self, x: &Value, y: &Value) -> Result<Value> {
+        if !(x.whole_runs() && y.whole_runs()) {
+            return self.composite(&[x, y], |t| Tensor::cat(&[&t[0], &t[1]], 1));
+        }
+        let (data, targets) = (nhwc::concat(x.biased(), y.biased())?, [x.target(), y.target()]);
+        let (first, channels) = (x.data.dim(3)?, data.dim(3)?);
+        let slot = self.record(x.wants_gradient() || y.wants_gradient(), move |grads, grad| {
+            let (dx, dy) = nhwc::split(&grad, first)?;
+            grads.add_to(&targets[0], dx)?;
+            grads.add_to(&targets[1], dy)
+        });
+        Ok(Value::picture(data, channels, slot))
+    }
+
+    fn upsample_2x(&self, x: &Value) -> Result<Value> {
+        if !x.whole_runs() {
+            return self.composite(&[x], |t| crate::ops::upsample_2x(&t[0]));
+        }
+        let (data, target) = (nhwc::upsample(x.biased())?, x.target());
+        let slot =
+            self.record(x.wants_gradient(), move |grads, grad| grads.add_to(&target, nhwc::upsample_backward(&grad)?));
+        Ok(Value::picture(data, x.data.dim(3)?, slot))
+    }
+
+    fn avg_pool_2x(&self, x: &Value) -> Result<Value> {
+        self.composite(&[x], |t| crate::ops::avg_pool_2x(&t[0]))
+    }
+
+    fn pad_right_bottom(&self, x: &Value) -> Result<Value> {
+        self.composite(&[x], |t| Eager.pad_right_bottom(&t[0]).map_err(as_candle))
+    }
+}
+
+/// What candle's graph keeps of a pass.
+struct Recorded {
+    nodes: Vec<Option<Backward>>,
+    /// The input's, where candle wants its gradient.
+    input: Option<Slot>,
+    outputs: Vec<Option<Slot>>,
+    shapes: Vec<Shape>,
+    leaves: Leaves,
+}
+
+impl Recorded {
+    /// The input's gradient; those of weights go to `leaves`.
+    fn back(self, joined: &Tensor) -> Result<Option<Tensor>> {
+        let mut start = 0;
+        let mut seeds = Vec::new();
+        for (slot, shape) in self.outputs.into_iter().zip(self.shapes) {
+            let grad = joined.narrow(0, start, shape.elem_count())?.reshape(&shape)?;
+            start += shape.elem_count();
+            seeds.extend(slot.map(|slot| (slot, grad)));
+        }
+        let mut grads = Tape::back(self.nodes, seeds)?;
+        let input = grads.take(self.input.as_ref());
+        add_all(&mut self.leaves.lock().unwrap_or_else(PoisonError::into_inner), grads.leaves)?;
+        Ok(input)
+    }
+}
+
+fn add_all(sum: &mut HashMap<TensorId, Tensor>, more: HashMap<TensorId, Tensor>) -> Result<()> {
+    for (id, grad) in more {
+        let grad = match sum.remove(&id) {
+            Some(before) => (before + grad)?,
+            None => grad,
+        };
+        sum.insert(id, grad);
+    }
+    Ok(())
+}
+
+/// A whole pass as a node of candle's graph, whose value was computed before.
+struct Pass {
+    joined: Mutex<Option<Tensor>>,
+    recorded: Mutex<Option<Recorded>>,
+}
+
+fn take<T>(once: &Mutex<Option<T>>) -> candle_core::Result<T> {
+    let taken = once.lock().unwrap_or_else(PoisonError::into_inner).take();
+    taken.ok_or_else(|| candle_core::Error::Msg("a network's pass goes forward once and back once".into()))
+}
+
+impl CustomOp1 for Pass {
+    fn name(&self) -> &'static str {
+        "pass"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let joined = take(&self.joined)?;
+        let (storage, layout) = joined.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(cpu) => Ok((cpu.try_clone(layout)?, layout.shape().clone())),
+            _ => bail!("pass: the result is not on the CPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let joined = take(&self.joined)?;
+        let (storage, layout) = joined.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(cuda) => Ok((cuda.try_clone(layout)?, layout.shape().clone())),
+            _ => bail!("pass: the result is not on the GPU"),
+        }
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let recorded = take(&self.recorded)?;
+        let channels = x.dims().get(1).copied();
+        let found = recorded.back(&grad.contiguous()?).map_err(as_candle)?;
+        // The picture as it came in: channels first, without padding.
+        found.zip(channels).map(|(dx, channels)| nhwc::from_channels_last(&dx, None, channels)).transpose()
+    }
+}
+
+fn as_candle(error: Error) -> candle_core::Error {
+    candle_core::Error::Msg(error.to_string())
+}

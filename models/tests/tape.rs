@@ -1,0 +1,146 @@
+//! A network's pass on a tape against the same pass by `Eager`: results, and the gradients of the picture and of every
+//! weight. On the CPU, where the tape's operations are composites; `gpu.rs` compares its kernels.
+
+use candle_core::{DType, Device, Tensor, Var};
+use dmd_models::{Backend, Precision, Recompute, UNet, UNetConfig, Weights};
+use std::collections::BTreeMap;
+
+/// Numbers around zero that look random.
+fn values(shape: &[usize], seed: f32, scale: f32) -> Tensor {
+    let n: usize = shape.iter().product();
+    let v: Vec<f32> = (0..n).map(|i| ((i as f32 * 12.9898 + seed).sin() * 43758.547).fract() * scale).collect();
+    Tensor::from_vec(v, shape, &Device::Cpu).unwrap()
+}
+
+/// No weight at zero, so that every gradient is one.
+fn weights(config: &UNetConfig) -> Weights {
+    let seed = std::cell::Cell::new(0.0);
+    let drawn = |w: &Tensor| {
+        seed.set(seed.get() + 1.0);
+        values(w.dims(), seed.get(), 0.3) + if w.rank() == 1 { 0.5 } else { 0.0 }
+    };
+    UNet::init(config, &mut |_, n| vec![0.5; n]).unwrap().map(drawn).unwrap()
+}
+
+struct Found {
+    y: Tensor,
+    dx: Tensor,
+    of_weights: BTreeMap<String, Tensor>,
+}
+
+fn run(training: &Recompute, config: &UNetConfig, features: bool) -> Found {
+    run_on(&Device::Cpu, Precision::F32, training, config, features)
+}
+
+fn run_on(device: &Device, precision: Precision, training: &Recompute, config: &UNetConfig, features: bool) -> Found {
+    let (view, vars) = weights(config).to(DType::F32, device).unwrap().trainable().unwrap();
+    let net = UNet::new(config, &view).unwrap().in_precision(precision);
+    let x = values(&[2, config.in_channels, 8, 8], 0.1, 1.0).to_device(device).unwrap();
+    let x = Var::from_tensor(&x).unwrap();
+    let label = config.num_class_embeds.map(|_| Tensor::new(&[1i64, 0], device).unwrap());
+    let t = [0.7, -0.4];
+    let maps = match features {
+        false => vec![net.forward(training, &x, &t, label.as_ref()).unwrap()],
+        true => net.features(training, &x, &t, label.as_ref()).unwrap(),
+    };
+    let parts: Vec<Tensor> = maps.iter().map(|map| map.flatten_all().unwrap()).collect();
+    let y = Tensor::cat(&parts, 0).unwrap();
+    let loss = (&y * values(y.dims(), 0.3, 1.0).to_device(device).unwrap()).unwrap().sum_all().unwrap();
+    let grads = training.backward(&loss).unwrap();
+    let of_weights = vars.iter().filter_map(|(name, var)| Some((name.clone(), grads.get(var)?.clone()))).collect();
+    let here = |t: &Tensor| t.to_device(&Device::Cpu).unwrap();
+    let of_weights: BTreeMap<String, Tensor> = of_weights;
+    let of_weights = of_weights.iter().map(|(name, grad)| (name.clone(), here(grad))).collect();
+    Found { y: here(&y), dx: here(grads.get(&x).unwrap()), of_weights }
+}
+
+fn close(what: &str, a: &Tensor, b: &Tensor) {
+    assert_eq!(a.dims(), b.dims(), "{what}");
+    let max = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    let gap = max(&(a - b).unwrap());
+    // The bias of keys has no gradient but rounding.
+    assert!(gap <= 1e-4 * max(b).max(1e-2), "{what}: {gap} of {}", max(b));
+}
+
+fn check(config: &str, features: bool) {
+    let config = UNetConfig::from_json(std::path::Path::new("config.json"), config).unwrap();
+    let plain = run(&Recompute::new(false), &config, features);
+    for checkpoint in [false, true] {
+        let tape = run(&Recompute::on_tape(checkpoint), &config, features);
+        close("result", &tape.y, &plain.y);
+        close("picture", &tape.dx, &plain.dx);
+        assert_eq!(tape.of_weights.keys().collect::<Vec<_>>(), plain.of_weights.keys().collect::<Vec<_>>());
+        for (name, grad) in &tape.of_weights {
+            close(name, grad, &plain.of_weights[name]);
+        }
+    }
+}
+
+const PLAIN: &str = r#"{"sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1,
+    "block_out_channels": [16, 32], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 16, "norm_num_groups": 4,
+    "num_class_embeds": 2}"#;
+
+const ODD: &str = r#"{"sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1,
+    "block_out_channels": [12, 20], "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"], "attention_head_dim": 4, "norm_num_groups": 4,
+    "resnet_time_scale_shift": "scale_shift", "act_fn": "mish", "downsample_padding": 0}"#;
+
+#[test]
+fn a_tape_gives_the_same_numbers() {
+    check(PLAIN, false);
+}
+
+#[test]
+fn a_tape_gives_the_same_features() {
+    check(PLAIN, true);
+}
+
+/// Channels in no whole runs, a norm's scale and shift by time, resnets that resample, another activation.
+#[test]
+fn a_tape_takes_what_no_kernel_takes() {
+    check(ODD, false);
+}
+
+#[test]
+fn no_gradient_is_kept_where_none_is_wanted() {
+    let config = UNetConfig::from_json(std::path::Path::new("config.json"), PLAIN).unwrap();
+    let net = UNet::new(&config, &weights(&config)).unwrap();
+    let label = Tensor::new(&[1i64, 0], &Device::Cpu).unwrap();
+    let training = Recompute::on_tape(false);
+    let x = values(&[2, 3, 8, 8], 0.1, 1.0);
+    let y = net.forward(&training, &x, &[0.7], Some(&label)).unwrap();
+    assert!(!y.track_op());
+    assert_eq!(training.dims(&y), [2, 3, 8, 8]);
+}
+
+/// ‖a − b‖/‖b‖.
+fn error(a: &Tensor, b: &Tensor) -> f32 {
+    let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    norm(&(a - b).unwrap()) / norm(b).max(1e-6)
+}
+
+/// The kernels of a GPU, in both precisions and with checkpoints, against `Eager` on the CPU. Skipped without a GPU.
+#[test]
+fn a_gpu_gives_the_cpus_numbers() {
+    let gpu = candle_core::utils::cuda_is_available().then(|| Device::new_cuda(0).ok()).flatten();
+    let Some(gpu) = gpu else { return println!("skipped: no GPU") };
+    for (config, features) in [(PLAIN, false), (PLAIN, true), (ODD, false)] {
+        let config = UNetConfig::from_json(std::path::Path::new("config.json"), config).unwrap();
+        let plain = run(&Recompute::new(false), &config, features);
+        let all = |found: &Found| {
+            let flat = |t: &Tensor| t.flatten_all().unwrap();
+            Tensor::cat(&found.of_weights.values().map(flat).collect::<Vec<_>>(), 0).unwrap()
+        };
+        // TF32 has 10 bits of fraction, bf16 7, and a network of thirty layers adds up what they lose.
+        for (precision, tolerance) in [(Precision::F32, 1e-2), (Precision::Bf16, 6e-2)] {
+            for checkpoint in [false, true] {
+                let found = run_on(&gpu, precision, &Recompute::new(checkpoint), &config, features);
+                let errors =
+                    [error(&found.y, &plain.y), error(&found.dx, &plain.dx), error(&all(&found), &all(&plain))];
+                println!("{precision:?}, checkpoint {checkpoint}: {errors:?}");
+                assert!(errors.iter().all(|error| *error <= tolerance), "{precision:?}: {errors:?}");
+            }
+        }
+    }
+}
