@@ -94,6 +94,9 @@ pub struct TeacherTrainArgs {
     /// Pictures per update [default: 64].
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
+    /// What the network computes in on a GPU; f32 multiplies in TF32 [default: f32].
+    #[arg(long, value_name = "f32|bf16")]
+    pub precision: Option<dmd_models::Precision>,
     /// Seed of everything random [default: 0].
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -161,6 +164,9 @@ pub struct SettingsArgs {
     /// Compute the networks' blocks again for their gradient instead of keeping them: slower, in less memory.
     #[arg(long)]
     pub grad_checkpoint: bool,
+    /// What the networks compute in on a GPU; f32 multiplies in TF32 [default: f32].
+    #[arg(long, value_name = "f32|bf16")]
+    pub precision: Option<dmd_models::Precision>,
     /// Seed of everything random [default: 0].
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -478,6 +484,12 @@ pub struct BenchOpsArgs {
     /// Timed repetitions; each figure is their median.
     #[arg(long, default_value_t = 15, value_name = "N")]
     pub steps: usize,
+    /// Where to run.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
+    /// What the operations compute in on a GPU.
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: dmd_models::Precision,
 }
 
 /// `dmd bench recipes`.
@@ -546,6 +558,9 @@ pub struct BenchTrainArgs {
     /// Compute the networks' blocks again for their gradient, as in `distill`.
     #[arg(long)]
     pub grad_checkpoint: bool,
+    /// What the networks compute in on a GPU, as in `distill`.
+    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
+    pub precision: dmd_models::Precision,
     /// Where to run.
     #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
     pub device: Choice,

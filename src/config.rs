@@ -3,6 +3,7 @@
 use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
 use anyhow::{Context, Result, bail, ensure};
+use dmd_models::Precision;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -21,6 +22,9 @@ pub struct Config {
     pub accumulate: usize,
     /// Whether the networks' blocks are computed again for their gradient instead of being kept, to save memory.
     pub grad_checkpoint: bool,
+    /// What the networks compute in on a GPU: f32 (products in TF32) or bf16. Weights, norms' statistics, losses and the
+    /// optimiser are f32 always.
+    pub precision: Precision,
     /// Everything random follows from it.
     pub seed: u64,
     /// Updates of the fake score per update of the generator (two-time-scale rule, DMD2 section 4.2).
@@ -260,6 +264,7 @@ impl Default for Config {
             batch: 32,
             accumulate: 1,
             grad_checkpoint: false,
+            precision: Precision::F32,
             seed: 0,
             ratio: 5,
             samples: Samples::Fresh,

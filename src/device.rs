@@ -1,7 +1,8 @@
 //! Where tensors live: `--device auto|cpu|cuda[:N]`, and how many threads the CPU gets.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
+use dmd_models::Precision;
 use std::str::FromStr;
 
 /// What `--device` says.
@@ -37,16 +38,31 @@ impl Choice {
         match self {
             Choice::Cpu => Ok(Device::Cpu),
             Choice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
-            Choice::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+            Choice::Auto => Device::new_cuda(0).map_or(Ok(Device::Cpu), prepared),
             Choice::Cuda(_) if !candle_core::utils::cuda_is_available() => {
                 bail!(
                     "--device cuda: this dmd was built for the CPU; build it with `--features cuda`, or use --device cpu"
                 )
             }
             Choice::Cuda(ordinal) => Device::new_cuda(ordinal)
-                .with_context(|| format!("--device cuda:{ordinal}: no such GPU, or its driver is missing or too old")),
+                .with_context(|| format!("--device cuda:{ordinal}: no such GPU, or its driver is missing or too old"))
+                .and_then(prepared),
         }
     }
+}
+
+fn prepared(device: Device) -> Result<Device> {
+    dmd_models::cuda::prepare(&device)?;
+    Ok(device)
+}
+
+/// Refuses a precision that the device has no kernels for.
+pub fn check_precision(precision: Precision, device: &Device) -> Result<()> {
+    ensure!(
+        precision == Precision::F32 || device.is_cuda(),
+        "precision is bf16, which needs a GPU (--device cuda); on the CPU leave it at f32"
+    );
+    Ok(())
 }
 
 /// Sets the number of CPU threads of this process (all cores where none is given); call once, before the first tensor,
@@ -54,7 +70,7 @@ impl Choice {
 /// thread to begin.
 pub fn use_threads(n: Option<usize>) -> Result<()> {
     let n = n.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    anyhow::ensure!(n > 0, "--threads is 0, expected at least 1");
+    ensure!(n > 0, "--threads is 0, expected at least 1");
     // Some operations of candle ask num_cpus, which reads the first. candle's elementwise operations have threads of
     // their own, which wait for the next one in a busy loop and so take the cores from ours; the second has them sleep.
     // SAFETY: called at the start of main, before any other thread exists.

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use dmd_models::Weights;
 use dmd_models::ops::{self, AdamwStep};
 use serde::{Deserialize, Serialize};
@@ -65,29 +65,38 @@ impl Optimizer {
         Gradients(self.parameters.iter().map(|p| grads.get(&p.var).cloned()).collect())
     }
 
-    /// One update at this rate; returns the gradient's norm before clipping. Variables without a gradient stay, and
-    /// all do where the norm is not finite, which is an error ([`NotFinite`]).
-    pub fn update(&mut self, Gradients(grads): &Gradients, rate: f64) -> Result<f64> {
-        let pairs = self.parameters.iter().zip(grads);
-        let present: Vec<(&Parameter, &Tensor)> = pairs.filter_map(|(p, grad)| Some((p, grad.as_ref()?))).collect();
-        let norm = ops::sum_of_squares(present.iter().map(|(_, grad)| *grad))?.sqrt();
-        // A loss can be finite where its gradient is not; no such weight may reach a checkpoint.
-        ensure!(norm.is_finite(), NotFinite { name: "the gradient's norm", value: norm });
-        self.n_updates += 1;
+    /// One update at this rate; returns the gradient's norm before clipping, a scalar that the device may still be
+    /// computing. Variables without a gradient stay, and all do where the norm or `guard`, the sum of the losses, is not
+    /// finite: a loss can be finite where its gradient is not, and no such weight may reach a checkpoint. Whoever reads
+    /// the norm tells [`Optimizer::settle`], before the next update.
+    pub fn update(&mut self, Gradients(grads): &Gradients, guard: &Tensor, rate: f64) -> Result<Tensor> {
+        let present: Vec<ops::Parameter> = std::iter::zip(&self.parameters, grads)
+            .filter_map(|(p, grad)| Some(ops::Parameter { var: &p.var, moments: &p.moments, grad: grad.as_ref()? }))
+            .collect();
         let AdamW { betas, weight_decay, eps, clip } = self.settings;
-        let corrections = betas.map(|beta| 1.0 - beta.powf(self.n_updates as f64));
+        let corrections = betas.map(|beta| 1.0 - beta.powf((self.n_updates + 1) as f64));
         let step = AdamwStep {
-            grad_scale: if norm > clip { clip / norm } else { 1.0 },
+            grad_scale: 1.0,
             betas,
             rate: rate / corrections[0],
             root_scale: corrections[1].sqrt().recip(),
             keep: 1.0 - rate * weight_decay,
             eps,
         };
-        for (parameter, grad) in present {
-            ops::adamw(&parameter.var, &parameter.moments, grad, step)?;
-        }
+        Ok(ops::adamw_all(&present, guard, clip, step)?)
+    }
+
+    /// Counts the update that had this norm. One that is not finite is [`NotFinite`]: no update was made.
+    pub fn settle(&mut self, norm: f64) -> Result<f64> {
+        let norm = finite("the gradient's norm", norm)?;
+        self.n_updates += 1;
         Ok(norm)
+    }
+
+    /// An update down a loss, waited for; returns the gradient's norm before clipping.
+    pub fn descend(&mut self, loss: &Tensor, grads: &Gradients, rate: f64) -> Result<f64> {
+        let norm = self.update(grads, &loss.detach(), rate)?;
+        self.settle(read(&[norm])?[0])
     }
 
     /// Moments by the name of their variable, for a checkpoint.
@@ -122,22 +131,24 @@ impl Optimizer {
     }
 }
 
-/// Gradients of one network, which parts of a batch add up in.
+/// Gradients of one network, which parts of a batch add up in; at first none.
+#[derive(Default)]
 pub struct Gradients(Vec<Option<Tensor>>);
 
 impl Gradients {
-    /// Adds these to a sum, which they begin where there is none yet.
-    pub fn add_to(self, sum: &mut Option<Gradients>) -> Result<()> {
+    /// Adds those of another part.
+    pub fn add(&mut self, part: Gradients) -> Result<()> {
         let both = |(a, b): (Option<Tensor>, Option<Tensor>)| -> Result<Option<Tensor>> {
             Ok(match (a, b) {
                 (Some(a), Some(b)) => Some((a + b)?),
                 (a, b) => a.or(b),
             })
         };
-        *sum = Some(match sum.take() {
-            Some(sum) => Gradients(sum.0.into_iter().zip(self.0).map(both).collect::<Result<_>>()?),
-            None => self,
-        });
+        let before = std::mem::take(&mut self.0);
+        self.0 = match before.is_empty() {
+            true => part.0,
+            false => before.into_iter().zip(part.0).map(both).collect::<Result<_>>()?,
+        };
         Ok(())
     }
 }
@@ -152,13 +163,33 @@ pub struct NotFinite {
     pub value: f64,
 }
 
-/// Exponential moving average of a network's variables: `average ← average·decay + value·(1 − decay)`.
-pub fn average_into(averages: &BTreeMap<String, Var>, values: &BTreeMap<String, Var>, decay: f64) -> Result<()> {
+/// This number, or [`NotFinite`].
+pub fn finite(name: &'static str, value: f64) -> Result<f64> {
+    ensure!(value.is_finite(), NotFinite { name, value });
+    Ok(value)
+}
+
+/// The values of scalars of one device. This is where a device is waited for: once, however many they are.
+pub fn read(scalars: &[Tensor]) -> Result<Vec<f64>> {
+    let row = |scalar: &Tensor| scalar.to_dtype(DType::F64)?.reshape(1);
+    let rows = scalars.iter().map(row).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&rows, 0)?.to_vec1()?)
+}
+
+/// Exponential moving average of a network's variables: `average ← average·decay + value·(1 − decay)`. It stays where
+/// the `norm` of the values' last update says that none was made.
+pub fn average_into(
+    averages: &BTreeMap<String, Var>,
+    values: &BTreeMap<String, Var>,
+    decay: f64,
+    norm: &Tensor,
+) -> Result<()> {
+    let mut pairs = Vec::new();
     for (name, average) in averages {
         let value = values.get(name).with_context(|| format!("no variable \"{name}\" to average"))?;
-        ops::average_into(average, value, decay)?;
+        pairs.push((average, value.as_tensor()));
     }
-    Ok(())
+    Ok(ops::average_all(&pairs, decay, norm)?)
 }
 
 /// The decay in force after `step` updates: averages over at most the last tenth of the run so far, until the set
@@ -206,7 +237,7 @@ mod tests {
         for step in 1..=3 {
             let loss = (var.powf(3.0).unwrap() / 3.0).unwrap().sum_all().unwrap();
             let grads = optimizer.gradients(&loss.backward().unwrap());
-            optimizer.update(&grads, 0.1).unwrap();
+            optimizer.descend(&loss, &grads, 0.1).unwrap();
             for i in 0..2 {
                 let g = p[i] * p[i];
                 m[i] = 0.9 * m[i] + 0.1 * g;
@@ -225,11 +256,38 @@ mod tests {
         let var = Var::new(&[3f32, 4.0], &Device::Cpu).unwrap();
         let vars = BTreeMap::from([("p".to_string(), var.clone())]);
         let mut optimizer = Optimizer::new(&vars, AdamW { clip: 1.0, ..AdamW::default() }).unwrap();
-        let grads = (var.sqr().unwrap() * 0.5).unwrap().sum_all().unwrap().backward().unwrap();
-        let grads = optimizer.gradients(&grads);
-        assert!((optimizer.update(&grads, 0.0).unwrap() - 5.0).abs() < 1e-6);
+        let loss = (var.sqr().unwrap() * 0.5).unwrap().sum_all().unwrap();
+        let grads = optimizer.gradients(&loss.backward().unwrap());
+        assert!((optimizer.descend(&loss, &grads, 0.0).unwrap() - 5.0).abs() < 1e-6);
         let mean: Vec<f32> = optimizer.state().unwrap().get("mean.p").unwrap().to_vec1().unwrap();
         assert!((mean[0] - 0.06).abs() < 1e-6 && (mean[1] - 0.08).abs() < 1e-6);
+    }
+
+    #[test]
+    fn an_update_without_a_finite_loss_and_gradient_is_neither_made_nor_averaged_nor_counted() {
+        let tensor = |value: f32| Tensor::new(&[value], &Device::Cpu).unwrap();
+        let map = |value: f32| BTreeMap::from([("p".to_string(), Var::from_tensor(&tensor(value)).unwrap())]);
+        let (vars, averages) = (map(1.0), map(3.0));
+        let mut optimizer = Optimizer::new(&vars, AdamW::default()).unwrap();
+        let mut update = |grad: f32, guard: f32| {
+            let guard = Tensor::new(guard, &Device::Cpu).unwrap();
+            let norm = optimizer.update(&Gradients(vec![Some(tensor(grad))]), &guard, 0.1).unwrap();
+            average_into(&averages, &vars, 0.5, &norm).unwrap();
+            let settled = optimizer.settle(read(&[norm]).unwrap()[0]);
+            let state = optimizer.state().unwrap();
+            let values = [&vars["p"], &averages["p"], state.get("mean.p").unwrap(), state.get("square.p").unwrap()];
+            let values = values.map(|values| values.to_vec1::<f32>().unwrap()[0]);
+            (settled, values, optimizer.n_updates())
+        };
+        for (grad, guard) in [(f32::NAN, 1.0), (f32::INFINITY, 1.0), (1.0, f32::NAN), (1.0, f32::INFINITY)] {
+            let (settled, values, n_updates) = update(grad, guard);
+            let error = settled.unwrap_err();
+            assert!(error.is::<NotFinite>() && error.to_string().starts_with("the gradient's norm is "), "{error}");
+            assert_eq!((values, n_updates), ([1.0, 3.0, 0.0, 0.0], 0));
+        }
+        let (settled, values, n_updates) = update(1.0, 1.0);
+        assert_eq!((settled.unwrap(), n_updates), (1.0, 1));
+        assert!(values[0] < 1.0 && values[1] < 3.0 && values[2] > 0.0 && values[3] > 0.0, "{values:?}");
     }
 
     #[test]

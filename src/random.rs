@@ -3,6 +3,8 @@
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+#[cfg(feature = "cuda")]
+use dmd_models::ops;
 use dmd_runtime::noise::Stream;
 
 /// What a stream of random numbers is for; no two uses share one. 0 is `dmd_runtime::noise::PICTURE_NOISE`.
@@ -88,8 +90,12 @@ impl Random {
         Stream::new(self.seed, purpose as u32, step)
     }
 
-    /// Unit normal, f32.
+    /// Unit normal, f32. A GPU makes the same numbers itself.
     pub fn normal(&self, purpose: Purpose, step: u64, shape: &[usize]) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return Ok(ops::philox_normal(self.seed, purpose as u32, step, shape, &self.device)?);
+        }
         let values = self.stream(purpose, step).normal(shape.iter().product());
         Ok(Tensor::from_vec(values, shape, &self.device)?)
     }

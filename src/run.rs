@@ -3,7 +3,7 @@
 //! the steps since the last one.
 
 use crate::config;
-use crate::optim::NotFinite;
+use crate::optim::{self, NotFinite};
 use anyhow::{Context, Result, ensure};
 use dmd_models::Weights;
 use dmd_models::folder::replace_dir;
@@ -224,9 +224,7 @@ pub fn asked_to_stop() -> bool {
 
 /// A loss as a number; one that is not finite is [`NotFinite`].
 pub fn finite(name: &'static str, loss: &candle_core::Tensor) -> Result<f64> {
-    let value = f64::from(loss.to_scalar::<f32>()?);
-    ensure!(value.is_finite(), NotFinite { name, value });
-    Ok(value)
+    optim::finite(name, f64::from(loss.to_scalar::<f32>()?))
 }
 
 /// The error that ends a run at this step (counted from 1): what happened, and, for a loss or gradient that is not

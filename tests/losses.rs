@@ -149,7 +149,7 @@ fn an_affine_student_finds_the_target() {
         let x0_fake = of(&student.a.detach(), &student.b.detach());
         let matching = distribution_matching(&x, &of(&scalar(0.3), &scalar(0.5)), &x0_fake, None).unwrap();
         let grads = optimizer.gradients(&matching.loss.backward().unwrap());
-        optimizer.update(&grads, 0.01).unwrap();
+        optimizer.descend(&matching.loss, &grads, 0.01).unwrap();
     }
     let (a, b) = (number(&student.a), number(&student.b));
     assert!((a - 0.3).abs() < 1e-4 && (b - 0.5).abs() < 1e-4, "({a}, {b})");

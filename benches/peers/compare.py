@@ -32,6 +32,8 @@ def main():
     parser.add_argument("--unet", action="append", help="a UNet2DModel's config.json [default: unet-16 and unet-32]")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="on a GPU; f32 multiplies in TF32 on both sides")
     parser.add_argument("--steps", type=int, default=5, help="repetitions within a program's run [default: 5]")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each program [default: 5]")
     args = parser.parse_args()
@@ -39,9 +41,11 @@ def main():
     print("| network | work | dmd | PyTorch eager | compiled | ratio |\n|---|---|---|---|---|---|", flush=True)
     for network in networks:
         options = ["--unet", network, "--batch", str(args.batch), "--threads", str(args.threads), "--steps", str(args.steps)]
-        peer = [sys.executable, "-W", "ignore", os.path.join(HERE, "train.py"), *options]
+        peer = [sys.executable, "-W", "ignore", os.path.join(HERE, "train.py"), *options, "--device", args.device]
+        if args.device == "cuda":
+            peer += ["--dtype", args.precision, "--channels-last"]
         programs = {
-            "dmd": [args.dmd, "--json", "bench", "train", "--device", "cpu", *options],
+            "dmd": [args.dmd, "--json", "bench", "train", "--device", args.device, "--precision", args.precision, *options],
             "eager": peer,
             "compiled": [*peer, "--compile"],
         }

@@ -42,7 +42,8 @@ class Iteration:
         generator, real, fake = nets
         real.requires_grad_(False)
         self.parameters = [list(generator.parameters()), list(fake.parameters())]
-        self.optimizers = [torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01) for p in self.parameters]
+        fused = args.device == "cuda"
+        self.optimizers = [torch.optim.AdamW(p, lr=1e-4, weight_decay=0.01, fused=fused) for p in self.parameters]
         self.generator, self.real, self.fake = (torch.compile(net) if args.compile else net for net in nets)
         size = config["sample_size"]
         self.shape = (args.batch, config["in_channels"], size, size)

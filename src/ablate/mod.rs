@@ -54,6 +54,6 @@ fn noised(x: &Tensor, sigma: &[f64], eps: &Tensor) -> Result<Tensor> {
 fn descend(optimizer: &mut Optimizer, name: &'static str, loss: &Tensor, rate: f64) -> Result<()> {
     finite(name, loss)?;
     let grads = optimizer.gradients(&loss.backward()?);
-    optimizer.update(&grads, rate)?;
+    optimizer.descend(loss, &grads, rate)?;
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! `dmd bench ops`: every fused operation beside its composite of candle's operations, and beside what this machine can
-//! do at most.
+//! do at most. Here those of the CPU.
 
+use super::bench_gpu_ops;
 use crate::cli::BenchOpsArgs;
 use crate::config::at_least_one;
+use crate::device::check_precision;
 use crate::eval::median;
 use crate::output::say;
 use anyhow::Result;
@@ -16,6 +18,11 @@ use std::time::Instant;
 pub fn run(args: &BenchOpsArgs) -> Result<Value> {
     at_least_one("--steps", args.steps as u64)?;
     at_least_one("--batch", args.batch as u64)?;
+    let device = args.device.open()?;
+    check_precision(args.precision, &device)?;
+    if device.is_cuda() {
+        return bench_gpu_ops::run(args, &device);
+    }
     let bench =
         Bench { steps: args.steps, peak_gflops: peak_gflops(args.steps)?, peak_gbytes: peak_gbytes(args.steps)? };
     say(&format!(
@@ -58,7 +65,7 @@ fn peak_gbytes(steps: usize) -> Result<f64> {
 }
 
 /// What to divide operations or bytes by for 10⁹ of them a second.
-fn per_1e9(ms: f64) -> f64 {
+pub fn per_1e9(ms: f64) -> f64 {
     ms * 1e6
 }
 
@@ -210,7 +217,7 @@ fn milliseconds(steps: usize, work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(median(&mut laps(steps, work)?))
 }
 
-fn fastest(laps: Vec<f64>) -> f64 {
+pub fn fastest(laps: Vec<f64>) -> f64 {
     laps.into_iter().fold(f64::INFINITY, f64::min)
 }
 

@@ -31,7 +31,7 @@ pub fn run(args: &BenchRunArgs, threads: Option<usize>) -> Result<Value> {
         bare.push(started.elapsed().as_secs_f64() * 1e3);
     }
     let (median_ms, p95_ms, engine_ms) = (median(&mut whole), percentile(&mut whole, 0.95), median(&mut bare));
-    let peak = memory::peak_bytes();
+    let peak = memory::peak_bytes(&candle_core::Device::Cpu);
     let engine = format!("{} {}", generator.engine().kind, generator.engine().version);
     say(&format!(
         "{engine}: {median_ms:.3} ms median, {p95_ms:.3} ms p95 for {batch} (engine alone {engine_ms:.3} ms), loaded in {load_ms:.1} ms, peak memory {}",

@@ -21,11 +21,17 @@ use std::time::Instant;
 
 /// Times sampling, the two updates, and a whole iteration.
 pub fn run(args: &BenchTrainArgs) -> Result<Value> {
-    let config =
-        Config { batch: args.batch, ratio: args.ratio, grad_checkpoint: args.grad_checkpoint, ..Config::default() };
+    let config = Config {
+        batch: args.batch,
+        ratio: args.ratio,
+        grad_checkpoint: args.grad_checkpoint,
+        precision: args.precision,
+        ..Config::default()
+    };
     config.validate()?;
     crate::config::at_least_one("--steps", args.steps as u64)?;
     let on = args.device.open()?;
+    device::check_precision(args.precision, &on)?;
     let folder = random_teacher(&args.unet, None)?;
     let n_parameters = folder.weights.n_parameters();
     let random = Random { seed: 0, device: on.clone() };
@@ -59,7 +65,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
         (0..args.ratio).try_for_each(|turn| networks.update_fake_score(&config, &random, step, turn).map(drop))
     })?;
     let mut rows = timer.rows;
-    let peak = memory::peak_bytes();
+    let peak = memory::peak_bytes(&on);
     say(&format!("{:<20} {}", "peak_memory", memory::readable(peak)));
     rows.push(json!({ "what": "peak_memory", "mib": peak.map(|bytes| bytes >> 20) }));
     Ok(json!({ "results": rows, "gflop": gflop, "floor_ms": on.is_cpu().then_some(floor_ms) }))

@@ -15,7 +15,7 @@ pub fn run(args: &DistillArgs) -> Result<Value> {
     config.validate()?;
     let device = args.device.open()?;
     let result = distill::distill(&config, &args.teacher, &args.out, &device, args.force)?;
-    say(&format!("peak memory {}", memory::readable(memory::peak_bytes())));
+    say(&format!("peak memory {}", memory::readable(memory::peak_bytes(&device))));
     let generator = args.out.join("generator");
     say(&format!("generator in {0}: dmd export {0} --onnx generator.onnx", generator.display()));
     Ok(result)
@@ -36,6 +36,7 @@ pub fn settings(args: &SettingsArgs) -> Result<Config> {
     config.steps = args.steps.unwrap_or(config.steps);
     config.batch = args.batch.unwrap_or(config.batch);
     config.grad_checkpoint |= args.grad_checkpoint;
+    config.precision = args.precision.unwrap_or(config.precision);
     config.seed = args.seed.unwrap_or(config.seed);
     config.real_score.guidance_scale = args.guidance.unwrap_or(config.real_score.guidance_scale);
     let text = |path: &std::path::PathBuf| path.display().to_string();

@@ -2,6 +2,7 @@
 
 mod ablate;
 mod bench_export;
+mod bench_gpu_ops;
 mod bench_ops;
 mod bench_recipes;
 mod bench_run;

@@ -48,6 +48,7 @@ fn settings(args: &TeacherTrainArgs) -> Result<TeacherSettings> {
     s.label_dropout = args.label_dropout.unwrap_or(s.label_dropout);
     s.steps = args.steps.unwrap_or(s.steps);
     s.batch = args.batch.unwrap_or(s.batch);
+    s.precision = args.precision.unwrap_or(s.precision);
     s.seed = args.seed.unwrap_or(s.seed);
     s.rate = args.rate.unwrap_or(s.rate);
     if let Some(path) = &args.unet {

@@ -14,12 +14,14 @@ use monitor::Monitor;
 
 use crate::config::{Config, ScoreLoss, Sigma, SigmaName};
 use crate::data::{self, DataOptions};
+use crate::device::check_precision;
+use crate::memory::{self, Needs};
 use crate::optim::NotFinite;
 use crate::pairs::Pairs;
 use crate::random::{Random, picture_noise};
 use crate::run::{self, Checkpoint, Run};
 use crate::sample::{Model, labels_in_turn};
-use crate::{memory, output, picture};
+use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use dmd_models::cost::cost;
@@ -34,6 +36,7 @@ use std::time::Instant;
 /// the same weights, bit for bit on the CPU. Returns what a script would want to know.
 pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, force: bool) -> Result<Value> {
     config.validate()?;
+    check_precision(config.precision, device)?;
     let teacher_folder = ModelFolder::load(teacher, device).context("the teacher")?;
     ensure!(teacher_folder.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", teacher.display());
     // First what can be refused, then what leaves a trace in `out`.
@@ -62,7 +65,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
                     continue;
                 }
             },
-            measured => Some(measured?),
+            measured => Some(measured.map_err(|error| memory::explained(error, config.batch / config.accumulate))?),
         };
         step += 1;
         bar.inc(1);
@@ -97,7 +100,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
         "sigma": distillation.networks.sigmas[0],
         "skipped": distillation.n_skipped,
         "seconds": started.elapsed().as_secs_f64(),
-        "peak_memory_bytes": memory::peak_bytes(),
+        "peak_memory_bytes": memory::peak_bytes(device),
     });
     for (name, value) in health.iter().flat_map(Health::values) {
         result[name] = json!(value);
@@ -120,7 +123,7 @@ struct Distillation<'a> {
 }
 
 /// Refuses a batch that does not fit into memory.
-fn check_memory(config: &Config, teacher: &ModelFolder) -> Result<()> {
+fn check_memory(config: &Config, teacher: &ModelFolder, device: &Device) -> Result<()> {
     let [height, width] = teacher.size()?;
     let cost = cost(&teacher.denoiser(&Device::Cpu)?.unet, [teacher.config.in_channels, height, width])?;
     // The adversarial and the regression term run the network on more pictures before they go back.
@@ -130,9 +133,14 @@ fn check_memory(config: &Config, teacher: &ModelFolder) -> Result<()> {
     let pictures = config.batch / config.accumulate;
     let activations = if config.grad_checkpoint { cost.checkpointed } else { cost.activations };
     let n_averages = config.generator.ema.decays().len();
-    let needed =
-        memory::of_distillation(activations, teacher.weights.n_parameters(), pictures * (1 + terms), n_averages);
-    memory::check(needed, pictures)
+    let needs = Needs {
+        activations,
+        bytes: config.precision.bytes(),
+        n_parameters: teacher.weights.n_parameters(),
+        pictures: pictures * (1 + terms),
+        n_averages,
+    };
+    memory::check(memory::of_distillation(needs, device), pictures, device)
 }
 
 /// What becomes of a run after an update that was no number.
@@ -152,9 +160,7 @@ impl<'a> Distillation<'a> {
             "real_score.guidance_scale is {}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1",
             config.real_score.guidance_scale
         );
-        if device.is_cpu() {
-            check_memory(config, &teacher)?;
-        }
+        check_memory(config, &teacher, device)?;
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher)?;
         let networks = Networks::new(&teacher, &sigmas, config, beginning, &random)?;

@@ -10,7 +10,7 @@ use crate::random::Random;
 use crate::regression::Comparison;
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
-use dmd_models::{Denoiser, Eager, ModelFolder, Prediction, Recompute, Weights};
+use dmd_models::{Denoiser, Eager, ModelFolder, Precision, Prediction, Recompute, Weights};
 use std::collections::BTreeMap;
 
 /// Generator, real score and fake score with what trains them.
@@ -105,7 +105,15 @@ impl Networks {
         };
         let [height, width] = teacher.size()?;
         let shape = [teacher.config.in_channels, height, width];
-        let real_score = teacher.denoiser_on(&start.detached())?;
+        let denoiser = |weights: &Weights| -> Result<Denoiser> {
+            Ok(teacher.denoiser_on(weights)?.in_precision(config.precision))
+        };
+        // Nothing is lost: what does not learn is rounded to the precision of the products at every pass.
+        let frozen = match config.precision {
+            Precision::F32 => start.detached(),
+            Precision::Bf16 => start.to(DType::BF16, device)?.detached(),
+        };
+        let real_score = denoiser(&frozen)?;
         let gan = &config.loss.gan;
         let discriminator = match gan.on() {
             true => Some(Discriminator::new(
@@ -124,12 +132,12 @@ impl Networks {
             None => None,
         };
         Ok(Networks {
-            generator: teacher.denoiser_on(&generator_view)?,
-            generator_still: teacher.denoiser_on(&generator_view.detached())?,
+            generator: denoiser(&generator_view)?,
+            generator_still: denoiser(&generator_view.detached())?,
             sigmas: sigmas.to_vec(),
             real_score,
-            fake_score: teacher.denoiser_on(&fake_view)?,
-            fake_score_still: teacher.denoiser_on(&fake_view.detached())?,
+            fake_score: denoiser(&fake_view)?,
+            fake_score_still: denoiser(&fake_view.detached())?,
             training: Recompute::new(config.grad_checkpoint),
             discriminator,
             ratio_bins: RatioBins::new(RATIO_BINS, config.loss.ratio_memory),

@@ -10,16 +10,15 @@
 //! ```
 
 use super::draw::Draw;
-use super::health::{Health, mean_and_std, mean_probability, scalar};
+use super::health::{Health, mean_probability};
 use super::networks::{Networks, Samples};
 use crate::config::{Config, ScoreLoss};
 use crate::loss::{
     approximate_r1, denoising, density_ratio, discriminator, distribution_matching, generator_adversarial,
     score_identity,
 };
-use crate::optim::{average_into, ramped_decay, rate_at};
+use crate::optim::{Gradients, average_into, ramped_decay, rate_at};
 use crate::random::Random;
-use crate::run::finite;
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use dmd_models::Eager;
@@ -28,25 +27,25 @@ impl Networks {
     /// One update of the generator and of its averages; nothing else changes.
     pub fn update_generator(&mut self, config: &Config, random: &Random, step: u64) -> Result<Health> {
         let draw = self.draw_for_generator(config, random, step)?;
-        let (mut health, mut gradients, mut samples) = (Health::default(), None, Vec::new());
+        let (mut health, mut gradients, mut samples) = (Health::default(), Gradients::default(), Vec::new());
         let share = 1.0 / config.accumulate as f64;
         for part in draw.parts(config.accumulate)? {
             let (x, loss, measured) = self.generator_loss(config, step, &part)?;
-            self.generator_optimizer.gradients(&self.training.backward(&(loss * share)?)?).add_to(&mut gradients)?;
+            gradients.add(self.generator_optimizer.gradients(&self.training.backward(&(loss * share)?)?))?;
             health.add(&measured, share);
             samples.push(x.detach());
         }
         let s = &config.generator;
         let rate = self.rate_factor * rate_at(s.rate, s.decay, s.warmup, step, config.steps);
-        let gradients = gradients.expect("a batch has at least one part: accumulate was checked");
-        health.set("grad_norm", self.generator_optimizer.update(&gradients, rate).context("loss_dm")?);
+        let norm = self.generator_optimizer.update(&gradients, &health.sum_of_losses()?, rate)?;
         for average in &self.averages {
-            average_into(&average.vars, &self.generator_vars, ramped_decay(average.decay, step))?;
+            average_into(&average.vars, &self.generator_vars, ramped_decay(average.decay, step), &norm)?;
         }
         let x = Tensor::cat(&samples, 0)?;
-        let (mean, std) = mean_and_std(&x)?;
-        health.set("sample_mean", mean);
-        health.set("sample_std", std);
+        health.pend_samples(&x)?;
+        // The one moment that an update waits for the device.
+        let norms = health.read(&[norm])?;
+        health.set("grad_norm", self.generator_optimizer.settle(norms[0]).context("loss_dm")?);
         self.last_samples = Some(Samples { x, label: draw.label });
         Ok(health)
     }
@@ -69,9 +68,9 @@ impl Networks {
             ScoreLoss::DistributionMatching => matching.loss,
             ScoreLoss::ScoreIdentity { alpha } => score_identity(&x, &x0_real, &x0_fake, alpha)?,
         };
-        health.set("loss_dm", finite("loss_dm", &loss)?);
-        health.set("real_error", scalar(&matching.real_error)?);
-        health.set("score_gap", scalar(&matching.score_gap)?);
+        health.pend_loss("loss_dm", &loss);
+        health.pend("real_error", &matching.real_error);
+        health.pend("score_gap", &matching.score_gap);
         if let Some(h) = h {
             health.set("h_max", h.into_iter().fold(0.0, f64::max));
         }
@@ -80,7 +79,7 @@ impl Networks {
             // Through the critic's encoder, which stays as it is, to the sample.
             let maps = self.fake_score_still.features(&Eager, &injection.add_to(&x)?, &injection.sigma, label)?;
             let loss_gan = generator_adversarial(&d.heads_still.logit(&maps)?)?;
-            health.set("loss_gan", finite("loss_gan", &loss_gan)?);
+            health.pend_loss("loss_gan", &loss_gan);
             loss = (loss + (loss_gan * terms.gan.weight)?)?;
         }
         if let (Some((_, comparison)), Some(pair)) = (&self.regression, &draw.pair) {
@@ -88,14 +87,14 @@ impl Networks {
             let remade =
                 self.generator.denoise(&self.training, &(&pair.noise * sigma)?, &[sigma], pair.label.as_ref())?;
             let loss_regression = comparison.distance(&remade, &pair.image, pair.label.as_ref())?;
-            health.set("loss_regression", finite("loss_regression", &loss_regression)?);
+            health.pend_loss("loss_regression", &loss_regression);
             loss = (loss + (loss_regression * terms.regression.weight)?)?;
         }
         Ok((x, loss, health))
     }
 
     /// h(r) of every sample, mean 1, from the discriminator's logit at x_t; none for reverse KL, and none before the
-    /// discriminator has joined.
+    /// discriminator has joined. Waits for the device: the ratios' memory is kept here.
     fn divergence_weights(
         &mut self,
         config: &Config,
@@ -123,24 +122,29 @@ impl Networks {
     /// One update of the fake score (and of the discriminator), the `turn`-th of this step; nothing else changes.
     pub fn update_fake_score(&mut self, config: &Config, random: &Random, step: u64, turn: u64) -> Result<Health> {
         let draw = self.draw_for_fake_score(config, random, step, turn)?;
-        let (mut health, mut of_score, mut of_heads) = (Health::default(), None, None);
+        let (mut health, mut of_score, mut of_heads) = (Health::default(), Gradients::default(), Gradients::default());
         let share = 1.0 / config.accumulate as f64;
         for part in draw.parts(config.accumulate)? {
             let (loss, measured) = self.fake_score_loss(config, &part)?;
             let grads = self.training.backward(&(loss * share)?)?;
-            self.fake_optimizer.gradients(&grads).add_to(&mut of_score)?;
+            of_score.add(self.fake_optimizer.gradients(&grads))?;
             if let (Some(d), Some(_)) = (&self.discriminator, &part.real) {
-                d.optimizer.gradients(&grads).add_to(&mut of_heads)?;
+                of_heads.add(d.optimizer.gradients(&grads))?;
             }
             health.add(&measured, share);
         }
         let s = &config.fake_score;
         let update = step * config.ratio + turn;
         let rate = self.rate_factor * rate_at(s.rate, s.decay, s.warmup, update, config.steps * config.ratio);
-        let of_score = of_score.expect("a batch has at least one part: accumulate was checked");
-        self.fake_optimizer.update(&of_score, rate).context("loss_fake")?;
-        if let (Some(d), Some(gradients)) = (&mut self.discriminator, of_heads) {
-            d.optimizer.update(&gradients, rate).context("loss_discriminator")?;
+        let mut norms = vec![self.fake_optimizer.update(&of_score, &health.sum_of_losses()?, rate)?];
+        if let (Some(d), Some(_)) = (&mut self.discriminator, &draw.real) {
+            // Guarded by the score's norm: the heads stay where the score did.
+            norms.push(d.optimizer.update(&of_heads, &norms[0], rate)?);
+        }
+        let norms = health.read(&norms)?;
+        self.fake_optimizer.settle(norms[0]).context("loss_fake")?;
+        if let (Some(d), Some(norm)) = (&mut self.discriminator, norms.get(1)) {
+            d.optimizer.settle(*norm).context("loss_discriminator")?;
         }
         Ok(health)
     }
@@ -157,7 +161,7 @@ impl Networks {
         let denoised = self.fake_score.denoise(&self.training, &injection.add_to(&x)?, &injection.sigma, label)?;
         let weight = |&sigma: &f64| config.fake_score.weight.at(sigma, self.sigma_data());
         let mut loss = denoising(&denoised, &x, &injection.sigma.iter().map(weight).collect::<Vec<_>>())?;
-        health.set("loss_fake", finite("loss_fake", &loss)?);
+        health.pend_loss("loss_fake", &loss);
 
         if let (Some(d), Some(on_fake), Some((real, on_real))) = (&self.discriminator, &draw.adversary, &draw.real) {
             let logit = |x_t: &Tensor, sigma: &[f64], label: Option<&Tensor>| -> Result<Tensor> {
@@ -172,9 +176,9 @@ impl Networks {
                 loss_d =
                     (loss_d + (approximate_r1(&logit_real, &logit(&nearby, &on_real.sigma, real_label)?)? * gan.r1)?)?;
             }
-            health.set("loss_discriminator", finite("loss_discriminator", &loss_d)?);
-            health.set("d_real", mean_probability(&logit_real)?);
-            health.set("d_fake", mean_probability(&logit_fake)?);
+            health.pend_loss("loss_discriminator", &loss_d);
+            health.pend("d_real", &mean_probability(&logit_real)?);
+            health.pend("d_fake", &mean_probability(&logit_fake)?);
             loss = (loss + (loss_d * gan.critic_weight)?)?;
         }
         Ok((loss, health))

@@ -5,8 +5,9 @@ mod settings;
 pub use settings::{TeacherSettings, default_unet};
 
 use crate::data::Pictures;
+use crate::device::check_precision;
 use crate::loss::{denoising, edm_weight};
-use crate::optim::{Optimizer, average_into, ramped_decay, rate_at};
+use crate::optim::{Optimizer, average_into, finite, ramped_decay, rate_at, read};
 use crate::random::{Purpose, Random, picture_noise};
 use crate::run::{self, Run};
 use crate::sample::{Model, Sampler, labels_in_turn};
@@ -14,7 +15,7 @@ use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::folder::{About, Kind, Scheduler};
-use dmd_models::{Denoiser, Eager, ModelFolder, UNet, UNetConfig, Weights};
+use dmd_models::{Denoiser, ModelFolder, Recompute, UNet, UNetConfig, Weights};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -32,6 +33,7 @@ pub fn train(
     force: bool,
 ) -> Result<Value> {
     settings.validate()?;
+    check_precision(settings.precision, device)?;
     let occupied = out.exists() && (!out.is_dir() || out.read_dir()?.next().is_some());
     if occupied && !out.join("training").exists() && !force {
         bail!(
@@ -100,6 +102,8 @@ struct Trainer<'a> {
     averaged: Weights,
     folder: ModelFolder,
     denoiser: Denoiser,
+    /// What it is trained on.
+    training: Recompute,
     optimizer: Optimizer,
     /// Of the pictures and the network's description.
     data_sha256: String,
@@ -126,7 +130,7 @@ impl<'a> Trainer<'a> {
         let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
         let data_sha256 = fingerprint(pictures, &unet);
         let folder = ModelFolder { config: unet, scheduler, weights: averaged.detached(), about };
-        let denoiser = folder.denoiser_on(&weights)?;
+        let denoiser = folder.denoiser_on(&weights)?.in_precision(settings.precision);
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
         Ok(Trainer {
             settings,
@@ -140,9 +144,14 @@ impl<'a> Trainer<'a> {
             averaged,
             folder,
             denoiser,
+            training: Recompute::default(),
             optimizer,
             data_sha256,
         })
+    }
+
+    fn averaged_denoiser(&self) -> Result<Denoiser> {
+        Ok(self.folder.denoiser_on(&self.averaged.detached())?.in_precision(self.settings.precision))
     }
 
     /// Takes up the last checkpoint; returns the step to go on from.
@@ -182,12 +191,14 @@ impl<'a> Trainer<'a> {
         let sigma = self.log_normal(&self.random.stream(Purpose::TeacherSigma, step).normal(n));
         let noise = self.random.normal(Purpose::TeacherNoise, step, &self.shape(n))?;
         let loss = self.loss(&self.denoiser, &picks, &flips, &dropped, &sigma, &noise)?;
-        let value = run::finite("loss", &loss).map_err(|error| run::stopped(step + 1, error))?;
         let rate = rate_at(s.rate, s.decay, s.warmup, step, s.steps);
-        let gradients = self.optimizer.gradients(&loss.backward()?);
-        let norm = self.optimizer.update(&gradients, rate).map_err(|error| run::stopped(step + 1, error))?;
-        average_into(&self.average, &self.vars, ramped_decay(s.ema, step))?;
-        Ok((value, norm))
+        let gradients = self.optimizer.gradients(&self.training.backward(&loss)?);
+        let norm = self.optimizer.update(&gradients, &loss.detach(), rate)?;
+        average_into(&self.average, &self.vars, ramped_decay(s.ema, step), &norm)?;
+        // The one moment that an update waits for the device.
+        let numbers = read(&[loss.detach(), norm])?;
+        let mut settle = || Ok((finite("loss", numbers[0])?, self.optimizer.settle(numbers[1])?));
+        settle().map_err(|error| run::stopped(step + 1, error))
     }
 
     /// EDM's loss of these pictures, some mirrored, some without their class.
@@ -212,7 +223,7 @@ impl<'a> Trainer<'a> {
         };
         let sigmas = Tensor::from_vec(sigma.iter().map(|&s| s as f32).collect(), (sigma.len(), 1, 1, 1), device)?;
         let x_t = (&x0 + noise.broadcast_mul(&sigmas)?)?;
-        let denoised = denoiser.denoise(&Eager, &x_t, sigma, label.as_ref())?;
+        let denoised = denoiser.denoise(&self.training, &x_t, sigma, label.as_ref())?;
         let weights: Vec<f64> = sigma.iter().map(|&s| edm_weight(s, self.settings.sigma_data)).collect();
         denoising(&denoised, &x0, &weights)
     }
@@ -223,7 +234,7 @@ impl<'a> Trainer<'a> {
         if picks.is_empty() {
             return Ok(None);
         }
-        let denoiser = self.folder.denoiser_on(&self.averaged.detached())?;
+        let denoiser = self.averaged_denoiser()?;
         let (mut sum, mut n) = (0.0, 0);
         for (i, picks) in picks.chunks(VALIDATION_BATCH).enumerate() {
             let draws = self
@@ -257,7 +268,7 @@ impl<'a> Trainer<'a> {
         ];
         let state = json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.data_sha256 });
         run.checkpoint(step, &parts, &state)?;
-        let denoiser = self.folder.denoiser_on(&self.averaged.detached())?;
+        let denoiser = self.averaged_denoiser()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let [_, c, h, w] = self.shape(1);
         let noise = picture_noise(self.settings.seed, 0, GRID, [c, h, w], &Device::Cpu)?;

@@ -3,8 +3,8 @@
 use crate::config::{at_least_one, fraction, optimizer, positive};
 use crate::optim::{AdamW, Decay};
 use anyhow::{Result, ensure};
-use dmd_models::UNetConfig;
 use dmd_models::unet::SampleSize;
+use dmd_models::{Precision, UNetConfig};
 use serde::{Deserialize, Serialize};
 
 /// What `dmd teacher train --config` may hold.
@@ -25,6 +25,8 @@ pub struct TeacherSettings {
     pub steps: u64,
     /// Pictures per update.
     pub batch: usize,
+    /// What the network computes in on a GPU: f32 (products in TF32) or bf16.
+    pub precision: Precision,
     /// Everything random follows from it.
     pub seed: u64,
     /// Mirror half of the pictures.
@@ -71,6 +73,7 @@ impl Default for TeacherSettings {
             unet: String::new(),
             steps: 10_000,
             batch: 64,
+            precision: Precision::F32,
             seed: 0,
             flip: false,
             label_dropout: 0.0,
