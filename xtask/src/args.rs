@@ -13,7 +13,8 @@ Usage: cargo xtask <TASK> [ARGS]
   demo [ARGS]               set up, build, distil a small model, export it, run it, and show the pictures
   test [ARGS]               set up and run every test; ARGS go to cargo test
   bench [ARGS]              training beside PyTorch, in turn, as ratios; fetches PyTorch (5 GB); --help lists ARGS
-  cuda-check                compile and link for CUDA, with a toolkit from Python's package index (3 GB); needs no GPU
+  cuda-check [--fetch]      compile and link for CUDA, with a toolkit from Python's package index (3 GB); needs no GPU;
+                            --fetch only fetches it
   web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
   bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
                             environment that has it is active
@@ -34,7 +35,7 @@ pub enum Task {
     Demo(Vec<OsString>),
     Test(Vec<OsString>),
     Bench(Vec<OsString>),
-    CudaCheck,
+    CudaCheck { fetch_only: bool },
     WebTest,
     BenchExport,
     Check,
@@ -57,10 +58,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         "help" | "--help" | "-h" => return Ok(Task::Help),
         _ if args.iter().any(|arg| arg == "--help" || arg == "-h") => return Ok(Task::Help),
         "setup" => return parse_setup(&args),
+        "cuda-check" if args == ["--fetch"] => return Ok(Task::CudaCheck { fetch_only: true }),
         _ => {}
     }
     let parsed = match task.as_ref() {
-        "cuda-check" => Task::CudaCheck,
+        "cuda-check" => Task::CudaCheck { fetch_only: false },
         "web-test" => Task::WebTest,
         "bench-export" => Task::BenchExport,
         "check" => Task::Check,
@@ -97,7 +99,8 @@ mod tests {
         check("setup", Ok(Task::Setup { onnxruntime: true }));
         check("setup --no-onnxruntime", Ok(Task::Setup { onnxruntime: false }));
         check("setup --help", Ok(Task::Help));
-        check("cuda-check", Ok(Task::CudaCheck));
+        check("cuda-check", Ok(Task::CudaCheck { fetch_only: false }));
+        check("cuda-check --fetch", Ok(Task::CudaCheck { fetch_only: true }));
         check("web-test", Ok(Task::WebTest));
         check("bench-export", Ok(Task::BenchExport));
         check("check", Ok(Task::Check));

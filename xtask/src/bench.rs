@@ -12,7 +12,8 @@ use crate::{chores, setup};
 pub fn run(args: &[OsString]) -> Result<ExitCode> {
     let environment = setup::protoc_only()?;
     let python = venv::python()?;
-    let dmd = chores::built_dmd(&environment)?;
+    let on_gpu = args.windows(2).any(|pair| pair[0] == "--device" && pair[1] == "cuda");
+    let dmd = chores::built_dmd(&environment, if on_gpu { &["cuda"] } else { &[] })?;
     let script = setup::root().join("benches").join("peers").join("compare.py");
     succeed(Command::new(python).arg(script).arg("--dmd").arg(dmd).args(args))?;
     Ok(ExitCode::SUCCESS)

@@ -29,7 +29,7 @@ pub fn run() -> Result<ExitCode> {
     let bench = Bench {
         python: venv::python()?,
         script: peers.join("export.py"),
-        dmd: chores::built_dmd(&environment)?,
+        dmd: chores::built_dmd(&environment, &[])?,
         environment,
     };
     let scratch =

@@ -70,9 +70,10 @@ pub fn print_environment() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `dmd`, built for release as the sources stand.
-pub fn built_dmd(environment: &Environment) -> Result<PathBuf> {
-    let status = run(cargo(environment).args(["build", "--release", "--bin", "dmd"]))?;
+/// `dmd`, built for release as the sources stand, with these features.
+pub fn built_dmd(environment: &Environment, features: &[&str]) -> Result<PathBuf> {
+    let features = features.iter().flat_map(|feature| ["--features", feature]);
+    let status = run(cargo(environment).args(["build", "--release", "--bin", "dmd"]).args(features))?;
     ensure!(status.success(), "dmd cannot be built");
     dmd_program(&env::current_exe()?).context("xtask does not lie in a target folder")
 }

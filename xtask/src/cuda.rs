@@ -18,11 +18,12 @@ const PACKAGES: [&str; 2] =
 /// The oldest GPUs that the kernels are compiled for, unless CUDA_COMPUTE_CAP says otherwise: Ampere, which has bf16.
 const COMPUTE_CAP: &str = "80";
 
+/// Lays out the toolkit and stops.
+pub fn fetch() -> Result<ExitCode> {
+    toolkit().map(|_| ExitCode::SUCCESS)
+}
+
 pub fn check() -> Result<ExitCode> {
-    ensure!(
-        cfg!(unix),
-        "cuda-check lays out a toolkit for Linux; elsewhere install CUDA and build with --features cuda"
-    );
     let environment = setup::protoc_only()?;
     let site = toolkit()?;
     let (cuda, cudnn) = (site.join("nvidia").join("cu13"), site.join("nvidia").join("cudnn"));
@@ -52,6 +53,10 @@ pub fn check() -> Result<ExitCode> {
 
 /// Where the packages lie, fetched and made complete where they were not.
 fn toolkit() -> Result<PathBuf> {
+    ensure!(
+        cfg!(unix),
+        "cuda-check lays out a toolkit for Linux; elsewhere install CUDA and build with --features cuda"
+    );
     let folder = setup::root().join(".cache").join("cuda");
     let python = venv::made(&folder, &PACKAGES, "CUDA's toolkit (3 GB)")?;
     let site = venv::site_packages(&python)?;

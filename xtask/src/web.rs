@@ -37,7 +37,7 @@ pub fn test() -> Result<ExitCode> {
     }
     let example = setup::root().join("examples").join("web");
     let environment = setup::everything()?;
-    let program = chores::built_dmd(&environment)?;
+    let program = chores::built_dmd(&environment, &[])?;
     let folder = program.parent().and_then(Path::parent).context("dmd lies in no target folder")?.join("web-test");
     fs::create_dir_all(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
     let teacher = setup::root().join("models").join("pretrained").join("emoji-16");

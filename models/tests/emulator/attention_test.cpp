@@ -23,10 +23,14 @@ struct Shape {
 static int passed = 0, failed = 0;
 static std::mt19937 rng(7);
 
-static Array<bf16> normal(size_t count, float spread) {
-    Array<bf16> x(count);
+// As the multiplier sees it.
+static float rounded(float x, bf16) { return float(bf16(x)); }
+static float rounded(float x, float) { return __uint_as_float(tf32(x)); }
+
+template <class T> Array<T> normal(size_t count, float spread) {
+    Array<T> x(count);
     std::normal_distribution<float> of(0, spread);
-    for (bf16& v : x) v = bf16(of(rng));
+    for (T& v : x) v = T(rounded(of(rng), T()));
     return x;
 }
 
@@ -89,8 +93,8 @@ static Reference reference(const Shape& s, const Doubles& q, const Doubles& k, c
 }
 
 // What the kernels wrote.
-struct Results {
-    Array<bf16> o, dq, dk, dv;
+template <class T> struct Results {
+    Array<T> o, dq, dk, dv;
     Array<float> lse, delta;
     Results(size_t values, size_t rows) : o(values), dq(values), dk(values), dv(values), lse(rows), delta(rows) {}
     bool operator==(Results& other) {
@@ -100,50 +104,59 @@ struct Results {
     }
 };
 
-#define RUN(D)                                                                                                     \
-    launch(attention_forward_##D, grid, 128, 0, q, k, v, qb, kb, vb, to.o.data(), to.lse.data(), s.heads, s.T, s.d, \
-           scale);                                                                                                 \
-    launch(attention_delta, grid, 128, 0, to.o.data(), dy, to.delta.data(), s.heads, s.T, s.d);                    \
-    launch(attention_backward_kv_##D, grid, 128, 0, q, k, v, qb, kb, vb, dy, to.lse.data(), to.delta.data(),       \
+#define RUN(NAME, DELTA)                                                                                           \
+    launch(attention_forward_##NAME, grid, 128, 0, q, k, v, qb, kb, vb, to.o.data(), to.lse.data(), s.heads, s.T,  \
+           s.d, scale);                                                                                            \
+    launch(DELTA, grid, 128, 0, to.o.data(), dy, to.delta.data(), s.heads, s.T, s.d);                              \
+    launch(attention_backward_kv_##NAME, grid, 128, 0, q, k, v, qb, kb, vb, dy, to.lse.data(), to.delta.data(),    \
            to.dk.data(), to.dv.data(), s.heads, s.T, s.d, scale);                                                  \
-    launch(attention_backward_q_##D, grid, 128, 0, q, k, v, qb, kb, vb, dy, to.lse.data(), to.delta.data(),        \
+    launch(attention_backward_q_##NAME, grid, 128, 0, q, k, v, qb, kb, vb, dy, to.lse.data(), to.delta.data(),     \
            to.dq.data(), s.heads, s.T, s.d, scale)
 
-static void run(const Shape& s, const bf16* q, const bf16* k, const bf16* v, const float* qb, const float* kb,
-                const float* vb, const bf16* dy, Results& to) {
+template <class T>
+static void run(const Shape& s, const T* q, const T* k, const T* v, const float* qb, const float* kb, const float* vb,
+                const T* dy, Results<T>& to) {
     const dim3 grid((s.T + 63) / 64, s.B * s.heads);
     const float scale = 1 / std::sqrt((float)s.d);
-    if (s.d <= 16) {
-        RUN(16);
+    if constexpr (sizeof(T) == 4) {
+        if (s.d <= 16) {
+            RUN(f32_16, attention_delta_f32);
+        } else if (s.d <= 32) {
+            RUN(f32_32, attention_delta_f32);
+        } else {
+            RUN(f32_64, attention_delta_f32);
+        }
+    } else if (s.d <= 16) {
+        RUN(16, attention_delta);
     } else if (s.d <= 32) {
-        RUN(32);
+        RUN(32, attention_delta);
     } else if (s.d <= 64) {
-        RUN(64);
+        RUN(64, attention_delta);
     } else {
-        RUN(128);
+        RUN(128, attention_delta);
     }
 }
 
-static void test(const Shape& s) {
+template <class E> static void test(const Shape& s) {
     const size_t values = (size_t)s.B * s.T * s.C(), rows = (size_t)s.B * s.heads * s.T;
-    Array<bf16> q = normal(values, s.spread), k = normal(values, 1), v = normal(values, 1), dy = normal(values, 1);
+    Array<E> q = normal<E>(values, s.spread), k = normal<E>(values, 1), v = normal<E>(values, 1), dy = normal<E>(values, 1);
     for (size_t i = 0; s.low && i < values; i += s.d) q[i] = 1000, k[i] = -std::sqrt(s.d) / 8;
     Array<float> biases[3] = {Array<float>(s.C()), Array<float>(s.C()), Array<float>(s.C())};
     std::normal_distribution<float> of(0, s.bias > 0 ? s.bias : 1);
     for (auto& bias : biases)
         for (float& x : bias) x = of(rng);
 
-    auto whole = [&](Array<bf16>& x, Array<float>* bias) {
+    auto whole = [&](Array<E>& x, Array<float>* bias) {
         Doubles sums(values);
         for (size_t i = 0; i < values; i++)
-            sums[i] = bias == nullptr ? float(x[i]) : float(bf16(float(x[i]) + (*bias)[i % s.C()]));
+            sums[i] = bias == nullptr ? float(x[i]) : rounded(float(x[i]) + (*bias)[i % s.C()], E());
         return sums;
     };
     auto bias = [&](int i) { return s.bias > 0 ? &biases[i] : nullptr; };
     const Reference r = reference(s, whole(q, bias(0)), whole(k, bias(1)), whole(v, bias(2)), whole(dy, nullptr));
 
-    Results to(values, rows), again(values, rows);
-    for (Results* results : {&to, &again}) {
+    Results<E> to(values, rows), again(values, rows);
+    for (Results<E>* results : {&to, &again}) {
         auto row = [&](int i) { return s.bias > 0 ? biases[i].data() : nullptr; };
         dmd_emulator::backwards = results == &again;
         run(s, q.data(), k.data(), v.data(), row(0), row(1), row(2), dy.data(), *results);
@@ -157,16 +170,23 @@ static void test(const Shape& s) {
             delta[i] += (double)float(to.o[at]) * float(dy[at]);
         }
     }
-    std::printf("B %d heads %d T %3d d %3d bias %.1f spread %2.0f:", s.B, s.heads, s.T, s.d, s.bias, s.spread);
-    check("o", to.o, r.o, 1e-2);
+    std::printf("%s B %d heads %d T %3d d %3d bias %.1f spread %2.0f:", sizeof(E) == 4 ? "f32 " : "bf16", s.B, s.heads, s.T, s.d, s.bias, s.spread);
+    // TF32 has three bits more than bf16; sharp weights multiply what is lost in the scores.
+    const double most = sizeof(E) == 4 && s.spread <= 1 ? 3e-3 : 1e-2;
+    check("o", to.o, r.o, most);
     check("lse", to.lse, r.lse, 1e-3);
     check("delta", to.delta, delta, 1e-3);
-    check("dq", to.dq, r.dq, 1e-2);
-    check("dk", to.dk, r.dk, 1e-2);
-    check("dv", to.dv, r.dv, 1e-2);
+    check("dq", to.dq, r.dq, most);
+    check("dk", to.dk, r.dk, most);
+    check("dv", to.dv, r.dv, most);
     const bool same = to == again;
     (same ? passed : failed)++;
     std::printf("%s\n", same ? "" : " (DEPENDS ON THE ORDER OF THREADS)");
+}
+
+static void both(const Shape& s) {
+    test<bf16>(s);
+    if (s.d <= 64) test<float>(s); // There are no f32 kernels for wider heads.
 }
 
 int main() {
@@ -175,11 +195,11 @@ int main() {
                              {2, 3, 33, 24},  {1, 3, 150, 32}, {1, 2, 100, 64}, {2, 1, 65, 40},
                              {1, 2, 16, 64},  {1, 1, 130, 128}, {1, 2, 63, 72}, {3, 5, 16, 16}};
     for (auto [B, heads, T, d] : shapes)
-        for (float bias : {0.0f, 0.5f}) test({B, heads, T, d, bias, 1, false});
-    test({1, 1, 200, 32, 0.2f, 20, false});
-    test({1, 1, 90, 128, 0, 20, false});
-    test({1, 2, 100, 64, 0, 1, true});
-    test({1, 1, 40, 16, 0, 1, true});
+        for (float bias : {0.0f, 0.5f}) both({B, heads, T, d, bias, 1, false});
+    both({1, 1, 200, 32, 0.2f, 20, false});
+    both({1, 1, 90, 128, 0, 20, false});
+    both({1, 2, 100, 64, 0, 1, true});
+    both({1, 1, 40, 16, 0, 1, true});
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

@@ -375,6 +375,33 @@ inline void load_matrices(uint32_t (&r)[4], const __nv_bfloat16* row, bool trans
 inline void ldmatrix_x4(uint32_t (&r)[4], const __nv_bfloat16* row) { load_matrices(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const __nv_bfloat16* row) { load_matrices(r, row, true); }
 
+inline uint32_t tf32(float x) {
+    // To nearest, ties away from zero: half of the last bit that stays, then the rest cut off.
+    return (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
+}
+
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    struct In { uint32_t a[4], b[2]; float c[4]; };
+    struct Out { float c[4]; };
+    const In own = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
+    const Out out = dmd_emulator::collective<In, Out>("mma_tf32", ~0u, own, [](In* in, Out* out) {
+        // The hardware does not see the last 13 bits.
+        auto seen = [](uint32_t x) { return __uint_as_float(x & ~0x1fffu); };
+        float A[16][8], B[8][8];
+        for (int l = 0; l < 32; l++) {
+            for (int i = 0; i < 4; i++) A[l / 4 + i % 2 * 8][l % 4 + i / 2 * 4] = seen(in[l].a[i]);
+            for (int i = 0; i < 2; i++) B[l % 4 + i * 4][l / 4] = seen(in[l].b[i]);
+        }
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) {
+                double sum = in[l].c[i];
+                for (int k = 0; k < 8; k++) sum += (double)A[l / 4 + i / 2 * 8][k] * B[k][l % 4 * 2 + i % 2];
+                out[l].c[i] = sum;
+            }
+    });
+    std::copy(out.c, out.c + 4, c);
+}
+
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct In { uint32_t a[4], b[2]; float c[4]; };
     struct Out { float c[4]; };

@@ -321,7 +321,7 @@ pub(super) fn row_sums(x: &Tensor) -> Result<Tensor> {
     Ok(sums)
 }
 
-/// Head widths that the attention kernels are compiled for; others are filled up with zeros.
+/// Head widths that the attention kernels are compiled for; others are filled up with zeros. f32 has no 128.
 const HEAD_WIDTHS: [usize; 4] = [16, 32, 64, 128];
 /// Queries or keys of a block, and its threads.
 const ATTENTION_TILE: usize = 64;
@@ -332,12 +332,18 @@ fn heads_of(q: &Tensor, heads: usize) -> Option<[usize; 4]> {
     let (b, h, w, channels) = q.dims4().ok()?;
     let width = channels / heads;
     let padded = HEAD_WIDTHS.into_iter().find(|padded| *padded >= width)?;
-    let fits = q.dtype() == DType::BF16 && width.is_multiple_of(super::RUN) && channels == heads * width;
+    let in_registers = q.dtype() == DType::BF16 || padded <= 64;
+    let fits = in_registers && width.is_multiple_of(super::RUN) && channels == heads * width;
     (fits && b * heads <= 65_535).then_some([b, h * w, width, padded])
 }
 
 pub(super) fn attention_fits(q: &Tensor, heads: usize) -> bool {
     heads_of(q, heads).is_some()
+}
+
+fn attention_kernel(name: &str, q: &Tensor, padded: usize) -> String {
+    let dtype = if q.dtype() == DType::F32 { "_f32" } else { "" };
+    format!("{name}{dtype}_{padded}")
 }
 
 /// The sizes that all kernels of attention end with, and the grid.
@@ -366,7 +372,7 @@ pub(super) fn attention(a: &Attention) -> Result<(Tensor, Tensor)> {
     let mut args = attention_inputs(a)?;
     args.extend([address(&o)?, address(&lse)?]);
     args.extend(sizes);
-    launch(&device_of(q)?, ATTENTION, &format!("attention_forward_{padded}"), grid, &args)?;
+    launch(&device_of(q)?, ATTENTION, &attention_kernel("attention_forward", q, padded), grid, &args)?;
     Ok((o, lse))
 }
 
@@ -378,12 +384,13 @@ pub(super) fn attention_backward(a: &Attention, o: &Tensor, lse: &Tensor, dy: &T
     let (dq, dk, dv) = (like()?, like()?, like()?);
     let delta = unwritten(lse.shape(), DType::F32, q.device())?;
     let args = [&[address(o)?, address(dy)?, address(&delta)?], &sizes[..3]].concat();
-    launch(&device, ATTENTION, "attention_delta", grid, &args)?;
+    let delta_kernel = if q.dtype() == DType::F32 { "attention_delta_f32" } else { "attention_delta" };
+    launch(&device, ATTENTION, delta_kernel, grid, &args)?;
     let mut inputs = attention_inputs(a)?;
     inputs.extend([address(dy)?, address(lse)?, address(&delta)?]);
     let args = [&inputs[..], &[address(&dk)?, address(&dv)?], &sizes].concat();
-    launch(&device, ATTENTION, &format!("attention_backward_kv_{padded}"), grid, &args)?;
+    launch(&device, ATTENTION, &attention_kernel("attention_backward_kv", q, padded), grid, &args)?;
     let args = [&inputs[..], &[address(&dq)?], &sizes].concat();
-    launch(&device, ATTENTION, &format!("attention_backward_q_{padded}"), grid, &args)?;
+    launch(&device, ATTENTION, &attention_kernel("attention_backward_q", q, padded), grid, &args)?;
     Ok([dq, dk, dv])
 }
