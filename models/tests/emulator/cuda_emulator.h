@@ -377,7 +377,7 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const __nv_bfloat16* row) { load
 
 inline uint32_t tf32(float x) {
     // To nearest, ties away from zero: half of the last bit that stays, then the rest cut off.
-    return (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
+    return std::isnan(x) ? __float_as_uint(x) : (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
 }
 
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
