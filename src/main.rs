@@ -7,7 +7,10 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     output::start_logging();
-    memory::keep_freed();
+    match &cli.command {
+        cli::Command::Export(_) => memory::return_freed(),
+        _ => memory::keep_freed(),
+    }
     match commands::run(&cli) {
         Ok(result) => {
             if cli.json {

@@ -30,6 +30,8 @@ fn pictures_become_a_teacher_a_generator_and_a_file_that_agree() {
     let exported = w.ok("export run/generator --onnx generator.onnx");
     let engines = exported["engines"].as_array().unwrap();
     assert!(!engines.is_empty(), "{exported}");
+    let [weights, peak] = ["weight_bytes", "peak_memory_bytes"].map(|bytes| exported[bytes].as_u64());
+    assert!(weights.is_some() && (peak > weights || cfg!(not(target_os = "linux"))), "{exported}");
     w.ok("export run/generator --onnx bytes.onnx --output u8 --batch 2");
     assert!(!w.path("generator.onnx.partial").exists());
 

@@ -4,9 +4,10 @@
 use crate::fold::{Folded, fold};
 use crate::graph::{Graph, Op};
 use crate::lower::lower;
+use crate::onnx::ExternalData;
 use crate::passes::merge;
 use crate::precision::{activations, half, weights};
-use crate::verify::{EngineVerdict, Status, Subject, verify};
+use crate::verify::{EngineVerdict, Samples, Status, Subject, verify};
 use crate::{Dialect, Error, LayerSensitivity, Network, Precision, Result, Value, check, onnx, trace};
 use candle_core::{Device, Tensor};
 use candle_onnx::onnx::ModelProto;
@@ -148,6 +149,12 @@ pub fn export_passes<N: Network>(
     options: &ExportOptions,
     path: &Path,
 ) -> Result<ExportReport> {
+    prepare(passes, info, options, path)?.verify()
+}
+
+/// [`export_passes`] up to the engines. What comes of it borrows nothing of the network, which can be dropped before
+/// they take memory for the same weights.
+pub fn prepare<N: Network>(passes: &[N], info: &ModelInfo, options: &ExportOptions, path: &Path) -> Result<Prepared> {
     let network = check_passes(passes, options)?;
     let [height, width] = info.size;
     let shape = [network.channels(), height, width];
@@ -188,20 +195,41 @@ pub fn export_passes<N: Network>(
     }
     // The unwritable path is found before the time for the check is spent.
     let aside = Aside::write(path, &files, options.force)?;
-    let samples = subject.samples()?;
-    let ((nodes, initializers), bytes) = (counts(&model), files.bytes);
+    let bytes = files.bytes;
     drop(files);
-    let engines = verify(&aside.model(), model, &samples, options);
-    accept(&engines, options.allow_unverified)?;
-    aside.rename()?;
     let (dialect, precision) = (options.dialect, options.precision);
-    Ok(ExportReport { path: path.into(), nodes, initializers, bytes, dialect, precision, layers, folded, engines })
+    let (nodes, initializers) = counts(&model);
+    let path = path.into();
+    let report = ExportReport { path, nodes, initializers, bytes, dialect, precision, layers, folded, engines: vec![] };
+    Ok(Prepared { aside, model, samples: subject.samples()?, options: options.clone(), report })
+}
+
+/// A file that lies aside, with the network's pictures that it has to make. It is removed where it is not verified.
+pub struct Prepared {
+    aside: Aside,
+    model: ModelProto,
+    samples: Samples,
+    options: ExportOptions,
+    /// All but the engines.
+    report: ExportReport,
+}
+
+impl Prepared {
+    /// Runs the file in every engine that is asked for, one after the other, and gives it its name if it makes the
+    /// network's pictures in all of them.
+    pub fn verify(self) -> Result<ExportReport> {
+        let Prepared { aside, model, samples, options, report } = self;
+        let engines = verify(&aside.model(), model, &samples, &options);
+        accept(&engines, options.allow_unverified)?;
+        aside.rename()?;
+        Ok(ExportReport { engines, ..report })
+    }
 }
 
 /// What goes into a file, and into the one beside it.
 struct Files<'a> {
     model: Cow<'a, ModelProto>,
-    data: Option<Vec<u8>>,
+    data: Option<ExternalData<'a>>,
     /// Of both.
     bytes: usize,
 }
@@ -213,7 +241,7 @@ impl<'a> Files<'a> {
         }
         let name = data_path(path).file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let (model, data) = onnx::with_external_data(model, &name);
-        let bytes = onnx::encoded_len(&model)? + data.len();
+        let bytes = onnx::encoded_len(&model)? + data.bytes;
         Ok(Files { model: Cow::Owned(model), data: Some(data), bytes })
     }
 }
@@ -402,10 +430,10 @@ impl Aside {
         if !aside.folder.is_dir() {
             fs::create_dir(&aside.folder).map_err(Error::io(path))?;
         }
-        let file = fs::File::create(aside.model()).map_err(Error::io(path))?;
-        onnx::write(&files.model, &mut BufWriter::new(file)).map_err(Error::io(path))?;
+        let create = |file| fs::File::create(file).map(BufWriter::new).map_err(Error::io(path));
+        onnx::write(&files.model, &mut create(aside.model())?).map_err(Error::io(path))?;
         if let Some(data) = &files.data {
-            fs::write(aside.data(), data).map_err(Error::io(path))?;
+            data.write(&mut create(aside.data())?).map_err(Error::io(path))?;
         }
         Ok(aside)
     }

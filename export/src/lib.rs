@@ -61,7 +61,10 @@ mod file;
 mod network;
 mod verify;
 pub use dmd_runtime::{EngineChoice, Output};
-pub use file::{Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, export, export_passes, weights_sha256};
+pub use file::{
+    Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, Prepared, export, export_passes, prepare,
+    weights_sha256,
+};
 pub use network::Network;
 pub use verify::{EngineVerdict, Status, missing_operator};
 

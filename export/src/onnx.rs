@@ -309,9 +309,38 @@ const PAGE: usize = 4096;
 const MAP_GRANULARITY: usize = 65536;
 const LARGE: usize = 1 << 20;
 
-/// The model without its large constants, and those in one piece that goes into a file called `location`.
-pub(crate) fn with_external_data(model: &ModelProto, location: &str) -> (ModelProto, Vec<u8>) {
-    let mut outside = Vec::new();
+/// What goes into the file beside a model, which is written without a copy of it.
+#[derive(Default)]
+pub(crate) struct ExternalData<'a> {
+    /// Bytes and where they begin, ascending.
+    parts: Vec<(usize, &'a [u8])>,
+    pub bytes: usize,
+}
+
+impl<'a> ExternalData<'a> {
+    /// Finds a place for a constant; gives where it begins.
+    fn place(&mut self, bytes: &'a [u8]) -> usize {
+        let offset = self.bytes.next_multiple_of(if bytes.len() < LARGE { PAGE } else { MAP_GRANULARITY });
+        self.parts.push((offset, bytes));
+        self.bytes = offset + bytes.len();
+        offset
+    }
+
+    pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
+        static PADDING: [u8; MAP_GRANULARITY] = [0; MAP_GRANULARITY];
+        let mut at = 0;
+        for (offset, bytes) in &self.parts {
+            to.write_all(&PADDING[..offset - at])?;
+            to.write_all(bytes)?;
+            at = offset + bytes.len();
+        }
+        to.flush()
+    }
+}
+
+/// The model without its large constants, and those for a file called `location`.
+pub(crate) fn with_external_data<'a>(model: &'a ModelProto, location: &str) -> (ModelProto, ExternalData<'a>) {
+    let mut outside = ExternalData::default();
     let (mut light, mut graph) = without_constants(model);
     let constants = model.graph.iter().flat_map(|graph| &graph.initializer);
     graph.initializer = constants.map(|tensor| moved_out(tensor, location, &mut outside)).collect();
@@ -319,14 +348,12 @@ pub(crate) fn with_external_data(model: &ModelProto, location: &str) -> (ModelPr
     (light, outside)
 }
 
-fn moved_out(tensor: &TensorProto, location: &str, outside: &mut Vec<u8>) -> TensorProto {
+fn moved_out<'a>(tensor: &'a TensorProto, location: &str, outside: &mut ExternalData<'a>) -> TensorProto {
     let length = tensor.raw_data.len();
     if length < MIN_EXTERNAL_BYTES {
         return tensor.clone();
     }
-    outside.resize(outside.len().next_multiple_of(if length < LARGE { PAGE } else { MAP_GRANULARITY }), 0);
-    let offset = outside.len();
-    outside.extend_from_slice(&tensor.raw_data);
+    let offset = outside.place(&tensor.raw_data);
     let entry = |key: &str, value: String| StringStringEntryProto { key: key.into(), value };
     TensorProto {
         name: tensor.name.clone(),

@@ -252,8 +252,8 @@ enum Found {
     U8(Vec<u8>),
 }
 
-/// Runs the file through every engine that is asked for. The model is the file's; it is given up before an engine loads
-/// the weights once more.
+/// Runs the file through every engine that is asked for, one after the other. The model is the file's; it is given up
+/// before an engine loads the weights once more.
 pub(crate) fn verify(path: &Path, model: ModelProto, samples: &Samples, options: &ExportOptions) -> Vec<EngineVerdict> {
     let (output, library) = (options.output, &options.library);
     let demand = match options.precision {

@@ -587,6 +587,29 @@ fn a_difference_over_the_tolerance_leaves_no_file() {
 }
 
 #[test]
+fn a_prepared_file_needs_no_network_and_has_no_name_until_it_is_verified() {
+    let config = small(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("generator.onnx");
+    let prepared = |options: &ExportOptions| {
+        let passes = [edm(&config, &random_weights(&config), 2.5)];
+        dmd_export::prepare(&passes, &info(&config), options, &path).unwrap()
+    };
+    let left = || fs::read_dir(folder.path()).unwrap().count();
+    let options = ExportOptions { external_data: true, ..Default::default() };
+    drop(prepared(&options));
+    assert_eq!(left(), 0);
+    let error = prepared(&ExportOptions { tolerance: 1e-12, ..options.clone() }).verify().unwrap_err();
+    assert!(matches!(error, Error::Verification(_)), "{error}");
+    assert_eq!(left(), 0);
+    let prepared = prepared(&options);
+    assert!(!path.exists());
+    let report = prepared.verify().unwrap();
+    assert!(path.exists() && report.engines.iter().any(|engine| engine.status == Status::Passed), "{report:?}");
+    assert_eq!(left(), 2);
+}
+
+#[test]
 fn bad_settings_and_paths_are_refused_by_name() {
     type Change = fn(&mut ModelInfo, &mut ExportOptions);
     let cases: [(&str, &str, Change); 8] = [

@@ -2,6 +2,7 @@
 
 use super::{check_free, engine_choice, engine_options, make_parent};
 use crate::cli::{ExportArgs, OutputKind};
+use crate::memory;
 use crate::output::say;
 use crate::report::export::{self as report, Reference};
 use crate::sample::Model;
@@ -42,16 +43,23 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         force: args.force,
         ..ExportOptions::default()
     };
+    let weight_bytes = folder.weights.n_parameters() * size_of::<f32>();
+    drop(folder);
     make_parent(&args.onnx)?;
-    let exported = dmd_export::export_passes(&passes, &info, &options, &args.onnx)?;
+    let prepared = dmd_export::prepare(&passes, &info, &options, &args.onnx)?;
+    // The report looks at the network once more; else its memory is the engines'.
+    let passes = args.report.then_some(passes);
+    let exported = prepared.verify()?;
+    let peak = memory::peak_bytes(&Device::Cpu);
     for verdict in &exported.engines {
         say(&verdict.to_string());
     }
     say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
-    let mut result = match args.report {
-        true => write_report(args, &passes, &options, &exported, threads)?,
-        false => serde_json::to_value(&exported)?,
+    let mut result = match &passes {
+        Some(passes) => write_report(args, passes, &options, &exported, threads)?,
+        None => serde_json::to_value(&exported)?,
     };
+    (result["weight_bytes"], result["peak_memory_bytes"]) = (weight_bytes.into(), peak.into());
     if let Some(target) = args.target {
         let linted = lint(&read(&args.onnx)?, target);
         say(&linted.to_string());
