@@ -11,7 +11,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Storage, Tensor, Var, bail};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What networks are trained on: [`Eager`], with or without checkpointing, and on a GPU a [tape](crate::tape).
+/// What networks are trained on: [`Eager`], with or without checkpointing, and on a GPU a [`Tape`](crate::tape::Tape).
 /// [`Recompute::backward`] takes the place of `Tensor::backward`.
 #[derive(Clone, Default)]
 pub struct Recompute {

@@ -1,7 +1,7 @@
 //! A network's pass on a GPU: a [`Backend`] whose pictures lie with channels last, in f32 or bf16, and which writes down
 //! for itself how to go back. candle's own graph would add every gradient to a fresh zero tensor and knows no layout but
 //! its own; here a gradient is handed on as it is, added up within the kernel that makes the next one, and freed with the
-//! maps that it needed. To candle, the whole pass is one operation ([`pass`]).
+//! maps that it needed. To candle, the whole pass is one operation (`pass`).
 //!
 //! What no kernel takes (rare activations, odd numbers of channels) runs as [`Eager`] does it, and goes back by candle.
 
