@@ -57,9 +57,12 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
     let mut result = match &passes {
         Some(passes) => write_report(args, passes, &options, &exported, threads)?,
-        None => serde_json::to_value(&exported)?,
+        None => {
+            let mut result = serde_json::to_value(&exported)?;
+            (result["weight_bytes"], result["peak_memory_bytes"]) = (weight_bytes.into(), peak.into());
+            result
+        }
     };
-    (result["weight_bytes"], result["peak_memory_bytes"]) = (weight_bytes.into(), peak.into());
     if let Some(target) = args.target {
         let linted = lint(&read(&args.onnx)?, target);
         say(&linted.to_string());
