@@ -6,9 +6,8 @@ use crate::backend::{Activation, Backend, Block, Eager, Network};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use crate::tape::{self, Leaves};
 use crate::{Error, Result};
-use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Storage, Tensor, Var, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor, Var};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What networks are trained on: [`Eager`], with or without checkpointing, and on a GPU a [`Tape`](crate::tape::Tape).
@@ -92,6 +91,7 @@ impl CustomOp1 for Upstream {
         y: &candle_core::CudaStorage,
         layout: &Layout,
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
         // Any value would do; the result's own copy is at hand.
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }
@@ -113,12 +113,7 @@ impl<T: Block> CustomOp2 for Checkpoint<T> {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let y = self.take()?;
-        let (storage, layout) = y.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(cpu) => Ok((cpu.try_clone(layout)?, layout.shape().clone())),
-            _ => bail!("checkpoint: the block's result is not on the CPU"),
-        }
+        tape::cpu_values(&self.take()?)
     }
 
     #[cfg(feature = "cuda")]
@@ -129,12 +124,7 @@ impl<T: Block> CustomOp2 for Checkpoint<T> {
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-        let y = self.take()?;
-        let (storage, layout) = y.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(cuda) => Ok((cuda.try_clone(layout)?, layout.shape().clone())),
-            _ => bail!("checkpoint: the block's result is not on the GPU"),
-        }
+        tape::cuda_values(&self.take()?)
     }
 
     fn bwd(

@@ -9,6 +9,7 @@ use crate::backend::{Activation, Backend, Block, Eager, Network};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use crate::ops::nhwc::{self, Attention, Norm, NormInput, RUN, Steps};
 use crate::{Error, Result};
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, TensorId, Var, bail};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -188,12 +189,7 @@ impl Gradients {
         match slot {
             Slot::Node(i) => self.nodes[*i] = Some(sum(self.nodes[*i].take(), grad)?),
             Slot::Leaf(id, shape) => {
-                let grad = grad.reshape(shape)?;
-                let grad = match self.leaves.remove(id) {
-                    Some(before) => (before + grad)?,
-                    None => grad,
-                };
-                self.leaves.insert(*id, grad);
+                add_leaf(&mut self.leaves, *id, grad.reshape(shape)?)?;
             }
         }
         Ok(())
@@ -666,13 +662,15 @@ impl Recorded {
 }
 
 fn add_all(sum: &mut HashMap<TensorId, Tensor>, more: HashMap<TensorId, Tensor>) -> Result<()> {
-    for (id, grad) in more {
-        let grad = match sum.remove(&id) {
-            Some(before) => (before + grad)?,
-            None => grad,
-        };
-        sum.insert(id, grad);
-    }
+    more.into_iter().try_for_each(|(id, grad)| add_leaf(sum, id, grad))
+}
+
+fn add_leaf(sum: &mut HashMap<TensorId, Tensor>, id: TensorId, grad: Tensor) -> Result<()> {
+    let grad = match sum.remove(&id) {
+        Some(before) => (before + grad)?,
+        None => grad,
+    };
+    sum.insert(id, grad);
     Ok(())
 }
 
@@ -687,19 +685,32 @@ fn take<T>(once: &Mutex<Option<T>>) -> candle_core::Result<T> {
     taken.ok_or_else(|| candle_core::Error::Msg("a network's pass goes forward once and back once".into()))
 }
 
+/// The values of a node of candle's graph that were computed before it: a copy, since a node owns its own.
+pub(crate) fn cpu_values(y: &Tensor) -> candle_core::Result<(CpuStorage, Shape)> {
+    let (storage, layout) = y.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(cpu) => Ok((cpu.try_clone(layout)?, layout.shape().clone())),
+        _ => bail!("the result of a pass is not on the CPU"),
+    }
+}
+
+/// The same on a GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_values(y: &Tensor) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+    let (storage, layout) = y.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(cuda) => Ok((cuda.try_clone(layout)?, layout.shape().clone())),
+        _ => bail!("the result of a pass is not on the GPU"),
+    }
+}
+
 impl CustomOp1 for Pass {
     fn name(&self) -> &'static str {
         "pass"
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let joined = take(&self.joined)?;
-        let (storage, layout) = joined.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(cpu) => Ok((cpu.try_clone(layout)?, layout.shape().clone())),
-            _ => bail!("pass: the result is not on the CPU"),
-        }
+        cpu_values(&take(&self.joined)?)
     }
 
     #[cfg(feature = "cuda")]
@@ -708,13 +719,7 @@ impl CustomOp1 for Pass {
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let joined = take(&self.joined)?;
-        let (storage, layout) = joined.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(cuda) => Ok((cuda.try_clone(layout)?, layout.shape().clone())),
-            _ => bail!("pass: the result is not on the GPU"),
-        }
+        cuda_values(&take(&self.joined)?)
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
