@@ -3,8 +3,10 @@
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 /// The parameters of a network by diffusers' tensor names, in the order of the names.
@@ -114,17 +116,45 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     write().inspect_err(|_| _ = fs::remove_file(&aside)).map_err(Error::io(path))
 }
 
+/// One tensor after the other, so that the file is never in memory beside its tensors.
 fn load_file(path: &Path, device: &Device) -> Result<Weights> {
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    let not_whole = |e| Error::file(path, format!("not a whole safetensors file ({} bytes): {e}", bytes.len()));
-    let parsed = safetensors::SafeTensors::deserialize(&bytes).map_err(not_whole)?;
+    use candle_core::safetensors::Load;
+    let (mut file, header) = open(path)?;
     let mut weights = Weights::default();
-    for (name, view) in parsed.tensors() {
-        use candle_core::safetensors::Load;
-        let tensor = view.load(device).map_err(|e| Error::file(path, format!("tensor \"{name}\": {e}")))?;
+    let mut bytes = Vec::new();
+    // In the order of their places, without gaps: that much the header was checked for.
+    for name in header.offset_keys() {
+        let Some(info) = header.info(&name) else { continue };
+        bytes.resize(info.data_offsets.1 - info.data_offsets.0, 0);
+        file.read_exact(&mut bytes).map_err(Error::io(path))?;
+        let in_tensor = |e: &dyn std::fmt::Display| Error::file(path, format!("tensor \"{name}\": {e}"));
+        let view = TensorView::new(info.dtype, info.shape.clone(), &bytes).map_err(|e| in_tensor(&e))?;
+        let tensor = view.load(device).map_err(|e| in_tensor(&e))?;
         weights.insert(name, tensor);
     }
     Ok(weights)
+}
+
+/// A safetensors file at its first tensor, and its header, which accounts for every byte that follows.
+fn open(path: &Path) -> Result<(fs::File, safetensors::tensor::Metadata)> {
+    let mut file = fs::File::open(path).map_err(Error::io(path))?;
+    let file_bytes = file.metadata().map_err(Error::io(path))?.len();
+    let not_whole = |e: &dyn std::fmt::Display| {
+        Error::file(path, format!("not a whole safetensors file ({file_bytes} bytes): {e}"))
+    };
+    let mut length = [0u8; 8];
+    file.read_exact(&mut length).map_err(|_| not_whole(&"it has no header"))?;
+    let (header_bytes, rest) = (u64::from_le_bytes(length), file_bytes.saturating_sub(8));
+    let Some(data_bytes) = rest.checked_sub(header_bytes) else {
+        return Err(not_whole(&format!("a header of {header_bytes} bytes does not fit")));
+    };
+    let mut header = vec![0u8; header_bytes as usize];
+    file.read_exact(&mut header).map_err(Error::io(path))?;
+    let header: safetensors::tensor::Metadata = serde_json::from_slice(&header).map_err(|e| not_whole(&e))?;
+    match header.data_len() as u64 {
+        promised if promised == data_bytes => Ok((file, header)),
+        promised => Err(not_whole(&format!("{promised} bytes of tensors are promised, {data_bytes} are there"))),
+    }
 }
 
 fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
@@ -156,22 +186,6 @@ fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
 
 /// The metadata of a safetensors file, without reading its tensors.
 pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
-    use std::io::Read;
-    let mut file = fs::File::open(path).map_err(Error::io(path))?;
-    let file_bytes = file.metadata().map_err(Error::io(path))?.len();
-    let mut length = [0u8; 8];
-    file.read_exact(&mut length).map_err(|e| Error::file(path, format!("not a safetensors file: {e}")))?;
-    let header_bytes = u64::from_le_bytes(length);
-    if header_bytes > file_bytes.saturating_sub(8) {
-        return Err(Error::file(
-            path,
-            format!("not a whole safetensors file: its header of {header_bytes} bytes does not fit in {file_bytes}"),
-        ));
-    }
-    let mut header = vec![0u8; header_bytes as usize];
-    file.read_exact(&mut header).map_err(Error::io(path))?;
-    let header: serde_json::Value =
-        serde_json::from_slice(&header).map_err(|e| Error::file(path, format!("broken safetensors header: {e}")))?;
-    let entries = header.get("__metadata__").and_then(|m| m.as_object());
-    Ok(entries.into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), v.as_str()?.to_string()))).collect())
+    let (_, header) = open(path)?;
+    Ok(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
 }
