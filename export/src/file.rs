@@ -152,9 +152,15 @@ pub fn export_passes<N: Network>(
     prepare(passes, info, options, path)?.verify()
 }
 
-/// [`export_passes`] up to the engines. What comes of it borrows nothing of the network, which can be dropped before
-/// they take memory for the same weights.
-pub fn prepare<N: Network>(passes: &[N], info: &ModelInfo, options: &ExportOptions, path: &Path) -> Result<Prepared> {
+/// [`export_passes`] up to the engines. Of passes that are given away, nothing is left in memory once the file's own
+/// spelling of the weights is there.
+pub fn prepare<N: Network>(
+    given: impl AsRef<[N]>,
+    info: &ModelInfo,
+    options: &ExportOptions,
+    path: &Path,
+) -> Result<Prepared> {
+    let passes = given.as_ref();
     let network = check_passes(passes, options)?;
     let [height, width] = info.size;
     let shape = [network.channels(), height, width];
@@ -173,18 +179,18 @@ pub fn prepare<N: Network>(passes: &[N], info: &ModelInfo, options: &ExportOptio
     let fixed = options.fixed_label;
     let labels = if fixed.is_some() { 0 } else { classes.len() };
     let subject = Subject { passes, shape, batch: options.batch.traced(), labels, fixed };
+    let (samples, calibration) = (subject.samples()?, subject.calibration()?);
+    // The network has been looked at for the last time.
+    drop(given);
     let (graph, layers) = match options.precision {
         Precision::Fp32 => (lowered.graph, vec![]),
         Precision::Fp16 => {
-            let graph = half::rewrite(&lowered)?;
-            half::check_finite(&graph, &subject.calibration()?)?;
+            let graph = half::rewrite(lowered)?;
+            half::check_finite(&graph, &calibration)?;
             (graph, vec![])
         }
-        Precision::W8 => (weights::rewrite(&lowered.graph)?, vec![]),
-        Precision::W8a8 => {
-            let weights_only = weights::rewrite(&lowered.graph)?;
-            activations::rewrite(&lowered.graph, &weights_only, &subject.calibration()?, options.max_drop_db)?
-        }
+        Precision::W8 => (weights::rewrite(lowered.graph)?, vec![]),
+        Precision::W8a8 => activations::rewrite(&lowered.graph, &calibration, options.max_drop_db)?,
     };
     let mut model = onnx::model(graph, options.dialect, &metadata);
     check::check(&model, options.dialect.rules(options.precision, dynamic_batch))?;
@@ -201,7 +207,7 @@ pub fn prepare<N: Network>(passes: &[N], info: &ModelInfo, options: &ExportOptio
     let (nodes, initializers) = counts(&model);
     let path = path.into();
     let report = ExportReport { path, nodes, initializers, bytes, dialect, precision, layers, folded, engines: vec![] };
-    Ok(Prepared { aside, model, samples: subject.samples()?, options: options.clone(), report })
+    Ok(Prepared { aside, model, samples, options: options.clone(), report })
 }
 
 /// A file that lies aside, with the network's pictures that it has to make. It is removed where it is not verified.

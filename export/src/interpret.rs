@@ -14,7 +14,8 @@ use std::collections::{HashMap, HashSet};
 /// A graph ready to be run.
 pub(crate) struct Interpreter<'a> {
     graph: &'a GraphProto,
-    constants: HashMap<&'a str, Tensor>,
+    /// Made into tensors where they are read: the graph and its tensors together would be the weights twice.
+    constants: HashMap<&'a str, &'a TensorProto>,
     half: HashSet<&'a str>,
     /// The last node that reads a value, by place.
     last_use: HashMap<&'a str, usize>,
@@ -24,16 +25,15 @@ pub(crate) struct Interpreter<'a> {
 pub(crate) type See<'a> = dyn FnMut(&NodeProto, &[&Tensor], &Tensor) -> Result<()> + 'a;
 
 impl<'a> Interpreter<'a> {
-    pub fn new(graph: &'a GraphProto) -> Result<Self> {
-        let constants = graph.initializer.iter().map(|tensor| Ok((tensor.name.as_str(), constant(tensor)?)));
+    pub fn new(graph: &'a GraphProto) -> Self {
         let half = graph.value_info.iter().filter(|info| element_type(info) == Some(DataType::Float16 as i32));
         let reads = graph.node.iter().enumerate().flat_map(|(at, node)| node.input.iter().map(move |name| (name, at)));
-        Ok(Interpreter {
+        Interpreter {
             graph,
-            constants: constants.collect::<Result<_>>()?,
+            constants: graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect(),
             half: half.map(|info| info.name.as_str()).collect(),
             last_use: reads.map(|(name, at)| (name.as_str(), at)).collect(),
-        })
+        }
     }
 
     /// The picture of noise `(B, C, H, W)` and, where the graph looks something up, rows `(B,)`; f32, u8 pictures too.
@@ -42,8 +42,8 @@ impl<'a> Interpreter<'a> {
         let index = self.graph.input.iter().map(|input| input.name.as_str()).find(|name| *name != "noise");
         values.extend(index.zip(row.cloned()));
         for (at, node) in self.graph.node.iter().enumerate() {
-            let inputs: Vec<&Tensor> =
-                node.input.iter().map(|name| self.value(&values, name)).collect::<Result<_>>()?;
+            let inputs: Vec<Tensor> = node.input.iter().map(|name| self.value(&values, name)).collect::<Result<_>>()?;
+            let inputs: Vec<&Tensor> = inputs.iter().collect();
             let outputs = evaluate(node, &inputs)?;
             let mut given = Vec::with_capacity(outputs.len());
             for (name, output) in node.output.iter().zip(outputs) {
@@ -59,9 +59,12 @@ impl<'a> Interpreter<'a> {
         values.remove("image").ok_or_else(|| Error::Malformed(vec!["the graph gives no image".into()]))
     }
 
-    fn value<'v>(&'v self, values: &'v HashMap<&str, Tensor>, name: &str) -> Result<&'v Tensor> {
-        let found = values.get(name).or_else(|| self.constants.get(name));
-        found.ok_or_else(|| Error::Malformed(vec![format!("value \"{name}\" is read before it is computed")]))
+    fn value(&self, values: &HashMap<&str, Tensor>, name: &str) -> Result<Tensor> {
+        match (values.get(name), self.constants.get(name)) {
+            (Some(value), _) => Ok(value.clone()),
+            (None, Some(tensor)) => constant(tensor),
+            (None, None) => Err(Error::Malformed(vec![format!("value \"{name}\" is read before it is computed")])),
+        }
     }
 }
 

@@ -3,7 +3,6 @@
 
 use crate::{Error, Result};
 use candle_onnx::onnx::GraphProto;
-use candle_onnx::onnx::tensor_proto::DataType;
 use std::collections::HashMap;
 
 pub(crate) mod activations;
@@ -76,22 +75,15 @@ impl std::str::FromStr for Precision {
     }
 }
 
-/// Constants by name, for rewrites that replace them.
-struct Constants {
-    places: HashMap<String, usize>,
+/// Where each constant is among the graph's, by name.
+fn places(graph: &GraphProto) -> HashMap<&str, usize> {
+    graph.initializer.iter().enumerate().map(|(place, tensor)| (tensor.name.as_str(), place)).collect()
 }
 
-impl Constants {
-    fn of(graph: &GraphProto) -> Self {
-        let places = graph.initializer.iter().enumerate();
-        Constants { places: places.map(|(place, tensor)| (tensor.name.clone(), place)).collect() }
-    }
-
-    /// The place of a constant of this type.
-    fn find(&self, graph: &GraphProto, name: &str, kind: DataType) -> Option<usize> {
-        let place = *self.places.get(name)?;
-        (graph.initializer[place].data_type == kind as i32).then_some(place)
-    }
+/// The graph without its nodes and constants.
+fn frame(graph: &GraphProto) -> GraphProto {
+    let (input, output) = (graph.input.clone(), graph.output.clone());
+    GraphProto { name: graph.name.clone(), input, output, value_info: graph.value_info.clone(), ..Default::default() }
 }
 
 /// Drops the constants that no node reads any more.

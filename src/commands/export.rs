@@ -46,16 +46,16 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     let weight_bytes = folder.weights.n_parameters() * size_of::<f32>();
     drop(folder);
     make_parent(&args.onnx)?;
-    let prepared = dmd_export::prepare(&passes, &info, &options, &args.onnx)?;
-    // The report looks at the network once more; else its memory is the engines'.
-    let passes = args.report.then_some(passes);
+    // The report looks at the network once more; else its memory is the file's and the engines'.
+    let kept = args.report.then(|| passes.clone());
+    let prepared = dmd_export::prepare(passes, &info, &options, &args.onnx)?;
     let exported = prepared.verify()?;
     let peak = memory::peak_bytes(&Device::Cpu);
     for verdict in &exported.engines {
         say(&verdict.to_string());
     }
     say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
-    let mut result = match &passes {
+    let mut result = match &kept {
         Some(passes) => write_report(args, passes, &options, &exported, threads)?,
         None => {
             let mut result = serde_json::to_value(&exported)?;

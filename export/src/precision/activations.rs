@@ -4,7 +4,7 @@
 //! measured alone, and the worst stay in single precision until the picture is close enough (Zhao et al. 2024, "MixDQ").
 
 use super::weights::{Quantized, quantized};
-use super::{Constants, outermost_convs, sweep_constants};
+use super::{frame, outermost_convs, places, weights};
 use crate::interpret::Interpreter;
 use crate::onnx::{
     Dim, initializer, int as int_attribute, little_endian, tensor_type, value_info, value_info_like, values_f32,
@@ -29,23 +29,22 @@ pub struct LayerSensitivity {
     pub kept_float: bool,
 }
 
-/// Quantises all layers but as many of the worst as it takes to be within `max_drop_db` of `weights_only`, the same
-/// graph with its weights alone quantised.
+/// Quantises all layers but as many of the worst as it takes to be within `max_drop_db` of the same graph with its
+/// weights alone quantised.
 pub(crate) fn rewrite(
     graph: &GraphProto,
-    weights_only: &GraphProto,
     inputs: &Inputs,
     max_drop_db: f64,
 ) -> Result<(GraphProto, Vec<LayerSensitivity>)> {
     let calibration = calibrate(graph, inputs)?;
     let psnr = |graph: &GraphProto| Ok::<f64, Error>(psnr_db(&calibration.pictures, &pictures(graph, inputs)?));
+    let wanted = psnr(&weights::rewrite(graph.clone())?)? - max_drop_db;
     let with = |layers: &HashSet<&str>| quantize(graph, layers, &calibration.ranges);
     let mut layers = Vec::new();
     for node in layers_of(graph) {
         layers.push((node, psnr(&with(&HashSet::from([node]))?)?));
     }
     layers.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(b.0)));
-    let wanted = psnr(weights_only)? - max_drop_db;
     // The fewest that may stay: between all quantised and none.
     let (mut low, mut high) = (0, layers.len());
     while low < high {
@@ -103,7 +102,7 @@ struct Calibration {
 fn calibrate(graph: &GraphProto, inputs: &Inputs) -> Result<Calibration> {
     let layers: HashSet<&str> = layers_of(graph).into_iter().collect();
     let mut seen: HashMap<String, Vec<f32>> = HashMap::new();
-    let interpreter = Interpreter::new(graph)?;
+    let interpreter = Interpreter::new(graph);
     let runs = inputs.runs()?;
     let mut pictures = Vec::with_capacity(runs.len());
     let mut keep = |name: &str, tensor: &Tensor| -> Result<()> {
@@ -166,13 +165,12 @@ impl Range {
 fn quantize(graph: &GraphProto, layers: &HashSet<&str>, ranges: &HashMap<String, Range>) -> Result<GraphProto> {
     let infos = graph.value_info.iter().chain(&graph.input);
     let mut rewrite = Rewrite {
-        source: graph,
-        constants: Constants::of(graph),
+        constants: places(graph).into_iter().map(|(name, place)| (name, &graph.initializer[place])).collect(),
         infos: infos.map(|info| (info.name.as_str(), info)).collect(),
         ranges,
         rounded: HashSet::new(),
         given: HashSet::new(),
-        result: GraphProto { node: vec![], ..graph.clone() },
+        result: frame(graph),
     };
     for node in &graph.node {
         match (layers.contains(node.name.as_str()), node.op_type.as_str()) {
@@ -184,13 +182,16 @@ fn quantize(graph: &GraphProto, layers: &HashSet<&str>, ranges: &HashMap<String,
             (false, _) => rewrite.result.node.push(node.clone()),
         }
     }
-    sweep_constants(&mut rewrite.result);
-    Ok(rewrite.result)
+    let Rewrite { mut result, .. } = rewrite;
+    // What is still read of the source goes before what was made.
+    let read: HashSet<&str> = result.node.iter().flat_map(|node| &node.input).map(String::as_str).collect();
+    let kept = graph.initializer.iter().filter(|tensor| read.contains(tensor.name.as_str())).cloned();
+    result.initializer = kept.chain(std::mem::take(&mut result.initializer)).collect();
+    Ok(result)
 }
 
 struct Rewrite<'a> {
-    source: &'a GraphProto,
-    constants: Constants,
+    constants: HashMap<&'a str, &'a TensorProto>,
     infos: HashMap<&'a str, &'a ValueInfoProto>,
     ranges: &'a HashMap<String, Range>,
     /// Values that have been rounded, and constants that have been made.
@@ -200,13 +201,12 @@ struct Rewrite<'a> {
     result: GraphProto,
 }
 
-impl Rewrite<'_> {
+impl<'a> Rewrite<'a> {
     /// An integer kernel takes over where everything around a convolution is quantised: what it reads, its weight, its
     /// bias as whole multiples of the products' step, and what it gives.
     fn conv(&mut self, node: &NodeProto) -> Result<()> {
         let (name, value) = (&node.name, &node.output[0]);
-        let place = self.constants.find(self.source, &node.input[1], DataType::Float);
-        let weight = &self.source.initializer[place.ok_or_else(|| no_constant(node, 1))?];
+        let weight = self.floats(node, 1)?;
         let input = self.rounded(&node.input[0])?;
         let step = self.range(&node.input[0])?.scale;
         let Quantized { values, scales } = quantized(weight)?;
@@ -214,9 +214,8 @@ impl Rewrite<'_> {
         let dims: Vec<usize> = weight.dims.iter().map(|dim| *dim as usize).collect();
         let mut inputs = vec![input];
         inputs.push(self.constant(&node.input[1], initializer("", DataType::Int8, &dims, bytes), &scales));
-        if let Some(bias) = node.input.get(2) {
-            let place = self.constants.find(self.source, bias, DataType::Float);
-            let tensor = &self.source.initializer[place.ok_or_else(|| no_constant(node, 2))?];
+        if node.input.len() > 2 {
+            let tensor = self.floats(node, 2)?;
             let scales: Vec<f32> = scales.iter().map(|scale| scale * step).collect();
             let whole = |(value, scale): (f32, &f32)| (value / scale).round_ties_even() as i32;
             let bytes = values_f32(tensor)?.into_iter().zip(&scales).map(whole).flat_map(i32::to_le_bytes).collect();
@@ -287,6 +286,12 @@ impl Rewrite<'_> {
         value
     }
 
+    /// The constant of f32 that a node reads.
+    fn floats(&self, node: &NodeProto, at: usize) -> Result<&'a TensorProto> {
+        let found = self.constants.get(node.input[at].as_str()).copied();
+        found.filter(|tensor| tensor.data_type == DataType::Float as i32).ok_or_else(|| no_constant(node, at))
+    }
+
     fn range(&self, name: &str) -> Result<Range> {
         let found = self.ranges.get(name).copied();
         found.ok_or_else(|| Error::Malformed(vec![format!("value \"{name}\" was not seen while calibrating")]))
@@ -303,7 +308,7 @@ fn no_constant(node: &NodeProto, at: usize) -> Error {
 }
 
 fn pictures(graph: &GraphProto, inputs: &Inputs) -> Result<Vec<Tensor>> {
-    let interpreter = Interpreter::new(graph)?;
+    let interpreter = Interpreter::new(graph);
     let run = |(noise, label): (Tensor, Option<Tensor>)| interpreter.run(&noise, label.as_ref(), &mut |_, _, _| Ok(()));
     inputs.runs()?.into_iter().map(run).collect()
 }

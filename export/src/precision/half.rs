@@ -2,7 +2,7 @@
 //! squares overflow and whose epsilon would vanish, and everything from the last convolution on, where the picture is a
 //! small difference of large numbers.
 
-use super::Constants;
+use super::{frame, places};
 use crate::interpret::Interpreter;
 use crate::onnx::{Attributes, Lowered, element_type, initializer, int, value_info_like, values_f32};
 use crate::verify::Inputs;
@@ -10,26 +10,40 @@ use crate::{Error, Result};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
 use half::f16;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-/// Rewrites a graph of f32.
-pub(crate) fn rewrite(lowered: &Lowered) -> Result<GraphProto> {
-    let graph = &lowered.graph;
-    let mut islands = tail(graph);
-    islands.extend(lowered.islands.iter().map(String::as_str));
+/// Rewrites a graph of f32. Its constants are given up one by one, so that no two spellings of all are in memory.
+pub(crate) fn rewrite(lowered: Lowered) -> Result<GraphProto> {
+    let Lowered { mut graph, islands } = lowered;
+    let (mut result, uses) = spell(&graph, &islands);
+    let mut constants: Vec<_> = std::mem::take(&mut graph.initializer).into_iter().map(Some).collect();
+    for (at, (place, half)) in uses.iter().enumerate() {
+        let is_read_again = uses[at + 1..].iter().any(|(other, _)| other == place);
+        let constant = &mut constants[*place];
+        let tensor = if is_read_again { constant.clone() } else { constant.take() };
+        let tensor = tensor.ok_or_else(|| Error::Malformed(vec!["a constant is read after its last use".into()]))?;
+        result.initializer.push(if *half { halved(&tensor)? } else { tensor });
+    }
+    Ok(result)
+}
+
+/// The rewritten graph without its constants, and which of the source's it reads, in half or single precision.
+fn spell(graph: &GraphProto, islands: &BTreeSet<String>) -> (GraphProto, Vec<(usize, bool)>) {
+    let tail = tail(graph);
     let infos = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
     let mut rewrite = Rewrite {
         source: graph,
-        constants: Constants::of(graph),
+        places: places(graph),
         infos: infos.map(|info| (info.name.as_str(), info)).collect(),
         half_values: HashSet::new(),
-        made: HashSet::new(),
-        result: GraphProto { initializer: vec![], node: vec![], value_info: vec![], ..graph.clone() },
+        casts: HashSet::new(),
+        constants: vec![],
+        result: GraphProto { value_info: vec![], ..frame(graph) },
     };
     for node in &graph.node {
-        rewrite.node(node, !islands.contains(node.name.as_str()))?;
+        rewrite.node(node, !tail.contains(node.name.as_str()) && !islands.contains(&node.name));
     }
-    Ok(rewrite.result)
+    (rewrite.result, rewrite.constants)
 }
 
 /// Runs the graph on a picture of every label and looks at each value: one that half precision cannot hold is an error
@@ -41,7 +55,7 @@ pub(crate) fn check_finite(graph: &GraphProto, inputs: &Inputs) -> Result<()> {
         .filter(|info| element_type(info) == Some(DataType::Float16 as i32))
         .map(|info| info.name.as_str())
         .collect();
-    let interpreter = Interpreter::new(graph)?;
+    let interpreter = Interpreter::new(graph);
     for (noise, label) in inputs.runs()? {
         interpreter.run(&noise, label.as_ref(), &mut |node, _, output| {
             if !output.dtype().is_float() {
@@ -78,27 +92,29 @@ pub(super) fn tail(graph: &GraphProto) -> HashSet<&str> {
 
 struct Rewrite<'a> {
     source: &'a GraphProto,
-    constants: Constants,
+    places: HashMap<&'a str, usize>,
     infos: HashMap<&'a str, &'a ValueInfoProto>,
     half_values: HashSet<&'a str>,
-    /// Names of constants and casts that the result has already.
-    made: HashSet<String>,
+    /// Names of casts that the result has already.
+    casts: HashSet<String>,
+    /// Places in the source of the constants that the result reads, and whether in half precision.
+    constants: Vec<(usize, bool)>,
     result: GraphProto,
 }
 
 impl<'a> Rewrite<'a> {
-    fn node(&mut self, node: &'a NodeProto, half: bool) -> Result<()> {
+    fn node(&mut self, node: &'a NodeProto, half: bool) {
         let mut copy = node.clone();
         for (at, name) in node.input.iter().enumerate() {
             // A Resize takes its region and its factors in single precision always.
             let follows = !(node.op_type == "Resize" && at > 0);
-            copy.input[at] = self.input(name, half && follows)?;
+            copy.input[at] = self.input(name, half && follows);
         }
-        let casts = node.op_type == "Cast" && Attributes(node).int("to")? == DataType::Uint8 as i64;
+        let to_bytes = node.op_type == "Cast" && Attributes(node).int("to").ok() == Some(DataType::Uint8 as i64);
         for name in &node.output {
             let Some(info) = self.infos.get(name.as_str()) else { continue };
             let mut info = (*info).clone();
-            if half && !casts {
+            if half && !to_bytes {
                 info = value_info_like(&info, name, DataType::Float16);
                 self.half_values.insert(name);
             }
@@ -107,25 +123,23 @@ impl<'a> Rewrite<'a> {
             }
         }
         self.result.node.push(copy);
-        Ok(())
     }
 
     /// What a node reads instead of `name`, in half or single precision. Whole numbers are left alone.
-    fn input(&mut self, name: &'a str, half: bool) -> Result<String> {
-        if let Some(place) = self.constants.find(self.source, name, DataType::Float) {
-            let tensor = &self.source.initializer[place];
-            let tensor = if half { halved(tensor)? } else { tensor.clone() };
-            return Ok(self.constant(tensor));
-        }
-        if let Some(tensor) = self.source.initializer.iter().find(|tensor| tensor.name == name) {
-            return Ok(self.constant(tensor.clone()));
+    fn input(&mut self, name: &'a str, half: bool) -> String {
+        if let Some(&place) = self.places.get(name) {
+            let half = half && self.source.initializer[place].data_type == DataType::Float as i32;
+            if !self.constants.contains(&(place, half)) {
+                self.constants.push((place, half));
+            }
+            return if half { half_name(name) } else { name.into() };
         }
         if self.half_values.contains(name) == half || self.is_index(name) {
-            return Ok(name.into());
+            return name.into();
         }
         let (kind, suffix) = if half { (DataType::Float16, "f16") } else { (DataType::Float, "f32") };
         let cast = format!("{name}.{suffix}");
-        if self.made.insert(cast.clone()) {
+        if self.casts.insert(cast.clone()) {
             self.result.node.push(NodeProto {
                 name: cast.clone(),
                 op_type: "Cast".into(),
@@ -136,20 +150,16 @@ impl<'a> Rewrite<'a> {
             });
             self.result.value_info.extend(self.infos.get(name).map(|info| value_info_like(info, &cast, kind)));
         }
-        Ok(cast)
+        cast
     }
 
     fn is_index(&self, name: &str) -> bool {
         self.infos.get(name).and_then(|info| element_type(info)) == Some(DataType::Int64 as i32)
     }
+}
 
-    fn constant(&mut self, tensor: TensorProto) -> String {
-        let name = tensor.name.clone();
-        if self.made.insert(name.clone()) {
-            self.result.initializer.push(tensor);
-        }
-        name
-    }
+fn half_name(name: &str) -> String {
+    format!("{name}.f16")
 }
 
 /// A constant in half precision, under a name of its own because an island may read it too.
@@ -161,5 +171,5 @@ fn halved(tensor: &TensorProto) -> Result<TensorProto> {
     }
     let bytes = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
     let dims: Vec<usize> = tensor.dims.iter().map(|dim| *dim as usize).collect();
-    Ok(initializer(&format!("{}.f16", tensor.name), DataType::Float16, &dims, bytes))
+    Ok(initializer(&half_name(&tensor.name), DataType::Float16, &dims, bytes))
 }

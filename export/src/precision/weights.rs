@@ -1,64 +1,66 @@
 //! w8: the weights of convolutions as int8, symmetric, one scale per output channel, which DequantizeLinear turns back
 //! where they are read. Engines keep them as bytes; the file is a quarter of its size.
 
-use super::{Constants, outermost_convs, sweep_constants};
+use super::{outermost_convs, places, sweep_constants};
 use crate::Result;
 use crate::onnx::{initializer, int, little_endian, maps_channels, value_info, values_f32};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
-/// Rewrites a graph of f32. The outermost convolutions, small as they are, stay in single precision.
-pub(crate) fn rewrite(graph: &GraphProto) -> Result<GraphProto> {
-    let kept: HashSet<&str> = outermost_convs(graph).into_iter().collect();
+/// Rewrites a graph of f32. The outermost convolutions, small as they are, stay in single precision. Each weight goes as
+/// its bytes come, so that no two spellings of all are in memory.
+pub(crate) fn rewrite(mut graph: GraphProto) -> Result<GraphProto> {
+    let kept: HashSet<&str> = outermost_convs(&graph).into_iter().collect();
     let is_rounded =
-        |node: &&NodeProto| node.op_type == "Conv" && !maps_channels(node) && !kept.contains(node.name.as_str());
-    let convs = graph.node.iter().filter(is_rounded);
-    let convs: HashSet<&str> = convs.map(|node| node.name.as_str()).collect();
-    let mut result = graph.clone();
-    result.node.clear();
-    let mut done = HashSet::new();
-    for node in &graph.node {
-        let mut node = node.clone();
-        if convs.contains(node.name.as_str()) {
-            node.input[1] =
-                quantize_weight(graph, &mut result, &node.input[1], &mut done)?.unwrap_or(node.input[1].clone());
-        }
-        result.node.push(node);
+        |node: &NodeProto| node.op_type == "Conv" && !maps_channels(node) && !kept.contains(node.name.as_str());
+    let rounded: Vec<bool> = graph.node.iter().map(is_rounded).collect();
+    let mut read_as_it_is = HashSet::new();
+    for (node, rounded) in graph.node.iter().zip(&rounded) {
+        let inputs = node.input.iter().enumerate().filter(|(at, _)| !(*rounded && *at == 1));
+        read_as_it_is.extend(inputs.map(|(_, name)| name.clone()));
     }
-    sweep_constants(&mut result);
-    Ok(result)
+    let places: HashMap<String, usize> =
+        places(&graph).into_iter().map(|(name, place)| (name.to_string(), place)).collect();
+    let mut done = HashSet::new();
+    for (mut node, rounded) in std::mem::take(&mut graph.node).into_iter().zip(rounded) {
+        let place = if rounded { places.get(&node.input[1]) } else { None };
+        if let Some(&place) = place.filter(|place| graph.initializer[**place].data_type == DataType::Float as i32) {
+            let name = std::mem::take(&mut node.input[1]);
+            node.input[1] = format!("{name}.float");
+            if done.insert(name.clone()) {
+                round_weight(&mut graph, place, &name)?;
+                if !read_as_it_is.contains(&name) {
+                    graph.initializer[place].raw_data = vec![];
+                }
+            }
+        }
+        graph.node.push(node);
+    }
+    sweep_constants(&mut graph);
+    Ok(graph)
 }
 
-/// Puts a weight into the result as int8 and the node that turns it back; gives the name of the latter's value.
-pub(super) fn quantize_weight(
-    graph: &GraphProto,
-    result: &mut GraphProto,
-    name: &str,
-    done: &mut HashSet<String>,
-) -> Result<Option<String>> {
-    let Some(place) = Constants::of(graph).find(graph, name, DataType::Float) else { return Ok(None) };
+/// Adds a weight as int8, and the node that turns it back into `name.float`.
+fn round_weight(graph: &mut GraphProto, place: usize, name: &str) -> Result<()> {
     let weight = &graph.initializer[place];
-    let value = format!("{name}.float");
-    if done.insert(name.into()) {
-        let Quantized { values, scales } = quantized(weight)?;
-        let dims: Vec<usize> = weight.dims.iter().map(|dim| *dim as usize).collect();
-        let [int8, scale] = ["int8", "scale"].map(|part| format!("{name}.{part}"));
-        let bytes = values.iter().map(|value| *value as u8).collect();
-        result.initializer.push(initializer(&int8, DataType::Int8, &dims, bytes));
-        result.initializer.push(initializer(&scale, DataType::Float, &[scales.len()], little_endian(&scales)));
-        result.node.push(NodeProto {
-            name: value.clone(),
-            op_type: "DequantizeLinear".into(),
-            input: vec![int8, scale],
-            output: vec![value.clone()],
-            attribute: vec![int("axis", 0)],
-            ..Default::default()
-        });
-        let dims: Vec<_> = dims.into_iter().map(crate::onnx::Dim::Fixed).collect();
-        result.value_info.push(value_info(&value, DataType::Float, &dims));
-    }
-    Ok(Some(value))
+    let Quantized { values, scales } = quantized(weight)?;
+    let dims: Vec<usize> = weight.dims.iter().map(|dim| *dim as usize).collect();
+    let [int8, scale, value] = ["int8", "scale", "float"].map(|part| format!("{name}.{part}"));
+    let bytes = values.iter().map(|value| *value as u8).collect();
+    graph.initializer.push(initializer(&int8, DataType::Int8, &dims, bytes));
+    graph.initializer.push(initializer(&scale, DataType::Float, &[scales.len()], little_endian(&scales)));
+    graph.node.push(NodeProto {
+        name: value.clone(),
+        op_type: "DequantizeLinear".into(),
+        input: vec![int8, scale],
+        output: vec![value.clone()],
+        attribute: vec![int("axis", 0)],
+        ..Default::default()
+    });
+    let dims: Vec<_> = dims.into_iter().map(crate::onnx::Dim::Fixed).collect();
+    graph.value_info.push(value_info(&value, DataType::Float, &dims));
+    Ok(())
 }
 
 /// A weight in 8 bits: `values · scales`, per output channel.
