@@ -108,10 +108,12 @@ impl Networks {
         let denoiser = |weights: &Weights| -> Result<Denoiser> {
             Ok(teacher.denoiser_on(weights)?.in_precision(config.precision))
         };
-        // Nothing is lost: what does not learn is rounded to the precision of the products at every pass.
+        // Nothing is lost: every pass rounds the kernels of convolutions, and they alone, which are nearly all weights.
         let frozen = match config.precision {
             Precision::F32 => start.detached(),
-            Precision::Bf16 => start.to(DType::BF16, device)?.detached(),
+            Precision::Bf16 => {
+                start.map(|t| if t.rank() == 4 { t.to_dtype(DType::BF16) } else { Ok(t.clone()) })?.detached()
+            }
         };
         let real_score = denoiser(&frozen)?;
         let gan = &config.loss.gan;

@@ -60,8 +60,8 @@ impl Networks {
         let through = matches!(terms.scores, ScoreLoss::ScoreIdentity { .. });
         let x_t = draw.injection.add_to(&if through { x.clone() } else { x.detach() })?;
         let scale = config.real_score.guidance_scale;
-        let x0_real = self.real_score.denoise_guided(&Eager, &x_t, sigma, label, scale)?;
-        let x0_fake = self.fake_score_still.denoise(&Eager, &x_t, sigma, label)?;
+        let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, label, scale)?;
+        let x0_fake = self.fake_score_still.denoise(&self.training, &x_t, sigma, label)?;
         let h = self.divergence_weights(config, step, &x_t, draw)?;
         let matching = distribution_matching(&x, &x0_real, &x0_fake, h.as_deref())?;
         let mut loss = match terms.scores {
@@ -77,7 +77,8 @@ impl Networks {
 
         if let (Some(d), Some(injection)) = (&self.discriminator, &draw.adversary) {
             // Through the critic's encoder, which stays as it is, to the sample.
-            let maps = self.fake_score_still.features(&Eager, &injection.add_to(&x)?, &injection.sigma, label)?;
+            let x_t = injection.add_to(&x)?;
+            let maps = self.fake_score_still.features(&self.training, &x_t, &injection.sigma, label)?;
             let loss_gan = generator_adversarial(&d.heads_still.logit(&maps)?)?;
             health.pend_loss("loss_gan", &loss_gan);
             loss = (loss + (loss_gan * terms.gan.weight)?)?;
