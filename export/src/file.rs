@@ -179,18 +179,28 @@ pub fn prepare<N: Network>(
     let fixed = options.fixed_label;
     let labels = if fixed.is_some() { 0 } else { classes.len() };
     let subject = Subject { passes, shape, batch: options.batch.traced(), labels, fixed };
-    let (samples, calibration) = (subject.samples()?, subject.calibration()?);
-    // The network has been looked at for the last time.
-    drop(given);
+    // The unwritable path is found before the time for what follows is spent.
+    let aside = Aside::new(path, options.external_data, options.force)?;
+    let samples = subject.samples()?;
+    // The network goes where it has been looked at for the last time and another spelling is about to be made.
     let (graph, layers) = match options.precision {
         Precision::Fp32 => (lowered.graph, vec![]),
         Precision::Fp16 => {
+            let calibration = subject.calibration()?;
+            drop(given);
             let graph = half::rewrite(lowered)?;
             half::check_finite(&graph, &calibration)?;
             (graph, vec![])
         }
-        Precision::W8 => (weights::rewrite(lowered.graph)?, vec![]),
-        Precision::W8a8 => activations::rewrite(&lowered.graph, &calibration, options.max_drop_db)?,
+        Precision::W8 => {
+            drop(given);
+            (weights::rewrite(lowered.graph)?, vec![])
+        }
+        Precision::W8a8 => {
+            let calibration = subject.calibration()?;
+            drop(given);
+            activations::rewrite(&lowered.graph, &calibration, options.max_drop_db)?
+        }
     };
     let mut model = onnx::model(graph, options.dialect, &metadata);
     check::check(&model, options.dialect.rules(options.precision, dynamic_batch))?;
@@ -199,8 +209,7 @@ pub fn prepare<N: Network>(
     if let Some(limit) = options.max_size.filter(|limit| files.bytes > *limit) {
         return Err(Error::OverMaxSize { bytes: files.bytes, limit });
     }
-    // The unwritable path is found before the time for the check is spent.
-    let aside = Aside::write(path, &files, options.force)?;
+    aside.write(&files)?;
     let bytes = files.bytes;
     drop(files);
     let (dialect, precision) = (options.dialect, options.precision);
@@ -423,25 +432,30 @@ struct Aside {
 }
 
 impl Aside {
-    fn write(path: &Path, files: &Files, force: bool) -> Result<Self> {
+    /// The folder, empty yet.
+    fn new(path: &Path, has_data: bool, force: bool) -> Result<Self> {
         if path.is_dir() {
             let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder, expected a file name");
             return Err(Error::io(path)(source));
         }
-        if files.data.is_some() && data_path(path).exists() && !force {
+        if has_data && data_path(path).exists() && !force {
             return Err(Error::Exists { path: data_path(path) });
         }
-        let aside = Aside { folder: with_suffix(path, ".partial"), path: path.into(), has_data: files.data.is_some() };
+        let aside = Aside { folder: with_suffix(path, ".partial"), path: path.into(), has_data };
         // One that a crash has left is used again.
         if !aside.folder.is_dir() {
             fs::create_dir(&aside.folder).map_err(Error::io(path))?;
         }
-        let create = |file| fs::File::create(file).map(BufWriter::new).map_err(Error::io(path));
-        onnx::write(&files.model, &mut create(aside.model())?).map_err(Error::io(path))?;
-        if let Some(data) = &files.data {
-            data.write(&mut create(aside.data())?).map_err(Error::io(path))?;
-        }
         Ok(aside)
+    }
+
+    fn write(&self, files: &Files) -> Result<()> {
+        let create = |file| fs::File::create(file).map(BufWriter::new).map_err(Error::io(&self.path));
+        onnx::write(&files.model, &mut create(self.model())?).map_err(Error::io(&self.path))?;
+        if let Some(data) = &files.data {
+            data.write(&mut create(self.data())?).map_err(Error::io(&self.path))?;
+        }
+        Ok(())
     }
 
     fn model(&self) -> PathBuf {
