@@ -2,7 +2,7 @@
 //! what the check for overflow trusts. Values are f32; one that the file declares as f16 is rounded to it, so that what
 //! an accelerator would lose is lost here too. Quantised values are whole numbers in f32.
 
-use crate::onnx::{Attributes, element_type, maps_channels, values_f32, values_i64};
+use crate::onnx::{Attributes, constants, dims, element_type, maps_channels, values_f32, values_i64};
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 use candle_onnx::onnx::tensor_proto::DataType;
@@ -30,7 +30,7 @@ impl<'a> Interpreter<'a> {
         let reads = graph.node.iter().enumerate().flat_map(|(at, node)| node.input.iter().map(move |name| (name, at)));
         Interpreter {
             graph,
-            constants: graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect(),
+            constants: constants(graph),
             half: half.map(|info| info.name.as_str()).collect(),
             last_use: reads.map(|(name, at)| (name.as_str(), at)).collect(),
         }
@@ -74,10 +74,9 @@ fn through_half(x: &Tensor) -> Result<Tensor> {
 }
 
 fn constant(tensor: &TensorProto) -> Result<Tensor> {
-    let dims: Vec<usize> = tensor.dims.iter().map(|dim| *dim as usize).collect();
     Ok(match tensor.data_type {
-        kind if kind == DataType::Int64 as i32 => Tensor::from_vec(values_i64(tensor), dims, &Device::Cpu)?,
-        _ => Tensor::from_vec(values_f32(tensor)?, dims, &Device::Cpu)?,
+        kind if kind == DataType::Int64 as i32 => Tensor::from_vec(values_i64(tensor), dims(tensor), &Device::Cpu)?,
+        _ => Tensor::from_vec(values_f32(tensor)?, dims(tensor), &Device::Cpu)?,
     })
 }
 

@@ -258,6 +258,16 @@ pub(crate) fn maps_channels(node: &NodeProto) -> bool {
     node.op_type == "Conv" && Attributes(node).int("group").is_ok()
 }
 
+/// The constants of a graph by name.
+pub(crate) fn constants(graph: &GraphProto) -> HashMap<&str, &TensorProto> {
+    graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect()
+}
+
+/// The shape of a constant.
+pub(crate) fn dims(tensor: &TensorProto) -> Vec<usize> {
+    tensor.dims.iter().map(|dim| *dim as usize).collect()
+}
+
 /// The numbers of a constant of f32, f16, int8 or int32, as f32.
 pub(crate) fn values_f32(tensor: &TensorProto) -> Result<Vec<f32>> {
     let bytes = tensor.raw_data.as_slice();

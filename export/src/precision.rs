@@ -3,7 +3,7 @@
 
 use crate::{Error, Result};
 use candle_onnx::onnx::GraphProto;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 pub(crate) mod activations;
 pub(crate) mod half;
@@ -86,10 +86,14 @@ fn frame(graph: &GraphProto) -> GraphProto {
     GraphProto { name: graph.name.clone(), input, output, value_info: graph.value_info.clone(), ..Default::default() }
 }
 
+/// The names of all that some node reads.
+fn read_names(graph: &GraphProto) -> HashSet<&str> {
+    graph.node.iter().flat_map(|node| &node.input).map(String::as_str).collect()
+}
+
 /// Drops the constants that no node reads any more.
 fn sweep_constants(graph: &mut GraphProto) {
-    let read: std::collections::HashSet<&str> =
-        graph.node.iter().flat_map(|node| &node.input).map(String::as_str).collect();
+    let read = read_names(graph);
     let kept: Vec<bool> = graph.initializer.iter().map(|tensor| read.contains(tensor.name.as_str())).collect();
     let mut kept = kept.into_iter();
     graph.initializer.retain(|_| kept.next().unwrap_or(true));

@@ -4,10 +4,11 @@
 //! measured alone, and the worst stay in single precision until the picture is close enough (Zhao et al. 2024, "MixDQ").
 
 use super::weights::{Quantized, quantized};
-use super::{frame, outermost_convs, places, weights};
+use super::{frame, outermost_convs, read_names, weights};
 use crate::interpret::Interpreter;
 use crate::onnx::{
-    Dim, initializer, int as int_attribute, little_endian, tensor_type, value_info, value_info_like, values_f32,
+    Dim, constants, dims, initializer, int as int_attribute, little_endian, tensor_type, value_info, value_info_like,
+    values_f32,
 };
 use crate::verify::Inputs;
 use crate::{Error, Result};
@@ -68,8 +69,7 @@ const MIN_PRODUCTS: i64 = 128;
 /// Convolutions but the outermost, and products of two values, where each number is a long enough sum.
 fn layers_of(graph: &GraphProto) -> Vec<&str> {
     let kept: HashSet<&str> = outermost_convs(graph).into_iter().collect();
-    let weights: HashMap<&str, &TensorProto> =
-        graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    let weights = constants(graph);
     let infos: HashMap<&str, &ValueInfoProto> =
         graph.value_info.iter().map(|info| (info.name.as_str(), info)).collect();
     let products = |node: &NodeProto| match node.op_type.as_str() {
@@ -165,7 +165,7 @@ impl Range {
 fn quantize(graph: &GraphProto, layers: &HashSet<&str>, ranges: &HashMap<String, Range>) -> Result<GraphProto> {
     let infos = graph.value_info.iter().chain(&graph.input);
     let mut rewrite = Rewrite {
-        constants: places(graph).into_iter().map(|(name, place)| (name, &graph.initializer[place])).collect(),
+        constants: constants(graph),
         infos: infos.map(|info| (info.name.as_str(), info)).collect(),
         ranges,
         rounded: HashSet::new(),
@@ -184,9 +184,10 @@ fn quantize(graph: &GraphProto, layers: &HashSet<&str>, ranges: &HashMap<String,
     }
     let Rewrite { mut result, .. } = rewrite;
     // What is still read of the source goes before what was made.
-    let read: HashSet<&str> = result.node.iter().flat_map(|node| &node.input).map(String::as_str).collect();
+    let read = read_names(&result);
     let kept = graph.initializer.iter().filter(|tensor| read.contains(tensor.name.as_str())).cloned();
-    result.initializer = kept.chain(std::mem::take(&mut result.initializer)).collect();
+    let kept: Vec<TensorProto> = kept.collect();
+    result.initializer.splice(..0, kept);
     Ok(result)
 }
 
@@ -211,9 +212,8 @@ impl<'a> Rewrite<'a> {
         let step = self.range(&node.input[0])?.scale;
         let Quantized { values, scales } = quantized(weight)?;
         let bytes = values.iter().map(|value| *value as u8).collect();
-        let dims: Vec<usize> = weight.dims.iter().map(|dim| *dim as usize).collect();
         let mut inputs = vec![input];
-        inputs.push(self.constant(&node.input[1], initializer("", DataType::Int8, &dims, bytes), &scales));
+        inputs.push(self.constant(&node.input[1], initializer("", DataType::Int8, &dims(weight), bytes), &scales));
         if node.input.len() > 2 {
             let tensor = self.floats(node, 2)?;
             let scales: Vec<f32> = scales.iter().map(|scale| scale * step).collect();
@@ -270,7 +270,7 @@ impl<'a> Rewrite<'a> {
         let value = format!("{name}.float");
         if self.rounded.insert(value.clone()) {
             let [int, scale] = ["int", "scale"].map(|part| format!("{name}.{part}"));
-            let dims: Vec<Dim> = whole.dims.iter().map(|dim| Dim::Fixed(*dim as usize)).collect();
+            let dims: Vec<Dim> = dims(&whole).into_iter().map(Dim::Fixed).collect();
             self.result.initializer.push(TensorProto { name: int.clone(), ..whole });
             self.result.initializer.push(initializer(&scale, DataType::Float, &[scales.len()], little_endian(scales)));
             self.result.node.push(NodeProto {

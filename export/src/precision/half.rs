@@ -4,7 +4,7 @@
 
 use super::{frame, places};
 use crate::interpret::Interpreter;
-use crate::onnx::{Attributes, Lowered, element_type, initializer, int, value_info_like, values_f32};
+use crate::onnx::{Attributes, Lowered, dims, element_type, initializer, int, value_info_like, values_f32};
 use crate::verify::Inputs;
 use crate::{Error, Result};
 use candle_onnx::onnx::tensor_proto::DataType;
@@ -15,7 +15,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 /// Rewrites a graph of f32. Its constants are given up one by one, so that no two spellings of all are in memory.
 pub(crate) fn rewrite(lowered: Lowered) -> Result<GraphProto> {
     let Lowered { mut graph, islands } = lowered;
-    let (mut result, uses) = spell(&graph, &islands);
+    let (mut result, uses) = spell(&graph, &islands)?;
     let mut constants: Vec<_> = std::mem::take(&mut graph.initializer).into_iter().map(Some).collect();
     for (at, (place, half)) in uses.iter().enumerate() {
         let is_read_again = uses[at + 1..].iter().any(|(other, _)| other == place);
@@ -28,7 +28,7 @@ pub(crate) fn rewrite(lowered: Lowered) -> Result<GraphProto> {
 }
 
 /// The rewritten graph without its constants, and which of the source's it reads, in half or single precision.
-fn spell(graph: &GraphProto, islands: &BTreeSet<String>) -> (GraphProto, Vec<(usize, bool)>) {
+fn spell(graph: &GraphProto, islands: &BTreeSet<String>) -> Result<(GraphProto, Vec<(usize, bool)>)> {
     let tail = tail(graph);
     let infos = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
     let mut rewrite = Rewrite {
@@ -41,9 +41,9 @@ fn spell(graph: &GraphProto, islands: &BTreeSet<String>) -> (GraphProto, Vec<(us
         result: GraphProto { value_info: vec![], ..frame(graph) },
     };
     for node in &graph.node {
-        rewrite.node(node, !tail.contains(node.name.as_str()) && !islands.contains(&node.name));
+        rewrite.node(node, !tail.contains(node.name.as_str()) && !islands.contains(&node.name))?;
     }
-    (rewrite.result, rewrite.constants)
+    Ok((rewrite.result, rewrite.constants))
 }
 
 /// Runs the graph on a picture of every label and looks at each value: one that half precision cannot hold is an error
@@ -103,14 +103,14 @@ struct Rewrite<'a> {
 }
 
 impl<'a> Rewrite<'a> {
-    fn node(&mut self, node: &'a NodeProto, half: bool) {
+    fn node(&mut self, node: &'a NodeProto, half: bool) -> Result<()> {
         let mut copy = node.clone();
         for (at, name) in node.input.iter().enumerate() {
             // A Resize takes its region and its factors in single precision always.
             let follows = !(node.op_type == "Resize" && at > 0);
             copy.input[at] = self.input(name, half && follows);
         }
-        let to_bytes = node.op_type == "Cast" && Attributes(node).int("to").ok() == Some(DataType::Uint8 as i64);
+        let to_bytes = node.op_type == "Cast" && Attributes(node).int("to")? == DataType::Uint8 as i64;
         for name in &node.output {
             let Some(info) = self.infos.get(name.as_str()) else { continue };
             let mut info = (*info).clone();
@@ -123,6 +123,7 @@ impl<'a> Rewrite<'a> {
             }
         }
         self.result.node.push(copy);
+        Ok(())
     }
 
     /// What a node reads instead of `name`, in half or single precision. Whole numbers are left alone.
@@ -170,6 +171,5 @@ fn halved(tensor: &TensorProto) -> Result<TensorProto> {
         return Err(Error::Overflow { node: tensor.name.clone(), value: value.abs() });
     }
     let bytes = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
-    let dims: Vec<usize> = tensor.dims.iter().map(|dim| *dim as usize).collect();
-    Ok(initializer(&half_name(&tensor.name), DataType::Float16, &dims, bytes))
+    Ok(initializer(&half_name(&tensor.name), DataType::Float16, &dims(tensor), bytes))
 }

@@ -3,33 +3,27 @@
 
 use super::{outermost_convs, places, sweep_constants};
 use crate::Result;
-use crate::onnx::{initializer, int, little_endian, maps_channels, value_info, values_f32};
+use crate::onnx::{dims, initializer, int, little_endian, maps_channels, value_info, values_f32};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 /// Rewrites a graph of f32. The outermost convolutions, small as they are, stay in single precision. Each weight goes as
 /// its bytes come, so that no two spellings of all are in memory.
 pub(crate) fn rewrite(mut graph: GraphProto) -> Result<GraphProto> {
-    let kept: HashSet<&str> = outermost_convs(&graph).into_iter().collect();
-    let is_rounded =
-        |node: &NodeProto| node.op_type == "Conv" && !maps_channels(node) && !kept.contains(node.name.as_str());
-    let rounded: Vec<bool> = graph.node.iter().map(is_rounded).collect();
+    let rounded = rounded_weights(&graph);
     let mut read_as_it_is = HashSet::new();
     for (node, rounded) in graph.node.iter().zip(&rounded) {
-        let inputs = node.input.iter().enumerate().filter(|(at, _)| !(*rounded && *at == 1));
+        let inputs = node.input.iter().enumerate().filter(|(at, _)| !(rounded.is_some() && *at == 1));
         read_as_it_is.extend(inputs.map(|(_, name)| name.clone()));
     }
-    let places: HashMap<String, usize> =
-        places(&graph).into_iter().map(|(name, place)| (name.to_string(), place)).collect();
     let mut done = HashSet::new();
     for (mut node, rounded) in std::mem::take(&mut graph.node).into_iter().zip(rounded) {
-        let place = if rounded { places.get(&node.input[1]) } else { None };
-        if let Some(&place) = place.filter(|place| graph.initializer[**place].data_type == DataType::Float as i32) {
+        if let Some(place) = rounded {
             let name = std::mem::take(&mut node.input[1]);
             node.input[1] = format!("{name}.float");
-            if done.insert(name.clone()) {
-                round_weight(&mut graph, place, &name)?;
+            if done.insert(place) {
+                round_weight(&mut graph, place)?;
                 if !read_as_it_is.contains(&name) {
                     graph.initializer[place].raw_data = vec![];
                 }
@@ -41,11 +35,22 @@ pub(crate) fn rewrite(mut graph: GraphProto) -> Result<GraphProto> {
     Ok(graph)
 }
 
-/// Adds a weight as int8, and the node that turns it back into `name.float`.
-fn round_weight(graph: &mut GraphProto, place: usize, name: &str) -> Result<()> {
+/// For each node the place of its weight, where that is to be rounded.
+fn rounded_weights(graph: &GraphProto) -> Vec<Option<usize>> {
+    let (places, kept) = (places(graph), outermost_convs(graph));
+    let weight = |node: &NodeProto| {
+        let rounds = node.op_type == "Conv" && !maps_channels(node) && !kept.contains(&node.name.as_str());
+        let place = *places.get(node.input.get(1).filter(|_| rounds)?.as_str())?;
+        (graph.initializer[place].data_type == DataType::Float as i32).then_some(place)
+    };
+    graph.node.iter().map(weight).collect()
+}
+
+/// Adds a weight as int8, and the node that turns it back into `NAME.float`.
+fn round_weight(graph: &mut GraphProto, place: usize) -> Result<()> {
     let weight = &graph.initializer[place];
+    let (name, dims) = (&weight.name, dims(weight));
     let Quantized { values, scales } = quantized(weight)?;
-    let dims: Vec<usize> = weight.dims.iter().map(|dim| *dim as usize).collect();
     let [int8, scale, value] = ["int8", "scale", "float"].map(|part| format!("{name}.{part}"));
     let bytes = values.iter().map(|value| *value as u8).collect();
     graph.initializer.push(initializer(&int8, DataType::Int8, &dims, bytes));
