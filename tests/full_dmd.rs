@@ -139,20 +139,37 @@ fn no_term_reaches_a_network_that_is_not_its_own() {
 #[test]
 fn parts_of_a_batch_come_to_the_whole() {
     for (name, text) in TERMS.iter().filter(|(name, _)| *name != "js") {
-        let run = |accumulate: usize| -> Health {
-            let mut config = config(text);
-            config.accumulate = accumulate;
-            let mut n = networks(&config);
-            let mut health = n.update_fake_score(&config, &random(), 0, 0).unwrap();
-            health.add(&n.update_generator(&config, &random(), 1).unwrap(), 1.0);
-            health
-        };
-        let (whole, parts) = (run(1), run(4));
-        for (number, value) in whole.values() {
-            let part = parts.get(number).unwrap();
-            assert!((part - value).abs() <= 2e-4 * value.abs().max(1e-3), "{name}: {number} {part} for {value}");
-        }
+        let [whole, parts] = [1, 4].map(|parts| numbers_of_an_update(text, |config| config.accumulate = parts));
+        assert_alike(name, &parts, &whole);
     }
+}
+
+/// Gradient checkpointing changes the memory that an update takes, and no loss or gradient beyond rounding: the scores'
+/// passes, which the gradient goes back through in some terms, are computed again like the generator's own.
+#[test]
+fn blocks_computed_again_give_the_same_losses_and_gradients() {
+    for (name, text) in TERMS {
+        let [kept, again] = [false, true].map(|on| numbers_of_an_update(text, |config| config.grad_checkpoint = on));
+        assert_alike(name, &again, &kept);
+    }
+}
+
+/// To rounding: at a run's beginning both scores nearly agree, and a gradient is a small difference of large numbers.
+fn assert_alike(name: &str, found: &Health, expected: &Health) {
+    for (number, value) in expected.values() {
+        let found = found.get(number).unwrap();
+        assert!((found - value).abs() <= 2e-4 * value.abs().max(1e-3), "{name}: {number} {found} for {value}");
+    }
+}
+
+/// Losses, monitors and gradient's norm of one update of each network.
+fn numbers_of_an_update(text: &str, change: impl Fn(&mut Config)) -> Health {
+    let mut config = config(text);
+    change(&mut config);
+    let mut n = networks(&config);
+    let mut health = n.update_fake_score(&config, &random(), 0, 0).unwrap();
+    health.add(&n.update_generator(&config, &random(), 1).unwrap(), 1.0);
+    health
 }
 
 /// Reverse KL with a discriminator beside it, and any divergence before the discriminator joins, are plain distribution
