@@ -1,7 +1,7 @@
 //! Fused operations against their composites, values and gradients, over a range of shapes.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use dmd_models::ops;
+use dmd_models::ops::{self, AdamwStep, Parameter};
 
 /// Deterministic values around zero.
 fn values(shape: &[usize], seed: f32) -> Var {
@@ -131,16 +131,106 @@ fn small_operations_equal_their_composites() {
     check("avg_pool", &x, |t| ops::avg_pool_2x(&t[0]), |t| t[0].avg_pool2d(2));
 }
 
+type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Sync>;
+
+/// Every fused operation with inputs of shapes that no number of threads divides: pictures alone, odd batches, odd maps.
+fn operations() -> Vec<(String, Vec<Vec<usize>>, Op)> {
+    let mut operations: Vec<(String, Vec<Vec<usize>>, Op)> = Vec::new();
+    for [b, c, side, o, kernel, stride, padding] in [
+        [13, 8, 9, 16, 3, 1, 1],
+        [1, 19, 16, 31, 3, 1, 1],
+        [3, 16, 16, 16, 1, 1, 0],
+        [13, 8, 9, 16, 3, 2, 1],
+        [1, 19, 16, 31, 3, 2, 1],
+        [2, 3, 17, 13, 3, 2, 0],
+        [3, 5, 11, 12, 2, 3, 0],
+    ] {
+        operations.push((
+            format!("conv2d {kernel}x{kernel}, batch {b}, stride {stride}, padding {padding}"),
+            vec![vec![b, c, side, side], vec![o, c, kernel, kernel], vec![o]],
+            Box::new(move |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), stride, padding)),
+        ));
+    }
+    let maps = vec![5, 12, 9, 7];
+    operations.push((
+        "group norm".into(),
+        vec![maps.clone(), vec![12], vec![12]],
+        Box::new(|t| ops::group_norm(&t[0], &t[1], &t[2], 3, 1e-5, true)),
+    ));
+    let three = vec![maps.clone(), maps.clone(), maps.clone()];
+    operations.push(("attention".into(), three, Box::new(|t| ops::attention(&t[0], &t[1], &t[2], 3))));
+    let two = vec![maps.clone(), vec![5, 7, 9, 7]];
+    operations.push(("concat".into(), two, Box::new(|t| ops::concat(&t[0], &t[1]))));
+    operations.push(("upsample".into(), vec![maps], Box::new(|t| ops::upsample_2x(&t[0]))));
+    operations.push(("avg_pool".into(), vec![vec![5, 7, 10, 6]], Box::new(|t| ops::avg_pool_2x(&t[0]))));
+    operations
+}
+
+fn bits(t: &Tensor) -> Vec<u32> {
+    let values: Vec<f32> = t.flatten_all().unwrap().to_vec1().unwrap();
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+/// The same work some times over, on several numbers of threads: always the same bits for a number.
+fn check_bits(name: &str, work: impl Fn() -> Vec<Vec<u32>> + Sync) {
+    for threads in [1, 2, 3, 7] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let first = pool.install(&work);
+        assert!((0..6).all(|_| pool.install(&work) == first), "{name}, {threads} threads");
+    }
+}
+
 #[test]
 fn results_are_the_same_bits_run_to_run() {
-    let inputs = [values(&[13, 8, 9, 9], 0.1), values(&[16, 8, 3, 3], 0.2), values(&[16], 0.3)];
-    let run = || {
-        let y = ops::conv2d(&inputs[0], &inputs[1], Some(&inputs[2]), 1, 1).unwrap();
-        let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
-        grads.get(&inputs[1]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
-    };
-    let first = run();
-    assert!((0..5).all(|_| run() == first));
+    for (name, shapes, op) in operations() {
+        let inputs: Vec<Var> = shapes.iter().enumerate().map(|(i, shape)| values(shape, 0.1 * i as f32)).collect();
+        let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
+        check_bits(&name, || {
+            let y = op(&tensors).unwrap();
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            let gradient = |var: &Var| bits(grads.get(var).unwrap());
+            std::iter::once(bits(&y)).chain(inputs.iter().map(gradient)).collect()
+        });
+    }
+}
+
+/// Weights, moments and average after some updates, of tensors small and large.
+#[test]
+fn updates_are_the_same_bits_run_to_run() {
+    let shapes: [&[usize]; 4] = [&[1], &[37, 3, 3, 3], &[129], &[300, 301]];
+    check_bits("AdamW", || {
+        let vars = shapes.map(|shape| values(shape, 0.1));
+        let averages = shapes.map(|shape| values(shape, 0.2));
+        let moments = shapes.map(|shape| Var::zeros((2, shape.iter().product()), DType::F32, &Device::Cpu).unwrap());
+        let guard = Tensor::new(1f32, &Device::Cpu).unwrap();
+        let mut found = Vec::new();
+        for step in 0..3 {
+            let grads = shapes.map(|shape| values(shape, 0.3 + step as f32).as_detached_tensor());
+            let parameters: Vec<Parameter> =
+                (0..shapes.len()).map(|i| Parameter { var: &vars[i], moments: &moments[i], grad: &grads[i] }).collect();
+            let norm = ops::adamw_all(&parameters, &guard, 1.0, STEP).unwrap();
+            let pairs: Vec<(&Var, &Tensor)> = averages.iter().zip(vars.iter().map(Var::as_tensor)).collect();
+            ops::average_all(&pairs, 0.9, &norm).unwrap();
+            found.push(bits(&norm.to_dtype(DType::F32).unwrap()));
+        }
+        found.extend(vars.iter().chain(&moments).chain(&averages).map(|var| bits(var)));
+        found
+    });
+}
+
+const STEP: AdamwStep =
+    AdamwStep { grad_scale: 1.0, betas: [0.9, 0.99], rate: 0.1, root_scale: 1.0, keep: 0.99, eps: 1e-8 };
+
+#[test]
+fn an_empty_batch_has_no_pixels_and_moves_no_weight() {
+    for stride in [1, 2] {
+        let inputs = [values(&[0, 3, 6, 6], 0.1), values(&[7, 3, 3, 3], 0.2), values(&[7], 0.3)];
+        let y = ops::conv2d(&inputs[0], &inputs[1], Some(&inputs[2]), stride, 1).unwrap();
+        assert_eq!(y.dims(), [0, 7, 6 / stride, 6 / stride]);
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert_eq!(grads.get(&inputs[0]).unwrap().dims(), [0, 3, 6, 6]);
+        assert!(bits(grads.get(&inputs[1]).unwrap()).iter().all(|bits| *bits == 0));
+    }
 }
 
 #[test]

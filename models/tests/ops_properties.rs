@@ -1,9 +1,9 @@
 //! Fused operations over random shapes: values against the composite in f64, gradients against finite differences of
 //! the composite in f64. Odd sizes, one channel, groups as many as channels, batches of one, strides, and inputs that
-//! are not contiguous all occur.
+//! are not contiguous all occur. AdamW is held against the published update in f64.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use dmd_models::ops;
+use dmd_models::ops::{self, AdamwStep, Parameter};
 use proptest::prelude::*;
 
 /// Numbers in (-1, 1) that follow from the seed.
@@ -20,7 +20,7 @@ fn turned(shape: &[usize; 4], seed: u64) -> Tensor {
     values(&[b, c, w, h], seed).transpose(2, 3).unwrap()
 }
 
-type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
+type Op<'a> = &'a (dyn Fn(&[Tensor]) -> Result<Tensor> + Sync);
 
 /// Holds the fused operation in f32 against the composite in f64: y, and the gradient of Σ y·weight at a few places of
 /// every input, by central differences.
@@ -74,22 +74,131 @@ fn largest(t: &Tensor) -> f64 {
     t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
+/// One variable of a network with what its updates change, in f64.
+struct Published {
+    theta: Tensor,
+    m: Tensor,
+    v: Tensor,
+    average: Tensor,
+}
+
+/// What an update takes beside gradients.
+struct Settings {
+    betas: [f64; 2],
+    rate: f64,
+    weight_decay: f64,
+    eps: f64,
+    clip: f64,
+    decay: f64,
+}
+
+impl Settings {
+    /// The scalars of update `t`, from 1.
+    fn step(&self, t: i32) -> AdamwStep {
+        let corrections = self.betas.map(|beta| 1.0 - beta.powi(t));
+        AdamwStep {
+            grad_scale: 1.0,
+            betas: self.betas,
+            rate: self.rate / corrections[0],
+            root_scale: corrections[1].sqrt().recip(),
+            keep: 1.0 - self.rate * self.weight_decay,
+            eps: self.eps,
+        }
+    }
+
+    /// Clipping by the norm of all gradients (Pascanu et al. 2013, algorithm 1), AdamW (Loshchilov and Hutter 2019,
+    /// algorithm 2, the decay times the rate), and the moving average, line by line. Returns the norm.
+    fn publish(&self, variables: &mut [Published], grads: &[Tensor], t: i32) -> Result<f64> {
+        let [b1, b2] = self.betas;
+        let squares = |g: &Tensor| g.sqr()?.sum_all()?.to_scalar::<f64>();
+        let norm = grads.iter().map(squares).sum::<Result<f64>>()?.sqrt();
+        for (p, g) in variables.iter_mut().zip(grads) {
+            let g = if norm >= self.clip { (g * (self.clip / norm))? } else { g.clone() };
+            p.m = ((&p.m * b1)? + (&g * (1.0 - b1))?)?;
+            p.v = ((&p.v * b2)? + (g.sqr()? * (1.0 - b2))?)?;
+            let (m_hat, v_hat) = ((&p.m / (1.0 - b1.powi(t)))?, (&p.v / (1.0 - b2.powi(t)))?);
+            let change = (m_hat.div(&(v_hat.sqrt()? + self.eps)?)? * self.rate)?;
+            p.theta = ((&p.theta - change)? - (&p.theta * (self.rate * self.weight_decay))?)?;
+            p.average = ((&p.average * self.decay)? + (&p.theta * (1.0 - self.decay))?)?;
+        }
+        Ok(norm)
+    }
+}
+
+/// Three updates of variables of these shapes with gradients of this scale.
+fn check_adamw(
+    shapes: &[[usize; 4]],
+    scale: f64,
+    settings: &Settings,
+    seed: u64,
+) -> std::result::Result<(), TestCaseError> {
+    let f32s = |t: &Tensor| Var::from_tensor(&t.to_dtype(DType::F32).unwrap()).unwrap();
+    let zeros = |shape: &[usize; 4]| Tensor::zeros(shape, DType::F64, &Device::Cpu).unwrap();
+    let mut published: Vec<Published> = std::iter::zip(shapes, seed..)
+        .map(|(shape, seed)| {
+            let [theta, average] = [0, 10].map(|more| values(shape, seed + more));
+            Published { theta, average, m: zeros(shape), v: zeros(shape) }
+        })
+        .collect();
+    let vars: Vec<Var> = published.iter().map(|p| f32s(&p.theta)).collect();
+    let averages: Vec<Var> = published.iter().map(|p| f32s(&p.average)).collect();
+    let moments: Vec<Var> =
+        vars.iter().map(|var| Var::zeros((2, var.elem_count()), DType::F32, &Device::Cpu).unwrap()).collect();
+    for t in 1..=3 {
+        // Views, as a backward pass may give them.
+        let grads: Vec<Tensor> = std::iter::zip(shapes, seed..)
+            .map(|(shape, seed)| (turned(shape, seed + 100 * t as u64) * scale).unwrap())
+            .map(|grad| grad.transpose(2, 3).unwrap().contiguous().unwrap().transpose(2, 3).unwrap())
+            .collect();
+        let norm = settings.publish(&mut published, &grads, t).unwrap();
+        let grads: Vec<Tensor> = grads.iter().map(|grad| grad.to_dtype(DType::F32).unwrap()).collect();
+        let parameters: Vec<Parameter> =
+            (0..shapes.len()).map(|i| Parameter { var: &vars[i], moments: &moments[i], grad: &grads[i] }).collect();
+        let guard = Tensor::new(1f32, &Device::Cpu).unwrap();
+        let found = ops::adamw_all(&parameters, &guard, settings.clip, settings.step(t)).unwrap();
+        let pairs: Vec<(&Var, &Tensor)> = averages.iter().zip(vars.iter().map(Var::as_tensor)).collect();
+        ops::average_all(&pairs, settings.decay, &found).unwrap();
+        let found: f64 = found.to_dtype(DType::F64).unwrap().to_scalar().unwrap();
+        prop_assert!((found - norm).abs() <= 1e-6 * norm, "norm {found}, expected {norm}");
+    }
+    for (i, p) in published.iter().enumerate() {
+        let moment = |row: usize| moments[i].get(row).unwrap().reshape(&shapes[i]).unwrap();
+        let found = [vars[i].as_tensor().clone(), averages[i].as_tensor().clone(), moment(0), moment(1)];
+        for (found, exact) in found.iter().zip([&p.theta, &p.average, &p.m, &p.v]) {
+            let (size, gap) = (largest(exact), largest(&(found.to_dtype(DType::F64).unwrap() - exact).unwrap()));
+            prop_assert!(gap <= 3e-6 * size, "variable {i}: off by {gap} of {size}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_update_of_nothing_has_the_norm_of_nothing() {
+    let settings = Settings { betas: [0.9, 0.99], rate: 0.1, weight_decay: 0.0, eps: 1e-8, clip: 1.0, decay: 0.5 };
+    check_adamw(&[], 1.0, &settings, 0).unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn conv2d(
-        b in 1usize..6, c in 1usize..10, h in 1usize..19, w in 1usize..19, o in 1usize..15,
+        b in 1usize..6, c in 1usize..10, h in 1usize..19, w in 1usize..19, o in 1usize..25,
         kernel in 1usize..6, stride in 1usize..4, padding in 0usize..4, seed in 0u64..1000, rows in prop::bool::ANY,
+        threads in 1usize..6,
     ) {
         prop_assume!(h + 2 * padding >= kernel && w + 2 * padding >= kernel);
         let bias = if rows { values(&[b, o], seed + 3) } else { values(&[o], seed + 3) };
         let inputs = [turned(&[b, c, h, w], seed), values(&[o, c, kernel, kernel], seed + 2), bias];
-        check(
-            &inputs,
-            &|t| ops::conv2d(&t[0], &t[1], Some(&t[2]), stride, padding),
-            &|t| ops::conv2d_composite(&t[0].contiguous()?, &t[1], Some(&t[2]), stride, padding),
-        )?;
+        // How the work is cut depends on the threads.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            check(
+                &inputs,
+                &|t| ops::conv2d(&t[0], &t[1], Some(&t[2]), stride, padding),
+                &|t| ops::conv2d_composite(&t[0].contiguous()?, &t[1], Some(&t[2]), stride, padding),
+            )
+        })?;
     }
 
     #[test]
@@ -127,5 +236,16 @@ proptest! {
         check(&one, &|t| ops::upsample_2x(&t[0]), &|t| ops::upsample_2x(&t[0]))?;
         let even = [turned(&[b, c, 2 * h, 2 * w], seed)];
         check(&even, &|t| ops::avg_pool_2x(&t[0]), &|t| t[0].contiguous()?.avg_pool2d(2))?;
+    }
+
+    #[test]
+    fn adamw(
+        shapes in prop::collection::vec([1usize..20, 1usize..4, 1usize..4, 1usize..9], 0..6),
+        log_scale in -3f64..3.0, clip in prop_oneof![Just(1e-2), Just(1.0), Just(30.0), Just(f64::INFINITY)],
+        betas in [0f64..0.99, 0.5f64..0.9999], rate in 1e-5f64..0.3, weight_decay in 0f64..0.5, decay in 0f64..1.0,
+        seed in 0u64..1000,
+    ) {
+        let settings = Settings { betas, rate, weight_decay, eps: 1e-8, clip, decay };
+        check_adamw(&shapes, 10f64.powf(log_scale), &settings, seed)?;
     }
 }

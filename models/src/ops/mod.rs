@@ -14,6 +14,7 @@ pub mod nhwc;
 mod optimizer;
 #[cfg(feature = "cuda")]
 mod philox;
+mod planes;
 mod resample;
 mod simd;
 mod tile;

@@ -4,7 +4,8 @@
 //!
 //! What a convolution reads is laid out as *planes*: the picture's channels, moved sideways once per kernel column, with
 //! the padding in place. A tap is then a plane and a whole number of rows to go down: a contiguous run of memory, for
-//! all pixels at once, and no matrix of columns is ever written.
+//! all pixels at once, and no matrix of columns is ever written. With a stride, a plane has the pixels that its column
+//! meets and no others, and its rows in as many groups as there are steps in the stride.
 
 #![expect(clippy::needless_range_loop, reason = "kernels index several arrays by one number")]
 
@@ -13,34 +14,33 @@ use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
 /// Most output channels of a block, and most vectors beside it: 24 sums in 32 registers, 12 in 16.
-const BLOCK: usize = 6;
+pub const BLOCK: usize = 6;
 
 /// Floats that a kernel may read past the last plane.
 pub const SLACK: usize = 16;
 
-/// The planes of one picture and how taps lie in them: tap `k` of pixel `p` is at
-/// `k / rows · plane + k % rows · row + p`.
+/// The planes of one picture and how taps lie in them, n to a plane: tap `k` of pixel `p` is at
+/// `k / n · plane + rows[k % n] + p`.
 #[derive(Clone, Copy)]
 pub struct Planes<'a> {
     /// All planes, one after the other, and [`SLACK`] more values.
     pub values: &'a [f32],
     /// From one plane to the next.
     pub plane: usize,
-    /// Taps in a plane.
-    pub rows: usize,
-    /// From one tap of a plane to the next.
-    pub row: usize,
+    /// Where each tap of a plane begins in it.
+    pub rows: &'a [usize],
 }
 
 impl Planes<'_> {
     /// Where tap `k` of pixel 0 is.
     fn tap(&self, k: usize) -> usize {
-        k / self.rows * self.plane + k % self.rows * self.row
+        k / self.rows.len() * self.plane + self.rows[k % self.rows.len()]
     }
 
     /// One past the last value that `n` vectors of `lanes` from pixel `at` touch, for taps below `k`.
     fn reach(&self, k: usize, at: usize, n: usize, lanes: usize) -> usize {
-        self.tap(k - 1).max((self.rows.min(k) - 1) * self.row) + at + n * lanes
+        let furthest = self.rows.iter().max().unwrap_or(&0);
+        (k - 1) / self.rows.len() * self.plane + furthest + at + n * lanes
     }
 }
 
@@ -76,43 +76,73 @@ pub struct Packed {
     values: Vec<f32>,
     blocks: Vec<usize>,
     taps: usize,
+    parts: usize,
+}
+
+/// The weights of some of the channels.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    values: &'a [f32],
+    blocks: &'a [usize],
+    taps: usize,
 }
 
 impl Packed {
-    /// `fill(o, row)` writes the taps of channel `o`, in the order of the planes.
-    pub fn new(channels: usize, taps: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let blocks = blocks(channels);
-        let mut values = vec![0f32; channels * taps];
+    /// Of the weights `w`, where channel `o` has tap `k` at `o · channel + taps[k]`. The blocks go evenly into `parts`, or
+    /// into as many as have a whole block each.
+    pub fn new(w: &[f32], channels: usize, channel: usize, taps: &[usize], parts: usize) -> Self {
+        let parts = parts.min(channels / BLOCK).max(1);
+        let blocks = blocks(channels, parts);
+        let mut values = vec![0f32; channels * taps.len()];
         let (mut rest, mut first) = (&mut values[..], 0);
-        let mut parts = Vec::with_capacity(blocks.len());
+        let mut tasks = Vec::with_capacity(blocks.len());
         for &width in &blocks {
-            let (block, others) = rest.split_at_mut(width * taps);
-            parts.push((first, width, block));
+            let (block, others) = rest.split_at_mut(width * taps.len());
+            tasks.push((&w[first * channel..], width, block));
             (rest, first) = (others, first + width);
         }
-        parts.into_par_iter().for_each_init(
-            || vec![0f32; taps],
-            |row, (first, width, block)| {
-                for lane in 0..width {
-                    fill(first + lane, row);
-                    block.iter_mut().skip(lane).step_by(width).zip(&*row).for_each(|(to, v)| *to = *v);
-                }
-            },
-        );
-        Packed { values, blocks, taps }
+        tasks.into_par_iter().for_each(|(w, width, block)| {
+            for (tap, channels) in taps.iter().zip(block.chunks_exact_mut(width)) {
+                channels.iter_mut().enumerate().for_each(|(lane, to)| *to = w[lane * channel + tap]);
+            }
+        });
+        Packed { values, blocks, taps: taps.len(), parts }
+    }
+
+    /// All of them.
+    pub fn whole(&self) -> Part<'_> {
+        Part { values: &self.values, blocks: &self.blocks, taps: self.taps }
+    }
+
+    /// Part by part, with its biases and its output.
+    pub fn split<'a>(&'a self, bias: &'a [f32], y: &'a mut [MaybeUninit<f32>]) -> Vec<Share<'a>> {
+        let pixels = y.len() / bias.len();
+        let (mut values, mut bias, mut y) = (&self.values[..], bias, y);
+        let part = |blocks: &'a [usize]| {
+            let channels: usize = blocks.iter().sum();
+            Some((
+                Part { values: values.split_off(..channels * self.taps)?, blocks, taps: self.taps },
+                bias.split_off(..channels)?,
+                y.split_off_mut(..channels * pixels)?,
+            ))
+        };
+        self.blocks.chunks(self.blocks.len() / self.parts).filter_map(part).collect()
     }
 }
 
-/// Splits channels into blocks of nearly equal size.
-fn blocks(channels: usize) -> Vec<usize> {
-    let n = channels.div_ceil(BLOCK).max(1);
+/// Some channels' weights, biases and output.
+type Share<'a> = (Part<'a>, &'a [f32], &'a mut [MaybeUninit<f32>]);
+
+/// Splits channels into blocks of nearly equal size, whose number is a multiple of `parts`.
+fn blocks(channels: usize, parts: usize) -> Vec<usize> {
+    let n = channels.div_ceil(BLOCK).next_multiple_of(parts);
     (0..n).map(|i| (i + 1) * channels / n - i * channels / n).collect()
 }
 
 /// y `(O, pixels)` = bias + weights · taps, for one picture.
 pub struct Forward<'a> {
     /// Weights of all channels of `y`.
-    pub weights: &'a Packed,
+    pub weights: Part<'a>,
     /// One per channel.
     pub bias: &'a [f32],
     /// The picture.
@@ -137,7 +167,7 @@ impl WithSimd for Forward<'_> {
                 _ => 1,
             };
             let mut first = 0;
-            for &m in &weights.blocks {
+            for &m in weights.blocks {
                 let rows = first..first + m;
                 let tile = Tile {
                     weights: &weights.values[first * weights.taps..(first + m) * weights.taps],
@@ -177,11 +207,11 @@ impl Tile<'_> {
             sums[m] = [simd.splat_f32s(bias[m]); N];
         }
         let mut weights = weights.chunks_exact(M);
-        for plane in 0..n_taps / planes.rows {
-            for row in 0..planes.rows {
+        for plane in 0..n_taps / planes.rows.len() {
+            for row in planes.rows {
                 let Some(weights) = weights.next() else { return };
                 // SAFETY: `reach` bounds every tap's vectors, and was asserted above.
-                let x = unsafe { load::<S, N>(simd, planes.values, plane * planes.plane + row * planes.row + at) };
+                let x = unsafe { load::<S, N>(simd, planes.values, plane * planes.plane + row + at) };
                 for m in 0..M {
                     let w = simd.splat_f32s(weights[m]);
                     for n in 0..N {
@@ -238,14 +268,14 @@ impl<'a> PackedGradient<'a> {
         pictures * channels * pixels.next_multiple_of(LANES)
     }
 
-    /// Packs into `buffer`, which has [`Self::size`] floats.
-    pub fn new(grad: &[f32], channels: usize, pixels: usize, buffer: &'a mut [f32]) -> Self {
-        let (blocks, per_picture) = (blocks(channels), pixels.div_ceil(LANES));
-        let vectors = grad.len() / (channels * pixels) * per_picture;
+    /// Packs what `pictures` has of each into `buffer`, which has [`Self::size`] floats.
+    pub fn new(pictures: &[&[f32]], channels: usize, pixels: usize, buffer: &'a mut [f32]) -> Self {
+        let (blocks, per_picture) = (blocks(channels, 1), pixels.div_ceil(LANES));
+        let vectors = pictures.len() * per_picture;
         let (mut rest, mut first) = (&mut *buffer, 0);
         for &width in &blocks {
             let (block, others) = rest.split_at_mut(width * vectors * LANES);
-            for (picture, grad) in grad.chunks_exact(channels * pixels).enumerate() {
+            for (picture, grad) in pictures.iter().enumerate() {
                 for (m, row) in grad[first * pixels..(first + width) * pixels].chunks_exact(pixels).enumerate() {
                     for (i, from) in row.chunks(LANES).enumerate() {
                         let to = &mut block[((picture * per_picture + i) * width + m) * LANES..][..LANES];
@@ -356,7 +386,7 @@ mod tests {
 
     /// Two planes of two taps each, three pixels a row; nothing beyond the slack can be read without being out of bounds.
     fn planes(values: &[f32]) -> Planes<'_> {
-        Planes { values, plane: PIXELS + 3, rows: 2, row: 3 }
+        Planes { values, plane: PIXELS + 3, rows: &[0, 3] }
     }
 
     fn numbers(n: usize, seed: f32) -> Vec<f32> {
@@ -372,9 +402,9 @@ mod tests {
     fn check<S: Simd>(simd: S) {
         let values = [numbers(2 * (PIXELS + 3), 0.1), vec![f32::NAN; SLACK]].concat();
         let (weights, bias) = (numbers(CHANNELS * 4, 0.2), numbers(CHANNELS, 0.3));
-        let packed = Packed::new(CHANNELS, 4, |o, row| row.copy_from_slice(&weights[o * 4..][..4]));
+        let packed = Packed::new(&weights, CHANNELS, 4, &[0, 1, 2, 3], 1);
         let mut y = vec![MaybeUninit::uninit(); CHANNELS * PIXELS];
-        Forward { weights: &packed, bias: &bias, planes: planes(&values), y: &mut y }.with_simd(simd);
+        simd.vectorize(Forward { weights: packed.whole(), bias: &bias, planes: planes(&values), y: &mut y });
         for (i, y) in y.iter().enumerate() {
             let (o, pixel) = (i / PIXELS, i % PIXELS);
             let expected = bias[o] + (0..4).map(|k| weights[o * 4 + k] * tap(&values, k, pixel)).sum::<f32>();
@@ -386,9 +416,9 @@ mod tests {
         let grad = numbers(CHANNELS * PIXELS, 0.4);
         let mut buffer = vec![f32::NAN; PackedGradient::size(1, CHANNELS, PIXELS)];
         let mut dw = vec![1f32; CHANNELS * 4];
-        let packed = PackedGradient::new(&grad, CHANNELS, PIXELS, &mut buffer);
+        let packed = PackedGradient::new(&[&grad], CHANNELS, PIXELS, &mut buffer);
         let starts: Vec<usize> = (0..PIXELS).step_by(SLACK).collect();
-        WeightGradient { planes: planes(&finite), starts: &starts, grad: packed, dw: &mut dw }.with_simd(simd);
+        simd.vectorize(WeightGradient { planes: planes(&finite), starts: &starts, grad: packed, dw: &mut dw });
         for (i, dw) in dw.iter().enumerate() {
             let (o, k) = (i / 4, i % 4);
             let expected = 1.0 + (0..PIXELS).map(|p| grad[o * PIXELS + p] * tap(&values, k, p)).sum::<f32>();
@@ -401,5 +431,35 @@ mod tests {
         check(Scalar128b);
         check(Scalar256b);
         check(Scalar512b);
+    }
+
+    /// Where this machine has them: `dispatch` would only ever run the widest.
+    #[test]
+    fn kernels_of_every_instruction_set_give_the_sums_of_plain_loops() {
+        #[cfg(target_arch = "x86_64")]
+        {
+            pulp::x86::V3::try_new().into_iter().for_each(check);
+            pulp::x86::V4::try_new().into_iter().for_each(check);
+        }
+        #[cfg(target_arch = "aarch64")]
+        pulp::aarch64::Neon::try_new().into_iter().for_each(check);
+    }
+
+    #[test]
+    fn parts_of_weights_give_the_bits_of_the_whole() {
+        let values = [numbers(2 * (PIXELS + 3), 0.1), vec![0.0; SLACK]].concat();
+        let (weights, bias) = (numbers(31 * 4, 0.2), numbers(31, 0.3));
+        let y = |parts: usize| {
+            let packed = Packed::new(&weights, 31, 4, &[0, 1, 2, 3], parts);
+            let mut y = vec![MaybeUninit::uninit(); 31 * PIXELS];
+            let shares = packed.split(&bias, &mut y);
+            assert_eq!(shares.len(), parts.min(31 / BLOCK));
+            for (weights, bias, y) in shares {
+                Scalar256b.vectorize(Forward { weights, bias, planes: planes(&values), y });
+            }
+            // SAFETY: the shares are all of y, and the kernel has written each.
+            y.into_iter().map(|y| unsafe { y.assume_init() }.to_bits()).collect::<Vec<_>>()
+        };
+        assert!([2, 3, 5, 31].iter().all(|parts| y(*parts) == y(1)));
     }
 }
