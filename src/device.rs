@@ -72,10 +72,12 @@ pub fn use_threads(n: Option<usize>) -> Result<()> {
     let n = n.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     ensure!(n > 0, "--threads is 0, expected at least 1");
     // Some operations of candle ask num_cpus, which reads the first. candle's elementwise operations have threads of
-    // their own, which wait for the next one in a busy loop and so take the cores from ours; the second has them sleep.
+    // their own: the second counts them, and as they wait for the next operation in a busy loop and so take the cores
+    // from ours, the third has them sleep.
     // SAFETY: called at the start of main, before any other thread exists.
     unsafe {
         std::env::set_var("RAYON_NUM_THREADS", n.to_string());
+        std::env::set_var("CANDLE_NUM_THREADS", n.to_string());
         std::env::set_var("CANDLE_BARRIER_POOL_SPIN_LIMIT", "1");
     }
     rayon::ThreadPoolBuilder::new().num_threads(n).use_current_thread().build_global().context("--threads")
