@@ -1,13 +1,15 @@
 //! The whole family of losses in the trainer itself: who may learn from whom, term by term; what parts of a batch come
 //! to; what the terms are at the start.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use dmd::config::{Config, layered};
 use dmd::data::Pictures;
 use dmd::distill::{Beginning, Health, Networks, Reality};
+use dmd::loss::distribution_matching;
+use dmd::optim::Optimizer;
 use dmd::pairs::{Manifest, Pairs, make};
 use dmd::random::{Purpose, Random};
-use dmd_models::{Eager, ModelFolder};
+use dmd_models::{Denoiser, Eager, ModelFolder, Weights};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -62,15 +64,19 @@ fn config(text: &str) -> Config {
 }
 
 fn networks(config: &Config) -> Networks {
-    let teacher = teacher();
+    networks_of(&teacher(), config, None)
+}
+
+fn networks_of(teacher: &ModelFolder, config: &Config, fake_score: Option<Weights>) -> Networks {
     let guidance = config.real_score.guidance_scale;
     let beginning = Beginning {
-        reality: config.loss.gan.on().then(|| Reality::new(pictures(), &teacher).unwrap()),
-        pairs: (config.loss.regression.weight > 0.0).then(|| pairs(&teacher, guidance)),
+        reality: config.loss.gan.on().then(|| Reality::new(pictures(), teacher).unwrap()),
+        pairs: (config.loss.regression.weight > 0.0).then(|| pairs(teacher, guidance)),
+        fake_score,
         ..Beginning::default()
     };
     let sigmas = if config.generator.steps.is_empty() { vec![2.5] } else { config.generator.steps.clone() };
-    Networks::new(&teacher, &sigmas, config, beginning, &random()).unwrap()
+    Networks::new(teacher, &sigmas, config, beginning, &random()).unwrap()
 }
 
 fn random() -> Random {
@@ -91,12 +97,16 @@ const TERMS: [(&str, &str); 9] = [
 
 type Bits = BTreeMap<String, Vec<u32>>;
 
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn bits(vars: &BTreeMap<String, Var>) -> Bits {
+    vars.iter().map(|(k, v)| (k.clone(), values(v).into_iter().map(f32::to_bits).collect())).collect()
+}
+
 /// Generator, its average, fake score and heads, bit for bit.
 fn state(n: &Networks) -> [Bits; 4] {
-    let bits = |vars: &BTreeMap<String, candle_core::Var>| -> Bits {
-        let values = |v: &Tensor| v.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        vars.iter().map(|(k, v)| (k.clone(), values(v).into_iter().map(f32::to_bits).collect())).collect()
-    };
     let heads = n.discriminator.as_ref().map_or_else(Bits::new, |d| bits(&d.vars));
     [bits(&n.generator_vars), bits(&n.averages[0].vars), bits(&n.fake_vars), heads]
 }
@@ -133,6 +143,134 @@ fn no_term_reaches_a_network_that_is_not_its_own() {
         n.update_fake_score(&config, &random(), 1, 0).unwrap();
         assert!(state(&n)[0] == g2, "{name}: the critic's turn after the student's");
     }
+}
+
+/// 7.4, on the gradients themselves: an update is given an optimiser of everybody's weights, which moves those alone that
+/// the loss has a gradient for, be it zero, since they decay. Those are all of its own network's and nobody else's; the
+/// teacher's are variables here.
+#[test]
+fn no_gradient_reaches_a_network_that_is_not_the_losss_own() {
+    let teacher = teacher();
+    let (weights, teacher_vars) = teacher.weights.trainable().unwrap();
+    let teacher = ModelFolder { weights, ..teacher };
+    // What would be seen if a loss ran the teacher on these.
+    let x = Tensor::zeros((1, 3, 8, 8), DType::F32, &CPU).unwrap();
+    let label = Tensor::new(&[0i64], &CPU).unwrap();
+    let leaky = teacher.denoiser_on(&teacher.weights).unwrap();
+    let leak = leaky.denoise(&Eager, &x, &[1.0], Some(&label)).unwrap().sqr().unwrap().mean_all().unwrap();
+    let leak = leak.backward().unwrap();
+    assert!(teacher_vars.values().all(|var| leak.get(var).is_some()));
+
+    for ((name, text), grad_checkpoint) in TERMS.iter().flat_map(|term| [false, true].map(|on| (term, on))) {
+        let mut config = config(text);
+        config.grad_checkpoint = grad_checkpoint;
+        for (rate, warmup) in [
+            (&mut config.generator.rate, &mut config.generator.warmup),
+            (&mut config.fake_score.rate, &mut config.fake_score.warmup),
+        ] {
+            (*rate, *warmup) = (1e-3, 0);
+        }
+        config.optimizer.weight_decay = 0.1;
+        let mut n = networks_of(&teacher, &config, None);
+        let named = |owner: &str, vars: &BTreeMap<String, Var>| -> BTreeMap<String, Var> {
+            vars.iter().map(|(name, var)| (format!("{owner}/{name}"), var.clone())).collect()
+        };
+        let heads = n.discriminator.as_ref().map(|d| named("heads", &d.vars)).unwrap_or_default();
+        let mut everybody = named("teacher", &teacher_vars);
+        everybody.extend(named("generator", &n.generator_vars));
+        everybody.extend(named("fake_score", &n.fake_vars));
+        let check = |own: &str, before: &Bits, after: &Bits| {
+            for (weight, bits) in before {
+                let moved = after[weight] != *bits;
+                assert_eq!(moved, weight.starts_with(own), "{name}, checkpoint {grad_checkpoint}, {own}: {weight}");
+            }
+        };
+
+        // The heads have their own share of the critic's loss.
+        n.fake_optimizer = Optimizer::new(&everybody, config.optimizer).unwrap();
+        let before = bits(&everybody);
+        n.update_fake_score(&config, &random(), 0, 0).unwrap();
+        check("fake_score/", &before, &bits(&everybody));
+
+        everybody.extend(heads);
+        n.generator_optimizer = Optimizer::new(&everybody, config.optimizer).unwrap();
+        let before = bits(&everybody);
+        n.update_generator(&config, &random(), 1).unwrap();
+        check("generator/", &before, &bits(&everybody));
+    }
+}
+
+/// 7.8: a few-step generator's pass gets what the passes before it made of the noise, noised to its level, for the critic
+/// and for itself; and it learns at that pass alone. By hand, with the run's own draws.
+#[test]
+fn few_steps_are_simulated_backwards_without_a_gradient() {
+    let mut config = config("[generator]\nsteps = [10.0, 2.5, 0.5]\n");
+    config.optimizer.clip = 1e9;
+    let (teacher, sigmas, random) = (teacher(), config.generator.steps.clone(), random());
+    let frozen = teacher.denoiser(&CPU).unwrap();
+    // A critic with something to say.
+    let fake_weights = teacher.weights.to(DType::F32, &CPU).unwrap().map(|weight| weight * 0.9).unwrap();
+    let fake_score = teacher.denoiser_on(&fake_weights).unwrap();
+    let shape = [4, 3, 8, 8];
+    // The noise levels up to the pass that is drawn, and its input; `generate` makes the passes before it.
+    let by_hand = |generate: &Denoiser, noise: Purpose, update: u64, key: u64, label: &Tensor| {
+        let pass = random.indices(Purpose::Pass, key, 1, [0, 2])[0];
+        let mut input = (random.normal(noise, update, &shape).unwrap() * sigmas[0]).unwrap();
+        for i in 1..=pass {
+            let x = generate.denoise(&Eager, &input, &[sigmas[i - 1]], Some(label)).unwrap();
+            let eps = random.normal(Purpose::PassEps, 3 * key + i as u64, &shape).unwrap();
+            input = (x + (eps * sigmas[i]).unwrap()).unwrap();
+        }
+        (pass, input)
+    };
+    let label_of = |purpose, key| random.labels(purpose, key, 4, Some(2)).unwrap().unwrap();
+    let mut seen = [0, 0];
+    for step in 0..12 {
+        let mut n = networks_of(&teacher, &config, Some(fake_weights.clone()));
+        let (update, key) = (step * config.ratio, step * (config.ratio + 1));
+        let label = label_of(Purpose::CriticLabel, update);
+        let (pass, input) = by_hand(&frozen, Purpose::CriticNoise, update, key + 1, &label);
+        let expected = frozen.denoise(&Eager, &input, &[sigmas[pass]], Some(&label)).unwrap();
+        let sample = n.sample(&config, &random, step).unwrap();
+        assert_eq!(values(&sample), values(&expected), "step {step}, pass {pass}");
+        seen[0] |= 1 << pass;
+
+        n.update_generator(&config, &random, step).unwrap();
+        // With a first beta of 0, what the optimiser keeps is the gradient.
+        let found = n.generator_optimizer.state().unwrap();
+        let label = label_of(Purpose::GeneratorLabel, step);
+        let gradient = |through: bool| {
+            let (weights, vars) = teacher.weights.trainable().unwrap();
+            let generator = teacher.denoiser_on(&weights).unwrap();
+            let before = if through { &generator } else { &frozen };
+            let (pass, input) = by_hand(before, Purpose::GeneratorNoise, step, key, &label);
+            let x = generator.denoise(&Eager, &input, &[sigmas[pass]], Some(&label)).unwrap();
+            let [low, high] = config.generator.t_range;
+            let levels = random.indices(Purpose::GeneratorLevel, step, 4, frozen.levels.index_range(low, high));
+            let sigma: Vec<f64> = levels.into_iter().map(|i| frozen.levels.sigma(i)).collect();
+            let scale = Tensor::from_iter(sigma.iter().map(|&sigma| sigma as f32), &CPU).unwrap();
+            let eps = random.normal(Purpose::GeneratorEps, step, &shape).unwrap();
+            let x_t = (x.detach() + eps.broadcast_mul(&scale.reshape((4, 1, 1, 1)).unwrap()).unwrap()).unwrap();
+            let score = |d: &Denoiser| d.denoise(&Eager, &x_t, &sigma, Some(&label)).unwrap();
+            let loss = distribution_matching(&x, &score(&frozen), &score(&fake_score), None).unwrap().loss;
+            let grads = loss.backward().unwrap();
+            let (mut error, mut largest) = (0f32, 0f32);
+            for (name, var) in &vars {
+                let found = values(found.get(&format!("mean.{name}")).unwrap());
+                for (a, b) in found.iter().zip(values(grads.get(var).unwrap())) {
+                    (error, largest) = (error.max((a - b).abs()), largest.max(b.abs()));
+                }
+            }
+            (pass, error / largest)
+        };
+        let (pass, error) = gradient(false);
+        assert!(error < 1e-6, "step {step}, pass {pass}: {error}");
+        // The gradient that must not be there would be seen.
+        let (_, leaking) = gradient(true);
+        assert!(pass == 0 || leaking > 1e-2, "step {step}, pass {pass}: {leaking}");
+        seen[1] |= 1 << pass;
+    }
+    assert_eq!(seen, [7, 7], "every pass is drawn");
 }
 
 /// A batch in parts has the loss and the gradient of the whole batch, to rounding.

@@ -1,13 +1,13 @@
 //! Denoising losses: how a teacher learns its data and the fake score the generator's samples.
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
-/// mean(weight·(denoised − target)²). `denoised` f32 `(B, C, H, W)`, with gradient; `target` of the same shape, a
-/// constant; one weight per sample.
+/// mean(weight·(denoised − target)²). `denoised` `(B, C, H, W)`, f32 or f64, with gradient; `target` of the same shape
+/// and type, a constant; one weight per sample.
 pub fn denoising(denoised: &Tensor, target: &Tensor, weights: &[f64]) -> Result<Tensor> {
-    let weights: Vec<f32> = weights.iter().map(|&w| w as f32).collect();
-    let weights = Tensor::from_vec(weights, (denoised.dim(0)?, 1, 1, 1), denoised.device())?;
+    let weights = Tensor::new(weights, &Device::Cpu)?.reshape(((), 1, 1, 1))?;
+    let weights = weights.to_dtype(denoised.dtype())?.to_device(denoised.device())?;
     let error = (denoised - target.detach())?;
     Ok(error.sqr()?.broadcast_mul(&weights)?.mean_all()?)
 }
@@ -26,7 +26,7 @@ pub fn fake_score_weight(sigma: f64, sigma_data: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
+    use candle_core::Var;
 
     /// The best denoiser of N(a, b²) leaves b²σ²/T, T = b² + σ²; weighted, b²(σ² + σ_data²)/(σ_data²·T): exactly 1 at
     /// every σ for b = σ_data, and 1.000012, 1.029703, 2.5, 3.999531 for b = 1 (reference 7.4).
@@ -45,5 +45,13 @@ mod tests {
         let t = |v: [f32; 4]| Tensor::new(&v, &Device::Cpu).unwrap().reshape((2, 1, 1, 2)).unwrap();
         let loss = denoising(&t([1.0, 2.0, 3.0, 4.0]), &t([0.0; 4]), &[2.0, 0.5]).unwrap();
         assert_eq!(loss.to_scalar::<f32>().unwrap(), (2.0 * (1.0 + 4.0) + 0.5 * (9.0 + 16.0)) / 4.0);
+    }
+
+    #[test]
+    fn no_gradient_reaches_the_target() {
+        let var = |v: f32| Var::from_tensor(&Tensor::full(v, (1, 1, 1, 1), &Device::Cpu).unwrap()).unwrap();
+        let (denoised, target) = (var(0.2), var(0.7));
+        let grads = denoising(&denoised, &target, &[1.0]).unwrap().backward().unwrap();
+        assert!(grads.get(&denoised).is_some() && grads.get(&target).is_none());
     }
 }
