@@ -3,7 +3,7 @@
 use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
 use anyhow::{Context, Result, bail, ensure};
-use dmd_models::Precision;
+use dmd_models::{Precision, UNetConfig};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -362,6 +362,13 @@ impl Config {
         t_range("fake_score.t_range", self.fake_score.t_range)?;
         not_negative("real_score.guidance_scale", self.real_score.guidance_scale)?;
         self.loss.validate(&self.data)?;
+        let gan = &self.loss.gan;
+        ensure!(
+            !gan.on() || gan.start_step < self.steps,
+            "loss.gan.start_step is {}, expected below steps ({}): the term would never join",
+            gan.start_step,
+            self.steps
+        );
         optimizer(&self.optimizer)
     }
 }
@@ -420,6 +427,19 @@ impl LossSettings {
         );
         Ok(())
     }
+}
+
+/// Refuses to guide a teacher that cannot be; `setting` is where `scale` was given.
+pub fn check_guidance(setting: &str, scale: f64, unet: &UNetConfig, null_class: bool) -> Result<()> {
+    ensure!(
+        scale == 1.0 || unet.num_class_embeds.is_some(),
+        "{setting} is {scale}, but the teacher has no classes to be guided by: leave it at 1"
+    );
+    ensure!(
+        scale == 1.0 || null_class,
+        "{setting} is {scale}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1"
+    );
+    Ok(())
 }
 
 /// Settings that belong together, as committed files under `src/recipes`.

@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use dmd_models::{ModelFolder, Weights, write_whole};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 /// `pairs.json`: whose pairs these are and how they were made.
@@ -78,6 +79,8 @@ pub fn make(
         let label = random.labels(Purpose::PairLabel, i as u64, len, n_classes)?;
         let labels: Vec<i64> = label.as_ref().map_or(Ok(Vec::new()), |label| label.to_vec1())?;
         let images = model.pictures(&noise, &labels, batch)?;
+        let finite = images.iter().all(|value| value.is_finite());
+        ensure!(finite, "the teacher makes values that are not finite, among pictures {first} to {}", first + len - 1);
         let mut shard = Weights::default();
         shard.insert("image", Tensor::from_vec(images.into_raw_vec_and_offset().0, noise.dims(), &Device::Cpu)?);
         shard.insert("noise", noise);
@@ -114,41 +117,31 @@ pub struct PairBatch {
 impl Pairs {
     /// Reads a folder that `make` wrote, and refuses pairs of another teacher, size or guidance before reading shards.
     pub fn load(folder: &Path, teacher: &ModelFolder, guidance_scale: f64) -> Result<Self> {
-        let manifest = read_manifest(folder)?;
-        let refuse =
-            |what: String| anyhow::anyhow!("{}: {what}; make pairs for this run with `dmd pairs`", folder.display());
         let [height, width] = teacher.size()?;
         let shape = [teacher.config.in_channels, height, width];
-        ensure!(manifest.shape == shape, refuse(format!("pictures are {:?}, the teacher's {shape:?}", manifest.shape)));
+        let manifest = manifest_for(folder, shape, guidance_scale)?;
         ensure!(
             manifest.teacher_sha256 == fingerprint(teacher)?,
-            refuse("pairs were made by another teacher (its weights or its configuration differ)".into())
+            refusal(folder, "pairs were made by another teacher (its weights or its configuration differ)")
         );
-        ensure!(
-            manifest.guidance_scale == guidance_scale,
-            refuse(format!(
-                "pairs were made with guidance {}, real_score.guidance_scale is {guidance_scale}",
-                manifest.guidance_scale
-            ))
-        );
+        let n_classes = teacher.n_classes().unwrap_or(0);
         let mut pairs = Pairs { shape, noise: Vec::new(), image: Vec::new(), labels: Vec::new() };
         for (i, first) in (0..manifest.n).step_by(manifest.per_shard).enumerate() {
-            let shard = read_shard(&shard_path(folder, i), &manifest, manifest.per_shard.min(manifest.n - first))?;
+            let path = shard_path(folder, i);
+            let shard = read_shard(&path, &manifest, manifest.per_shard.min(manifest.n - first))?;
+            let labels: Vec<i64> = shard.get("label").map_or(Ok(Vec::new()), |label| label.to_vec1())?;
+            ensure!(
+                labels.is_empty() == (n_classes == 0)
+                    && labels.iter().all(|label| (0..n_classes as i64).contains(label)),
+                refusal(&path, format!("labels are not those of the teacher's {n_classes} classes"))
+            );
             let values = |name: &str| -> Result<Vec<f32>> {
                 Ok(shard.get(name).context("checked when it was read")?.flatten_all()?.to_vec1()?)
             };
             pairs.noise.extend(values("noise")?);
             pairs.image.extend(values("image")?);
-            if let Some(label) = shard.get("label") {
-                pairs.labels.extend(label.to_vec1::<i64>()?);
-            }
+            pairs.labels.extend(labels);
         }
-        let n_classes = teacher.n_classes().unwrap_or(0);
-        ensure!(
-            pairs.labels.is_empty() == (n_classes == 0)
-                && pairs.labels.iter().all(|label| (0..n_classes as i64).contains(label)),
-            refuse(format!("labels are not those of the teacher's {n_classes} classes"))
-        );
         Ok(pairs)
     }
 
@@ -188,6 +181,30 @@ fn read_manifest(folder: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
+/// The manifest of pairs, which must be of this size, `(C, H, W)`, and guidance. Reads nothing else.
+pub fn manifest_for(folder: &Path, shape: [usize; 3], guidance_scale: f64) -> Result<Manifest> {
+    let manifest = read_manifest(folder)?;
+    ensure!(
+        manifest.shape == shape,
+        refusal(folder, format!("pictures are {:?}, the teacher's {shape:?}", manifest.shape))
+    );
+    ensure!(
+        manifest.guidance_scale == guidance_scale,
+        refusal(
+            folder,
+            format!(
+                "pairs were made with guidance {}, real_score.guidance_scale is {guidance_scale}",
+                manifest.guidance_scale
+            )
+        )
+    );
+    Ok(manifest)
+}
+
+fn refusal(path: &Path, what: impl Display) -> anyhow::Error {
+    anyhow::anyhow!("{}: {what}; make pairs for this run with `dmd pairs`", path.display())
+}
+
 fn shard_path(folder: &Path, i: usize) -> PathBuf {
     folder.join(format!("shard-{i:05}.safetensors"))
 }
@@ -205,6 +222,11 @@ fn read_shard(path: &Path, manifest: &Manifest, len: usize) -> Result<Weights> {
             path.display(),
             tensor.dims(),
             tensor.dtype()
+        );
+        ensure!(
+            tensor.flatten_all()?.to_vec1::<f32>()?.iter().all(|value| value.is_finite()),
+            "{}: tensor \"{name}\" holds values that are not finite; run `dmd pairs` again to make it anew",
+            path.display()
         );
     }
     if let Some(label) = shard.get("label") {

@@ -405,6 +405,10 @@ fn terms_without_what_they_need_are_refused() {
     check("--set loss.gan.weight=1", &["loss.gan.weight is 1 without a discriminator"]);
     check("--set generator.steps=[1.0,2.0]", &["generator.steps is [1.0, 2.0], expected descending noise levels"]);
     check("--set generator.steps=[90.0,2.0]", &["generator.steps is 90, expected within the teacher's noise levels"]);
+    check(
+        "--recipe dmd2 --data pictures --set loss.gan.start_step=1",
+        &["loss.gan.start_step is 1, expected below steps (1)", "never join"],
+    );
     check("--set accumulate=3", &["accumulate is 3, expected a divisor of batch (2)"]);
     check("--set loss.gna.weight=1", &["--set loss.gna.weight=1", "did you mean \"loss.gan\"?"]);
     check("--set batch", &["--set batch: expected KEY=VALUE"]);
@@ -424,6 +428,78 @@ fn terms_without_what_they_need_are_refused() {
         1,
         &["--unconditional leaves no classes"],
     );
+}
+
+/// What small files tell of a teacher and of pairs is asked before the weights, which are none here.
+#[test]
+fn what_small_files_tell_is_refused_before_weights_are_read() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    w.ok("pairs teacher --out pairs -n 2 --steps 1");
+    w.write(WEIGHTS, "no weights");
+    let paired = format!("{DISTILL} --recipe dmd --pairs pairs");
+    w.refuses(&paired, 1, &["the teacher: ", WEIGHTS]);
+    for (line, setting) in
+        [(DISTILL, "real_score.guidance_scale is 2"), ("pairs teacher --out p -n 2", "--guidance is 2")]
+    {
+        w.refuses(&format!("{line} --guidance 2"), 1, &[setting, "knows no pictures without a class"]);
+    }
+    w.write("teacher/dmd.json", r#"{"kind": "teacher", "version": "0.1.0", "null_class": true}"#);
+    w.refuses(&format!("{DISTILL} --guidance 2"), 1, &["the teacher: ", WEIGHTS]);
+    w.refuses(&format!("{paired} --guidance 2"), 1, &["pairs: pairs were made with guidance 1", "scale is 2"]);
+    w.edit_json("pairs/pairs.json", |m| m["shape"] = json!([1, 8, 8]));
+    w.refuses(&paired, 1, &["pictures are [1, 8, 8], the teacher's [3, 8, 8]"]);
+
+    // Without classes there is nothing to leave out, whatever it is trained with.
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    w.write(WEIGHTS, "no weights");
+    for line in [DISTILL, "pairs teacher --out p -n 2"] {
+        let message = w.refuses(&format!("{line} --guidance 2"), 1, &["the teacher has no classes"]);
+        assert!(!message.contains("--label-dropout"), "{message}");
+    }
+}
+
+/// Shards of the right size with the wrong content: labels that the teacher has not, none at all, values that are none.
+#[test]
+fn pairs_with_wrong_labels_or_values_are_refused() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    let make = "pairs teacher --out pairs -n 5 --steps 2 --per-shard 3";
+    w.ok(make);
+    let (line, path) = (format!("{DISTILL} --recipe dmd --pairs pairs"), "pairs/shard-00001.safetensors");
+    let whole = std::fs::read(w.path(path)).unwrap();
+    let with = |name: &str, change: &dyn Fn(&mut Vec<u8>)| {
+        let parsed = SafeTensors::deserialize(&whole).unwrap();
+        let mut tensors: BTreeMap<String, TensorView> = parsed.tensors().into_iter().collect();
+        let old = tensors.remove(name).unwrap();
+        let mut bytes = old.data().to_vec();
+        change(&mut bytes);
+        if !bytes.is_empty() {
+            tensors.insert(name.into(), TensorView::new(old.dtype(), old.shape().to_vec(), &bytes).unwrap());
+        }
+        w.write(path, safetensors::serialize(tensors, None).unwrap());
+    };
+    for label in [3i64, -1, i64::MAX] {
+        with("label", &|bytes| bytes[8..16].copy_from_slice(&label.to_le_bytes()));
+        w.refuses(&line, 1, &[path, "labels are not those of the teacher's 3 classes", "dmd pairs"]);
+    }
+    with("label", &|bytes| bytes.clear());
+    w.refuses(&line, 1, &[path, "labels are not those of the teacher's 3 classes"]);
+    for name in ["noise", "image"] {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            with(name, &|bytes| bytes[40..44].copy_from_slice(&value.to_le_bytes()));
+            let tensor = format!("tensor \"{name}\" holds values that are not finite; run `dmd pairs` again");
+            w.refuses(&line, 1, &[path, &tensor]);
+        }
+    }
+    assert_eq!(w.ok(make)["made"], 2);
+    assert!(std::fs::read(w.path(path)).unwrap() == whole, "made anew, it is the same");
+
+    // A teacher that makes no numbers makes no pairs of them.
+    let mut bytes = std::fs::read(w.path(WEIGHTS)).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last..].copy_from_slice(&0x7e00_u16.to_le_bytes());
+    w.write(WEIGHTS, bytes);
+    w.fails("pairs teacher --out broken -n 5 --steps 2 --per-shard 3", 1, &["not finite, among pictures 0 to 2"]);
+    assert!(!w.path("broken/shard-00000.safetensors").exists());
 }
 
 /// Pairs of another teacher, size, guidance, or damaged ones.

@@ -114,11 +114,14 @@ impl Denoiser {
         if scale == 1.0 {
             return self.denoise(b, x, sigma, label);
         }
-        let Some(null) = self.n_classes().filter(|_| self.null_class) else {
+        let Some(null) = self.n_classes() else {
+            return Err(Error::Config("guidance needs a teacher with classes, and this one has none".into()));
+        };
+        if !self.null_class {
             return Err(Error::Config(
                 "guidance needs a teacher that also knows pictures without a class: train it with label dropout".into(),
             ));
-        };
+        }
         let null = Tensor::full(null as i64, b.dims(x)[0], self.unet.device())?;
         let cond = self.denoise(b, x, sigma, label)?;
         let uncond = self.denoise(b, x, sigma, Some(&b.constant(&null)?))?;

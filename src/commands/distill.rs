@@ -1,18 +1,23 @@
 //! `dmd distill`: settings from the file and the options, then the run.
 
 use crate::cli::{DistillArgs, SettingsArgs};
-use crate::config::{self, Config};
+use crate::config::{self, Config, check_guidance};
 use crate::distill;
 use crate::memory;
 use crate::output::say;
+use crate::pairs;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use dmd_models::folder::Kind;
+use dmd_models::{About, UNetConfig};
 use serde_json::Value;
+use std::path::{Path, PathBuf};
 
 /// Distils a teacher.
 pub fn run(args: &DistillArgs) -> Result<Value> {
     let config = settings(&args.settings)?;
     config.validate()?;
+    check_beforehand(&config, &args.teacher)?;
     let device = args.device.open()?;
     let result = distill::distill(&config, &args.teacher, &args.out, &device, args.force)?;
     say(&format!("peak memory {}", memory::readable(memory::peak_bytes(&device))));
@@ -39,9 +44,36 @@ pub fn settings(args: &SettingsArgs) -> Result<Config> {
     config.precision = args.precision.unwrap_or(config.precision);
     config.seed = args.seed.unwrap_or(config.seed);
     config.real_score.guidance_scale = args.guidance.unwrap_or(config.real_score.guidance_scale);
-    let text = |path: &std::path::PathBuf| path.display().to_string();
+    let text = |path: &PathBuf| path.display().to_string();
     config.data = args.data.as_ref().map_or(config.data, text);
     config.loss.regression.pairs = args.pairs.as_ref().map_or(config.loss.regression.pairs, text);
     config.generator.start = args.start.as_ref().map_or(config.generator.start, text);
     Ok(config)
+}
+
+/// Refuses what would be found out only after weights and pictures are read, where the settings and small files tell.
+fn check_beforehand(config: &Config, teacher: &Path) -> Result<()> {
+    let regression = &config.loss.regression;
+    let Some((unet, null_class)) = small_files(teacher) else { return Ok(()) };
+    let guidance = config.real_score.guidance_scale;
+    check_guidance("real_score.guidance_scale", guidance, &unet, null_class)?;
+    if let Some([height, width]) = unet.size().filter(|_| regression.weight > 0.0) {
+        pairs::manifest_for(Path::new(&regression.pairs), [unet.in_channels, height, width], guidance)?;
+    }
+    Ok(())
+}
+
+/// A teacher's network, and whether it knows pictures without a class, by the small files of its folder; none where
+/// there is something amiss, which the loader will say.
+pub fn small_files(teacher: &Path) -> Option<(UNetConfig, bool)> {
+    let text = |name: &str| std::fs::read_to_string(teacher.join(name)).ok();
+    let unet = UNetConfig::from_json(teacher, &text("unet/config.json")?).ok()?;
+    let about: Option<About> = match teacher.join("dmd.json").exists() {
+        true => Some(serde_json::from_str(&text("dmd.json")?).ok()?),
+        false => None,
+    };
+    match about {
+        Some(about) if about.kind != Kind::Teacher => None,
+        about => Some((unet, about.is_some_and(|about| about.null_class))),
+    }
 }

@@ -1,7 +1,8 @@
 //! `dmd pairs`: noise-picture pairs of a teacher, for the regression term.
 
+use super::distill::small_files;
 use crate::cli::PairsArgs;
-use crate::config::{at_least_one, not_negative};
+use crate::config::{at_least_one, check_guidance, not_negative};
 use crate::distill::fingerprint;
 use crate::output::say;
 use crate::pairs::{self, Manifest};
@@ -20,14 +21,12 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     at_least_one("--batch", args.batch as u64)?;
     at_least_one("--per-shard", args.per_shard as u64)?;
     not_negative("--guidance", args.guidance)?;
+    if let Some((unet, null_class)) = small_files(&args.teacher) {
+        check_guidance("--guidance", args.guidance, &unet, null_class)?;
+    }
     let device = args.device.open()?;
     let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)?;
     ensure!(teacher.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", args.teacher.display());
-    ensure!(
-        args.guidance == 1.0 || teacher.about.null_class,
-        "--guidance {}: the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1",
-        args.guidance
-    );
     let occupied = args.out.exists() && !args.out.join("pairs.json").exists();
     ensure!(!occupied || args.force, "{}: exists and holds no pairs; give another --out", args.out.display());
     if args.force && args.out.join("pairs.json").exists() {

@@ -12,7 +12,7 @@ pub use health::Health;
 mod monitor;
 use monitor::Monitor;
 
-use crate::config::{Config, ScoreLoss, Sigma, SigmaName};
+use crate::config::{Config, ScoreLoss, Sigma, SigmaName, check_guidance};
 use crate::data::{self, DataOptions};
 use crate::device::check_precision;
 use crate::memory::{self, Needs};
@@ -155,11 +155,8 @@ impl<'a> Distillation<'a> {
     fn new(config: &'a Config, teacher: ModelFolder, device: &Device) -> Result<Self> {
         let teacher_sha256 = fingerprint(&teacher)?;
         let sigmas = noise_levels(config, &teacher)?;
-        ensure!(
-            config.real_score.guidance_scale == 1.0 || teacher.about.null_class,
-            "real_score.guidance_scale is {}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1",
-            config.real_score.guidance_scale
-        );
+        let guidance = config.real_score.guidance_scale;
+        check_guidance("real_score.guidance_scale", guidance, &teacher.config, teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher)?;
