@@ -4,7 +4,7 @@
 use super::shapes;
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::tensor_shape_proto::dimension::Value;
-use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
+use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 use std::collections::HashMap;
 
 /// One dimension after the other; `None` for one that the file leaves open.
@@ -13,12 +13,20 @@ pub(super) type Shape = Vec<Option<u64>>;
 /// What is known of the values of a graph, those of the graphs around it included.
 #[derive(Clone, Default)]
 pub(super) struct Facts<'a> {
+    opset: i64,
     kinds: HashMap<&'a str, i32>,
     shapes: HashMap<&'a str, Shape>,
     constants: HashMap<&'a str, &'a TensorProto>,
+    producers: HashMap<&'a str, &'a NodeProto>,
 }
 
 impl<'a> Facts<'a> {
+    /// What holds outside of all graphs of a model.
+    pub fn outside(model: &ModelProto) -> Self {
+        let set = model.opset_import.iter().find(|set| matches!(set.domain.as_str(), "" | "ai.onnx"));
+        Facts { opset: set.map_or(1, |set| set.version), ..Default::default() }
+    }
+
     /// Everything about a graph that stands inside another one, of which `outer` tells.
     pub fn of(graph: &'a GraphProto, outer: &Facts<'a>) -> Self {
         let mut facts = outer.clone();
@@ -33,6 +41,11 @@ impl<'a> Facts<'a> {
             }
         }
         facts
+    }
+
+    /// The version of ai.onnx that the file is written in.
+    pub fn opset(&self) -> i64 {
+        self.opset
     }
 
     /// The element type, a number of `TensorProto.DataType`.
@@ -56,6 +69,11 @@ impl<'a> Facts<'a> {
         self.constants.contains_key(name)
     }
 
+    /// The node that gives a value; `None` for inputs of the graph and constants.
+    pub fn producer(&self, name: &str) -> Option<&'a NodeProto> {
+        self.producers.get(name).copied()
+    }
+
     /// The numbers of a constant of integers.
     pub fn integers(&self, name: &str) -> Option<Vec<i64>> {
         let tensor = self.constants.get(name)?;
@@ -68,6 +86,11 @@ impl<'a> Facts<'a> {
             DataType::Int32 => {
                 Some(tensor.raw_data.as_chunks().0.iter().map(|n| i32::from_le_bytes(*n).into()).collect())
             }
+            DataType::Int8 | DataType::Uint8 if tensor.raw_data.is_empty() => {
+                Some(tensor.int32_data.iter().map(|n| (*n).into()).collect())
+            }
+            DataType::Int8 => Some(tensor.raw_data.iter().map(|n| (*n as i8).into()).collect()),
+            DataType::Uint8 => Some(tensor.raw_data.iter().map(|n| (*n).into()).collect()),
             _ => None,
         }
     }
@@ -98,6 +121,7 @@ impl<'a> Facts<'a> {
 
     /// What follows for the outputs of a node from its inputs, where the file does not say it.
     fn infer(&mut self, node: &'a NodeProto) {
+        self.producers.extend(node.output.iter().filter(|name| !name.is_empty()).map(|name| (name.as_str(), node)));
         if let Some(output) = node.output.first()
             && !self.kinds.contains_key(output.as_str())
             && let Some(kind) = shapes::output_type(node, self)
@@ -174,6 +198,6 @@ mod tests {
                 compared += usize::from(expected.is_some());
             }
         }
-        assert!(stored.len() == 18 && compared > 200, "{compared}");
+        assert!(stored.len() == 21 && compared > 200, "{compared}");
     }
 }

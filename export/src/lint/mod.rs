@@ -10,6 +10,7 @@ mod partition;
 mod report;
 mod rules;
 mod shapes;
+mod units;
 
 pub use report::{Kind, Refusal, Report};
 
@@ -17,7 +18,7 @@ use crate::{Dialect, Error, Precision};
 use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto};
 use facts::Facts;
 use prost::Message;
-use rules::Rules;
+use rules::{Qdq, Rules, Takes};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::str::FromStr;
@@ -147,7 +148,7 @@ pub fn lint(model: &ModelProto, target: Target) -> Report {
         note: &rules.note,
     };
     if let Some(graph) = &model.graph {
-        judge_graph(graph, &Facts::default(), target, &mut report);
+        judge_graph(graph, &Facts::outside(model), target, &mut report);
     }
     report
 }
@@ -169,12 +170,13 @@ pub fn read(path: &Path) -> crate::Result<ModelProto> {
 fn judge_graph<'a>(graph: &'a GraphProto, outer: &Facts<'a>, target: Target, report: &mut Report) {
     let facts = Facts::of(graph, outer);
     let mut taken = vec![false; graph.node.len()];
-    for (i, node) in graph.node.iter().enumerate() {
+    for (i, refusal) in refusals(graph, &facts, target).into_iter().enumerate() {
+        let node = &graph.node[i];
         if facts::constant_of(node).is_some() {
             continue;
         }
         report.nodes += 1;
-        match refusal(node, &facts, target, rules::of(target)) {
+        match refusal {
             None => taken[i] = true,
             Some(refusal) => {
                 let node = if node.name.is_empty() { format!("#{i}") } else { node.name.clone() };
@@ -190,36 +192,88 @@ fn judge_graph<'a>(graph: &'a GraphProto, outer: &Facts<'a>, target: Target, rep
     }
 }
 
+/// Why each node is refused, those of a unit together; `None` where it is taken.
+fn refusals(graph: &GraphProto, facts: &Facts, target: Target) -> Vec<Option<Refusal>> {
+    let rules = rules::of(target);
+    if rules.qdq == Qdq::Nodes {
+        return graph.node.iter().map(|node| refusal(node, facts, target, rules)).collect();
+    }
+    let (units, alone) = units::of(graph, facts, rules::quantised());
+    let by_itself = |(node, alone): (&NodeProto, &bool)| alone.then(|| refusal(node, facts, target, rules)).flatten();
+    let mut refusals: Vec<Option<Refusal>> = graph.node.iter().zip(&alone).map(by_itself).collect();
+    for unit in &units {
+        let Some(refusal) = refusal_of_unit(&unit.as_one, facts, target, rules) else { continue };
+        for i in &unit.around {
+            let operator = operator(&graph.node[*i]);
+            let reason = format!("it goes with {} {}", refusal.operator, refusal.reason);
+            // The target may well have the nodes around an operator that it has not.
+            let kind = if refusal.kind == Kind::Operator { Kind::Form } else { refusal.kind };
+            let source = rules::quantised_source();
+            refusals[*i].get_or_insert_with(|| Refusal { operator, kind, reason, source, ..refusal.clone() });
+        }
+        refusals[unit.node] = Some(refusal);
+    }
+    refusals
+}
+
+/// The first rule that an operator in a unit breaks.
+fn refusal_of_unit(node: &NodeProto, facts: &Facts, target: Target, rules: &'static Rules) -> Option<Refusal> {
+    let in_unit = || match rules.takes_in_unit(&operator(node)) {
+        Some(entry) => broken(node, facts, entry),
+        None => refuse(node, Kind::Form, format!("{target} has it in floats alone"), None, rules.units_source()),
+    };
+    let found = refusal(node, facts, target, rules).or_else(in_unit)?;
+    Some(Refusal { reason: format!("in integers: {}", found.reason), ..found })
+}
+
 /// The first rule that a node breaks.
 fn refusal(node: &NodeProto, facts: &Facts, target: Target, rules: &'static Rules) -> Option<Refusal> {
-    let operator = match node.domain.as_str() {
-        "" | "ai.onnx" => node.op_type.clone(),
-        domain => format!("{domain}:{}", node.op_type),
-    };
-    let refuse = |kind, reason: String, remedy, source| {
-        Some(Refusal { node: String::new(), operator: operator.clone(), kind, reason, remedy, source })
-    };
+    let operator = operator(node);
     let Some(entry) = rules.takes(&operator) else {
         let (remedy, source) = rules.refuses(&operator);
-        return refuse(Kind::Operator, format!("{target} has no operator {operator}"), remedy, source);
+        return refuse(node, Kind::Operator, format!("{target} has no operator {operator}"), remedy, source);
     };
     if rules.static_shapes
         && let Some((reason, remedy)) = shape_problem(node, facts, rules)
     {
-        return refuse(Kind::Shape, reason, Some(remedy), rules.source());
+        return refuse(node, Kind::Shape, reason, Some(remedy), rules.source());
     }
     if let Some(reason) = rank_problem(node, facts, rules) {
-        return refuse(Kind::Rank, reason, None, rules.source());
+        return refuse(node, Kind::Rank, reason, None, rules.source());
     }
     let kinds = node.input.iter().filter_map(|name| facts.kind(name)).map(rules::type_name);
     if let Some(kind) = kinds.into_iter().find(|kind| rules.refused_types.contains(kind)) {
-        return refuse(Kind::Form, format!("{target} has it, but not for {kind}"), None, rules.source());
+        return refuse(node, Kind::Form, format!("{target} has it, but not for {kind}"), None, rules.source());
     }
-    let broken = entry.only_if.iter().find_map(|condition| condition.broken(node, facts))?;
-    refuse(Kind::Form, broken, None, entry.source())
+    broken(node, facts, entry)
+}
+
+/// The first condition of an entry that a node breaks.
+fn broken(node: &NodeProto, facts: &Facts, entry: &'static Takes) -> Option<Refusal> {
+    let reason = entry.only_if.iter().find_map(|condition| condition.broken(node, facts))?;
+    refuse(node, Kind::Form, reason, entry.remedy.as_deref(), entry.source())
+}
+
+fn refuse(
+    node: &NodeProto,
+    kind: Kind,
+    reason: String,
+    remedy: Option<&'static str>,
+    source: &'static str,
+) -> Option<Refusal> {
+    Some(Refusal { node: String::new(), operator: operator(node), kind, reason, remedy, source })
+}
+
+/// The operator of a node, with a domain other than ai.onnx before it.
+fn operator(node: &NodeProto) -> String {
+    match node.domain.as_str() {
+        "" | "ai.onnx" => node.op_type.clone(),
+        domain => format!("{domain}:{}", node.op_type),
+    }
 }
 
 const FIX_SHAPES: &str = "fix the dimensions of the inputs, and run ONNX's shape inference on the file";
+const STATE_SHAPES: &str = "state the shape in the file: ONNX's inference knows none, as behind GroupNormalization";
 const FILL_IN: &str = "give the input as a constant without elements";
 
 fn shape_problem(node: &NodeProto, facts: &Facts, rules: &Rules) -> Option<(String, &'static str)> {
@@ -230,7 +284,7 @@ fn shape_problem(node: &NodeProto, facts: &Facts, rules: &Rules) -> Option<(Stri
         "" => None,
         name if facts.is_static(name) => None,
         name if facts.shape(name).is_some() => Some((format!("input {i} has a dynamic shape"), FIX_SHAPES)),
-        _ => Some((format!("the shape of input {i} is not known"), FIX_SHAPES)),
+        _ => Some((format!("the shape of input {i} is not known"), STATE_SHAPES)),
     };
     node.input.iter().enumerate().find_map(problem)
 }

@@ -3,7 +3,7 @@
 use super::Target;
 use crate::{Dialect, Precision};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// Which nodes of a file an accelerator takes.
@@ -93,6 +93,10 @@ impl fmt::Display for Report {
             if let Some(remedy) = refusals[0].remedy {
                 write!(f, "\n         {:width$}  remedy: {remedy}", "")?;
             }
+        }
+        let sources: BTreeSet<&str> = self.refused.iter().map(|refusal| refusal.source).collect();
+        for source in sources {
+            write!(f, "\nsource: {source}")?;
         }
         write!(f, "\nsuited by: dialect {}, {}\nnote: {}", self.dialect.name(), self.precision, self.note)
     }

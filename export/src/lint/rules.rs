@@ -2,6 +2,7 @@
 
 use super::Target;
 use super::facts::{Facts, Shape};
+use super::units::Quantised;
 use candle_onnx::onnx::NodeProto;
 use candle_onnx::onnx::tensor_proto::DataType;
 use serde::Deserialize;
@@ -26,9 +27,24 @@ pub(super) struct Rules {
     pub refused_types: Vec<String>,
     pub dialect: String,
     pub precision: String,
+    #[serde(default)]
+    pub qdq: Qdq,
     takes: Vec<Takes>,
     #[serde(default)]
+    units: Vec<Takes>,
+    #[serde(default)]
     refuses: Vec<Refuses>,
+}
+
+/// How DequantizeLinear and QuantizeLinear reach a target.
+#[derive(Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Qdq {
+    /// As nodes like all others.
+    #[default]
+    Nodes,
+    /// As parts of [units](super::units).
+    Units,
 }
 
 #[derive(Debug, Deserialize)]
@@ -38,6 +54,8 @@ pub(super) struct Takes {
     operators: String,
     #[serde(default)]
     pub only_if: Vec<Condition>,
+    /// What to do where a condition does not hold.
+    pub remedy: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -55,10 +73,16 @@ pub(super) enum Condition {
     Constant(Vec<usize>),
     Rank(usize, Vec<usize>),
     Type(usize, Vec<String>),
+    TypeSince(i64, usize, Vec<String>),
+    SameType(usize, usize),
     Attribute(String, Setting, Vec<Setting>),
+    Unlike(String, Setting),
     LastAxis,
     Known(usize, usize),
     NonNegative(usize),
+    Zero(usize),
+    OneNumber(usize),
+    FromNode(usize),
     EvenSplit,
     ConstantUnlessInt32(usize),
     ConstantUnless(usize, String, Setting),
@@ -75,6 +99,7 @@ pub(super) enum Setting {
 #[derive(Deserialize)]
 struct Table {
     sources: HashMap<String, String>,
+    qdq: Quantised,
     #[serde(flatten)]
     targets: HashMap<Target, Rules>,
 }
@@ -91,10 +116,28 @@ pub(super) fn of(target: Target) -> &'static Rules {
     TABLE.targets.get(&target).expect("a test finds every target in the table")
 }
 
+/// Which operators make a unit with DequantizeLinear and QuantizeLinear.
+pub(super) fn quantised() -> &'static Quantised {
+    &TABLE.qdq
+}
+
+/// Where they are known from.
+pub(super) fn quantised_source() -> &'static str {
+    source_text(&TABLE.qdq.source)
+}
+
 impl Rules {
     /// The entry that lists an operator, `domain:Name` or a plain name.
     pub fn takes(&self, operator: &str) -> Option<&Takes> {
         self.takes.iter().find(|entry| lists(&entry.operators, operator))
+    }
+
+    /// What has to hold of an operator in a unit, on top of the entry that lists it; `None` where it is not taken so.
+    pub fn takes_in_unit(&self, operator: &str) -> Option<&Takes> {
+        match self.units.is_empty() {
+            true => self.takes(operator),
+            false => self.units.iter().find(|entry| lists(&entry.operators, operator)),
+        }
     }
 
     /// What to do about an operator that no entry lists, and where that is known from.
@@ -102,6 +145,11 @@ impl Rules {
         let entry = self.refuses.iter().find(|entry| lists(&entry.operators, operator));
         let source = entry.map_or(&self.source, |entry| &entry.source);
         (entry.map(|entry| entry.remedy.as_str()), source_text(source))
+    }
+
+    /// Where it is known from which operators it takes in a unit.
+    pub fn units_source(&self) -> &str {
+        self.units.first().map_or(self.source(), Takes::source)
     }
 
     /// Where the limits of the whole target are known from.
@@ -116,7 +164,7 @@ impl Takes {
     }
 }
 
-fn lists(operators: &str, operator: &str) -> bool {
+pub(super) fn lists(operators: &str, operator: &str) -> bool {
     operators.split_whitespace().any(|listed| listed == operator)
 }
 
@@ -133,7 +181,9 @@ impl Condition {
         match self {
             Condition::Constant(inputs) => {
                 let variable = inputs.iter().find(|i| input(**i).is_some_and(|name| !facts.is_constant(name)))?;
-                Some(format!("input {variable} must be constant"))
+                let origin = input(*variable).and_then(|name| facts.producer(name));
+                let origin = origin.map_or(String::new(), |node| format!(", and comes from {}", node.op_type));
+                Some(format!("input {variable} must be constant{origin}"))
             }
             Condition::Rank(i, ranks) => {
                 let rank = shape(*i)?.len();
@@ -142,6 +192,20 @@ impl Condition {
             Condition::Type(i, types) => {
                 let found = type_name(kind(*i)?);
                 (!types.contains(&found)).then(|| format!("input {i} is {found}, expected {}", either(types)))
+            }
+            Condition::TypeSince(opset, ..) if facts.opset() < *opset => None,
+            Condition::TypeSince(opset, i, types) => {
+                let found = type_name(kind(*i)?);
+                let refused = !types.contains(&found);
+                refused.then(|| format!("input {i} is {found}, expected {} from opset {opset} on", either(types)))
+            }
+            Condition::SameType(i, j) => {
+                let (a, b) = (type_name(kind(*i)?), type_name(kind(*j)?));
+                (a != b).then(|| format!("inputs {i} and {j} are {a} and {b}, expected one type"))
+            }
+            Condition::Unlike(name, refused) => {
+                let found = setting(node, name)?;
+                (found == *refused).then(|| format!("{name} is {refused}, expected another"))
             }
             Condition::Attribute(name, default, allowed) => {
                 let found = setting(node, name).unwrap_or_else(|| default.clone());
@@ -161,6 +225,18 @@ impl Condition {
                 let numbers = facts.integers(input(*i)?)?;
                 let negative = numbers.iter().find(|n| **n < 0)?;
                 Some(format!("input {i} holds {negative}, expected no negative numbers"))
+            }
+            Condition::Zero(i) => {
+                let numbers = facts.integers(input(*i)?)?;
+                numbers.iter().any(|n| *n != 0).then(|| format!("input {i} must be 0 throughout"))
+            }
+            Condition::OneNumber(i) => {
+                let n = shape(*i)?.iter().try_fold(1u64, |n, dim| n.checked_mul((*dim)?))?;
+                (n != 1).then(|| format!("input {i} holds {n} numbers, expected one"))
+            }
+            Condition::FromNode(i) => {
+                let outside = facts.producer(input(*i)?).is_none();
+                outside.then(|| format!("input {i} is the graph's own, expected the output of a node"))
             }
             Condition::EvenSplit => {
                 let lengths = facts.integers(input(1)?)?;
@@ -191,7 +267,14 @@ fn setting(node: &NodeProto, name: &str) -> Option<Setting> {
 
 /// The name of an element type, as ONNX writes it: `float`, `float16`, `int64`.
 pub(super) fn type_name(kind: i32) -> String {
-    DataType::try_from(kind).map_or_else(|_| format!("type {kind}"), |kind| kind.as_str_name().to_lowercase())
+    match (DataType::try_from(kind), kind) {
+        (Ok(kind), _) => kind.as_str_name().to_lowercase(),
+        // Later than the schema that candle-onnx has.
+        (_, 21) => "uint4".into(),
+        (_, 22) => "int4".into(),
+        (_, 23) => "float4e2m1".into(),
+        _ => format!("type {kind}"),
+    }
 }
 
 fn either<T: ToString>(values: &[T]) -> String {
@@ -214,11 +297,16 @@ mod tests {
 
     #[test]
     fn the_table_names_every_target_and_source_and_lists_each_operator_once() {
-        let mut used = HashSet::new();
+        let mut used = HashSet::from([quantised().source.as_str()]);
         for target in Target::ALL {
             let rules = of(target);
             let takes = rules.takes.iter().map(|entry| (&entry.source, &entry.operators));
             let refuses = rules.refuses.iter().map(|entry| (&entry.source, &entry.operators));
+            for entry in &rules.units {
+                used.insert(&entry.source);
+                assert_eq!(rules.qdq, Qdq::Units);
+                assert!(entry.operators.split_whitespace().all(|operator| rules.takes(operator).is_some()));
+            }
             let mut operators = HashSet::new();
             used.insert(rules.source.as_str());
             for (source, listed) in takes.chain(refuses) {

@@ -1,5 +1,6 @@
 //! The shape of what a node gives, for the operators of picture networks. An operator that is not here gives a value
-//! of unknown shape, as it would be for ONNX's own inference without propagation of data.
+//! of unknown shape, as it would be for ONNX's own inference without propagation of data, GroupNormalization among
+//! them: ONNX defines it as a function, whose shape neither onnx 1.23 nor ONNX Runtime 1.31 infers.
 
 use super::facts::{Facts, Shape, stated_shape};
 use candle_onnx::onnx::tensor_proto::DataType;
@@ -52,7 +53,6 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
         | "Exp"
         | "Floor"
         | "Gelu"
-        | "GroupNormalization"
         | "HardSigmoid"
         | "HardSwish"
         | "Identity"
