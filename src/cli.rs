@@ -241,12 +241,12 @@ pub struct ExportArgs {
     /// [default: fp32, or what suits the --target]
     #[arg(long, value_name = "fp32|fp16|w8|w8a8")]
     pub precision: Option<Precision>,
-    /// Least PSNR against fp32 that is accepted [default: 60 for fp16, 40 for w8, 30 for w8a8].
+    /// Least PSNR against fp32 that is accepted of other precisions [default: 60 for fp16, 40 for w8, 30 for w8a8].
     #[arg(long, value_name = "DB")]
     pub min_psnr: Option<f64>,
-    /// How far w8a8 may fall below w8, in PSNR; the worst layers stay in fp32 until it does not.
-    #[arg(long, value_name = "DB", default_value_t = dmd_export::MAX_DROP_DB)]
-    pub max_drop_db: f64,
+    /// How far w8a8 may fall below w8, in PSNR; the worst layers stay in fp32 until it does not [default: 10].
+    #[arg(long, value_name = "DB")]
+    pub max_drop_db: Option<f64>,
     /// Put the weights into FILE.data, aligned to be mapped.
     #[arg(long)]
     pub external_data: bool,
@@ -297,7 +297,7 @@ impl ExportArgs {
             dialect: Dialect::default(),
             precision: None,
             min_psnr: None,
-            max_drop_db: dmd_export::MAX_DROP_DB,
+            max_drop_db: None,
             external_data: false,
             max_size: None,
             engine: Engine::Auto,

@@ -561,6 +561,11 @@ fn an_export_that_cannot_be_is_refused_with_its_remedy() {
     w.refuses(&format!("{export} --max-size 20kB"), 1, &["--max-size allows 20000", "--precision fp16"]);
     w.refuses(&format!("{export} --batch 2 --dynamic-batch"), 2, &["--dynamic-batch"]);
     w.refuses(&format!("{export} --precision w8a8 --min-psnr 200"), 1, &["dB PSNR, expected 200.0", "--min-psnr"]);
+    w.refuses(&format!("{export} --precision w8 --min-psnr nan"), 1, &["min_psnr_db is NaN, expected 0 or more"]);
+    for (option, precisions) in [("--min-psnr 30", "fp16 or w8 or w8a8"), ("--max-drop-db 3", "w8a8")] {
+        let remedy = format!("leave it out, or export with --precision {precisions}");
+        w.refuses(&format!("{export} {option}"), 1, &["says nothing of a file in fp32", &remedy]);
+    }
     w.refuses(&format!("{export} --as-generator"), 2, &["--sigma"]);
     w.refuses(&format!("{export} --as-generator --sigma 1"), 1, &["is a generator already"]);
     w.refuses("export teacher --onnx a.onnx", 1, &["is a teacher", "--as-generator --sigma S"]);
@@ -577,12 +582,118 @@ fn an_export_that_cannot_be_is_refused_with_its_remedy() {
 #[test]
 fn an_export_onto_a_full_disk_or_a_closed_folder_leaves_nothing() {
     let w = generator();
-    std::fs::create_dir(w.path("a.onnx.partial")).unwrap();
-    std::os::unix::fs::symlink("/dev/full", w.path("a.onnx.partial/a.onnx")).unwrap();
-    w.fails("export run/generator --onnx a.onnx", 1, &["a.onnx: cannot write", "No space left"]);
-    assert!(!w.path("a.onnx").exists() && !w.path("a.onnx.partial").exists());
+    for (full, options) in [("a.onnx", ""), ("a.onnx", "--external-data"), ("a.onnx.data", "--external-data")] {
+        std::fs::create_dir(w.path("a.onnx.partial")).unwrap();
+        std::os::unix::fs::symlink("/dev/full", w.path("a.onnx.partial").join(full)).unwrap();
+        let line = format!("export run/generator --onnx a.onnx {options}");
+        let message = w.fails(&line, 1, &["a.onnx: cannot write", "No space left"]);
+        // The system's words stand there once.
+        assert_eq!(message.matches("os error 28").count(), 1, "{message}");
+        assert!(["a.onnx", "a.onnx.data", "a.onnx.partial"].iter().all(|name| !w.path(name).exists()), "{full}");
+    }
     w.write("file", "no folder");
     w.refuses("export run/generator --onnx file/a.onnx", 1, &["file"]);
+}
+
+/// The report is there whole or not at all, and the error says what became of the file itself.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_report_that_does_not_fit_on_the_disk_leaves_the_file_and_says_so() {
+    let w = generator();
+    let line = "export run/generator --onnx a.onnx --precision w8 --report";
+    let dmd = env!("CARGO_BIN_EXE_dmd");
+    // The shell's number becomes the program's, by which the page is named until it is whole.
+    let full = format!("ln -s /dev/full .a.onnx.report.html.$$.part; exec {dmd} {line}");
+    let output = std::process::Command::new("sh").current_dir(w.path("")).args(["-c", &full]).output().unwrap();
+    let parts = ["a.onnx: is written and whole, but not its report; --force makes both anew", "No space left"];
+    check_failure(line, &output, 1, &parts);
+    let left: Vec<_> = w.snapshot("").into_keys().filter(|path| path.to_string_lossy().contains("a.onnx")).collect();
+    assert_eq!(left, [std::path::Path::new("a.onnx")]);
+    assert_eq!(w.ok("inspect a.onnx")["precision"], "w8");
+    w.refuses(line, 1, &["a.onnx: exists already", "--force"]);
+}
+
+/// A folder that cannot be written to, for whoever is not its owner's better.
+#[cfg(unix)]
+#[test]
+fn a_folder_without_permission_is_named_and_left_as_it_was() {
+    use std::os::unix::fs::PermissionsExt;
+    let w = generator();
+    w.ok("export run/generator --onnx a.onnx");
+    std::fs::create_dir(w.path("closed")).unwrap();
+    let permit = |mode: u32| std::fs::set_permissions(w.path("closed"), PermissionsExt::from_mode(mode)).unwrap();
+    permit(0o555);
+    if std::fs::write(w.path("closed/probe"), "").is_ok() {
+        return eprintln!("skipped: this user may write everywhere");
+    }
+    let lists_operators = dmd_runtime::engines(None)[0].is_present();
+    let operators = lists_operators.then_some("ort a.onnx --out b.ort --required-operators closed/b.config --force");
+    let lines = [
+        "export run/generator --onnx closed/b.onnx",
+        "export run/generator --onnx closed/b.onnx --external-data",
+        "ort a.onnx --out closed/b.ort",
+    ];
+    for line in lines.into_iter().chain(operators) {
+        let message = w.fails(line, 1, &["closed/b.", "cannot write", "Permission denied"]);
+        assert_eq!(message.matches("os error 13").count(), 1, "{message}");
+        assert!(w.snapshot("closed").is_empty(), "{line}");
+    }
+    permit(0o755);
+}
+
+/// ONNX Runtime does not say that the disk is full.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_named_where_onnx_runtime_writes() {
+    let w = generator();
+    w.ok("export run/generator --onnx ours.onnx");
+    if !dmd_runtime::engines(None)[0].is_present() {
+        return eprintln!("skipped: no ONNX Runtime here");
+    }
+    for full in ["optimised.onnx", "generator.ort"] {
+        std::fs::create_dir(w.path("a.ort.partial")).unwrap();
+        std::os::unix::fs::symlink("/dev/full", w.path("a.ort.partial").join(full)).unwrap();
+        let message = w.fails("ort ours.onnx --out a.ort", 1, &["a.ort: cannot write: No space left"]);
+        assert!(message.matches("os error 28").count() == 1 && !message.contains("cannot load"), "{message}");
+        assert!(!w.path("a.ort").exists() && !w.path("a.ort.partial").exists(), "{full}");
+    }
+}
+
+/// The words of the system stand in a message once, whichever crate passes them on.
+#[test]
+fn the_reason_of_the_system_is_given_once() {
+    let w = generator();
+    std::fs::remove_file(w.path("run/generator/scheduler/scheduler_config.json")).unwrap();
+    for line in
+        ["lint missing.onnx --target cpu", "sample missing.onnx --npy a.npy", "export run/generator --onnx a.onnx"]
+    {
+        let message = w.refuses(line, 1, &["No such file or directory"]);
+        assert_eq!(message.matches("os error 2").count(), 1, "{message}");
+    }
+}
+
+/// What a network cannot be in a dialect or a precision, through the command line.
+#[test]
+fn a_network_that_a_dialect_or_a_precision_cannot_hold_is_refused_by_its_node() {
+    let held = "export teacher --onnx a.onnx --as-generator --sigma 2.5";
+    let w = Workplace::new().with_fixture("edm-tiny");
+    w.edit_json("teacher/unet/config.json", |unet| unet["act_fn"] = json!("gelu"));
+    w.refuses(&format!("{held} --dialect nnapi"), 1, &["gelu\"", "no error function", "--dialect portable"]);
+    w.ok(&format!("{held} --dialect native"));
+
+    let w = Workplace::new().with_fixture("edm-tiny");
+    let bytes = std::fs::read(w.path(WEIGHTS)).unwrap();
+    let parsed = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: BTreeMap<String, TensorView> = parsed.tensors().into_iter().collect();
+    // Large before a norm, which hides it from the picture.
+    let name = "down_blocks.0.resnets.0.conv1.bias";
+    let shape = tensors[name].shape().to_vec();
+    let large: Vec<u8> = (0..shape[0]).flat_map(|i| (1e5 * (i as f32 + 1.0)).to_le_bytes()).collect();
+    tensors.insert(name.into(), TensorView::new(safetensors::Dtype::F32, shape, &large).unwrap());
+    w.write(WEIGHTS, safetensors::serialize(tensors, None).unwrap());
+    let parts = ["down_blocks.0.resnets.0.conv1", "does not fit fp16", "--precision fp32 or w8"];
+    w.refuses(&format!("{held} --precision fp16"), 1, &parts);
+    w.ok(&format!("{held} --precision w8"));
 }
 
 /// An engine that is asked for and missing: the checks that were not made are named, and the exit code says so.

@@ -85,6 +85,12 @@ fn check_graph(graph: &GraphProto, rules: Rules, problems: &mut Vec<String>) {
             problems.push(format!("output \"{}\" is never computed", output.name));
         }
     }
+    let mut typed = HashSet::new();
+    for ValueInfoProto { name, .. } in &graph.value_info {
+        if !defined.contains(name.as_str()) || !typed.insert(name.as_str()) {
+            problems.push(format!("the type of \"{name}\" is stated twice, or of a value that there is not"));
+        }
+    }
     let unread = graph.initializer.iter().filter(|tensor| !read.contains(tensor.name.as_str()));
     problems.extend(unread.map(|tensor| format!("initializer \"{}\" is read by no node", tensor.name)));
 }
@@ -204,7 +210,7 @@ mod tests {
     fn a_sound_model_passes_and_each_fault_is_named() {
         assert_eq!(verdict(|_| {}), "sound");
         type Spoil = fn(&mut ModelProto);
-        let faults: [(&str, Spoil); 11] = [
+        let faults: [(&str, Spoil); 13] = [
             ("IR version 7, expected 8", |model| model.ir_version = 7),
             ("stated as Typed { kind: 1, dims: [1, 3, 5, 4] }", |model| set_height(&mut graph(model).value_info[0], 5)),
             ("reads types 1 and 10", |model| {
@@ -216,6 +222,8 @@ mod tests {
             ("does not have this operator", |model| graph(model).node[1].op_type = "Identity".into()),
             ("before it is defined", |model| graph(model).node.reverse()),
             ("has no type", |model| graph(model).value_info.clear()),
+            ("stated twice", |model| graph(model).value_info.extend_from_within(..)),
+            ("a value that there is not", |model| graph(model).value_info[0].name = "0".into()),
             ("never computed", |model| graph(model).output[0].name = "picture".into()),
             ("read by no node", |model| graph(model).node[0].input[1] = "noise".into()),
             ("holds 2 bytes", |model| graph(model).initializer[0].raw_data.truncate(2)),

@@ -73,8 +73,9 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's own words.
-        source: std::io::Error,
+        /// The system's own words. They stand in the message, so that a chain of causes must not repeat them: a raw
+        /// name is no `source()` for thiserror.
+        r#source: std::io::Error,
     },
     /// A file could not be read.
     #[error("{path}: cannot read: {source}")]
@@ -82,7 +83,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// The system's own words.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// The bytes are no ONNX model.
     #[error("{path}: not an ONNX file: {reason}")]

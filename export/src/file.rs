@@ -12,7 +12,7 @@ use crate::{Dialect, Error, LayerSensitivity, Network, Precision, Result, Value,
 use candle_core::{Device, Tensor};
 use candle_onnx::onnx::ModelProto;
 use dmd_models::Weights;
-use dmd_runtime::{EngineChoice, Output};
+use dmd_runtime::{EngineChoice, Info, Output};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -41,8 +41,9 @@ pub struct ExportOptions {
     /// The least PSNR against fp32, in dB, for other precisions than it; `None` is the precision's own
     /// ([`Precision::min_psnr_db`]).
     pub min_psnr_db: Option<f64>,
-    /// How far w8a8 may fall below w8, in PSNR: the worst layers stay in single precision until it does not.
-    pub max_drop_db: f64,
+    /// How far w8a8 may fall below w8, in PSNR: the worst layers stay in single precision until it does not. `None` is
+    /// [`MAX_DROP_DB`].
+    pub max_drop_db: Option<f64>,
     /// Whether the weights go into `FILE.data`, each on a page of its own, to be mapped rather than read.
     pub external_data: bool,
     /// The most bytes that the file and its data may have.
@@ -73,7 +74,7 @@ impl Default for ExportOptions {
             dialect: Dialect::Portable,
             precision: Precision::Fp32,
             min_psnr_db: None,
-            max_drop_db: MAX_DROP_DB,
+            max_drop_db: None,
             external_data: false,
             max_size: None,
             engines: EngineChoice::Auto,
@@ -183,7 +184,7 @@ pub fn prepare<N: Network>(
     let aside = Aside::new(path, options.external_data, options.force)?;
     let samples = subject.samples()?;
     // The network goes where it has been looked at for the last time and another spelling is about to be made.
-    let (graph, layers) = match options.precision {
+    let (mut graph, layers) = match options.precision {
         Precision::Fp32 => (lowered.graph, vec![]),
         Precision::Fp16 => {
             let calibration = subject.calibration()?;
@@ -199,12 +200,15 @@ pub fn prepare<N: Network>(
         Precision::W8a8 => {
             let calibration = subject.calibration()?;
             drop(given);
-            activations::rewrite(&lowered.graph, &calibration, options.max_drop_db)?
+            activations::rewrite(&lowered.graph, &calibration, options.max_drop_db.unwrap_or(MAX_DROP_DB))?
         }
     };
+    onnx::share_constants(&mut graph);
     let mut model = onnx::model(graph, options.dialect, &metadata);
+    onnx::number_values(&mut model);
+    // This is the file, but for types that some dialects leave out.
     check::check(&model, options.dialect.rules(options.precision, dynamic_batch))?;
-    onnx::compact(&mut model);
+    onnx::forget_types(&mut model, options.dialect);
     let files = Files::of(&model, path, options.external_data)?;
     if let Some(limit) = options.max_size.filter(|limit| files.bytes > *limit) {
         return Err(Error::OverMaxSize { bytes: files.bytes, limit });
@@ -339,14 +343,37 @@ fn check_settings([channels, height, width]: [usize; 3], classes: &[String], opt
         }));
     }
     let named = [("batch", options.batch.traced()), ("height", height), ("width", width), ("channels", channels)];
-    match named.into_iter().find(|(_, value)| *value == 0) {
-        Some((name, _)) => Err(Error::Setting(format!("{name} is 0, expected at least 1"))),
-        None if options.max_drop_db.is_nan() || options.max_drop_db < 0.0 => {
-            Err(Error::Setting(format!("max_drop_db is {}, expected 0 or more", options.max_drop_db)))
-        }
-        None if options.tolerance > 0.0 => Ok(()),
-        None => Err(Error::Setting(format!("tolerance is {}, expected a positive number", options.tolerance))),
+    if let Some((name, _)) = named.into_iter().find(|(_, value)| *value == 0) {
+        return Err(Error::Setting(format!("{name} is 0, expected at least 1")));
     }
+    check_likeness(options)?;
+    match options.tolerance > 0.0 {
+        true => Ok(()),
+        false => Err(Error::Setting(format!("tolerance is {}, expected a positive number", options.tolerance))),
+    }
+}
+
+/// What is asked of the PSNR, which not every precision is held to.
+fn check_likeness(options: &ExportOptions) -> Result<()> {
+    let asked = [
+        ("min_psnr_db", options.min_psnr_db, &[Precision::Fp16, Precision::W8, Precision::W8a8][..]),
+        ("max_drop_db", options.max_drop_db, &[Precision::W8a8]),
+    ];
+    for (name, value, precisions) in asked {
+        let Some(value) = value else { continue };
+        if !value.is_finite() || value < 0.0 {
+            return Err(Error::Setting(format!("{name} is {value}, expected 0 or more, in dB")));
+        }
+        if !precisions.contains(&options.precision) {
+            let names: Vec<&str> = precisions.iter().map(|precision| precision.name()).collect();
+            return Err(Error::Setting(format!(
+                "{name} is {value}, which says nothing of a file in {}: leave it out, or export with --precision {}",
+                options.precision,
+                names.join(" or ")
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// One name for every label of the file.
@@ -475,8 +502,18 @@ impl Aside {
         if self.has_data {
             sync_and_rename(&self.data(), &data_path(&self.path)).map_err(Error::io(&self.path))?;
         }
-        sync_and_rename(&self.model(), &self.path).map_err(Error::io(&self.path))
+        let orphan = if self.has_data { None } else { data_of(&self.path) };
+        sync_and_rename(&self.model(), &self.path).map_err(Error::io(&self.path))?;
+        // Nothing reads it any more; the new file stands whole whether it goes or not.
+        orphan.into_iter().for_each(|data| _ = fs::remove_file(data));
+        Ok(())
     }
+}
+
+/// The weights of the file that is replaced, if it is one of ours and has them outside.
+fn data_of(path: &Path) -> Option<PathBuf> {
+    let name = Info::read(path).ok()?.external_data?;
+    Some(data_path(path)).filter(|data| data.file_name() == Some(name.as_ref()))
 }
 
 impl Drop for Aside {

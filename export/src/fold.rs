@@ -529,6 +529,19 @@ mod tests {
     }
 
     #[test]
+    fn a_norms_map_goes_into_a_plain_pointwise_convolution() {
+        check(&[("norm_into_next_conv", 1)], &["norm", "conv", "silu"], |b, x, _| {
+            let x = b.conv2d(&b.group_norm(x, &norm(1), None)?, &conv(2, [4, 6], 1, 0))?;
+            b.activation(&x, Activation::Silu)
+        });
+        // What pads, or comes after an activation, cannot take it.
+        check(&[], &["norm", "conv"], |b, x, _| b.conv2d(&b.group_norm(x, &norm(1), None)?, &conv(2, [4, 4], 3, 1)));
+        check(&[], &["norm", "silu", "conv"], |b, x, _| {
+            b.conv2d(&b.group_norm(x, &norm(1), Some(Activation::Silu))?, &conv(2, [4, 4], 1, 0))
+        });
+    }
+
+    #[test]
     fn a_norm_that_something_else_reads_keeps_its_map() {
         check(&[], &["norm", "conv", "add"], |b, x, _| {
             let x = b.group_norm(x, &norm(1), None)?;

@@ -33,18 +33,47 @@ pub(crate) fn model(graph: GraphProto, dialect: Dialect, metadata: &[(&str, Stri
     }
 }
 
-/// The model as it is written: types and shapes of values are left out, which every engine infers for itself, and values
-/// that nobody asks for are numbered. Nodes, weights, inputs and outputs keep their names.
-pub(crate) fn compact(model: &mut ModelProto) {
+/// Stores constants of one type, shape and content once, under the first one's name. What a precision makes of a graph
+/// has many: scales and zero points that happen to be equal, zeros, and steps of values that share their range.
+pub(crate) fn share_constants(graph: &mut GraphProto) {
+    let (mut first, mut names) = (HashMap::new(), HashMap::new());
+    graph.initializer.retain(|constant| match first.entry(content_hash(constant)) {
+        Entry::Occupied(first) => {
+            names.insert(constant.name.clone(), String::clone(first.get()));
+            false
+        }
+        Entry::Vacant(place) => {
+            place.insert(constant.name.clone());
+            true
+        }
+    });
+    rename(graph.node.iter_mut().flat_map(|node| &mut node.input), &names);
+}
+
+/// Numbers the values that nobody asks for. Nodes, weights, inputs and outputs keep their names.
+pub(crate) fn number_values(model: &mut ModelProto) {
     let Some(graph) = &mut model.graph else { return };
-    graph.value_info.clear();
     let named: HashSet<&str> = graph.output.iter().map(|info| info.name.as_str()).collect();
     let values = graph.node.iter().flat_map(|node| &node.output).filter(|name| !named.contains(name.as_str()));
-    let numbers: HashMap<String, String> = values.enumerate().map(|(i, name)| (name.clone(), i.to_string())).collect();
-    for name in graph.node.iter_mut().flat_map(|node| node.input.iter_mut().chain(&mut node.output)) {
-        if let Some(number) = numbers.get(name) {
-            name.clone_from(number);
+    let numbers = values.enumerate().map(|(i, name)| (name.clone(), i.to_string())).collect();
+    rename(graph.node.iter_mut().flat_map(|node| node.input.iter_mut().chain(&mut node.output)), &numbers);
+    rename(graph.value_info.iter_mut().map(|info| &mut info.name), &numbers);
+}
+
+fn rename<'a>(found: impl Iterator<Item = &'a mut String>, names: &HashMap<String, String>) {
+    found.for_each(|name| {
+        if let Some(other) = names.get(name) {
+            name.clone_from(other);
         }
+    });
+}
+
+/// Leaves types and shapes of values out, which every engine infers for itself. GroupNormalization alone says nothing of
+/// its value to ONNX's plain inference, so that a dialect with it keeps them.
+pub(crate) fn forget_types(model: &mut ModelProto, dialect: Dialect) {
+    match (&mut model.graph, dialect) {
+        (Some(graph), Dialect::Portable | Dialect::Nnapi) => graph.value_info.clear(),
+        (_, Dialect::Native) | (None, _) => {}
     }
 }
 
@@ -94,6 +123,7 @@ fn without_constants(model: &ModelProto) -> (ModelProto, GraphProto) {
         node: graph.node.clone(),
         input: graph.input.clone(),
         output: graph.output.clone(),
+        value_info: graph.value_info.clone(),
         ..Default::default()
     });
     (frame, graph.unwrap_or_default())

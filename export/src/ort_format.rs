@@ -1,12 +1,14 @@
 //! ONNX Runtime's own format, `.ort`, which its minimal builds load, and the list of operators that such a build has to
 //! contain. ONNX Runtime itself writes the format, with its optimisations done; the list is read off the optimised graph.
 
-use crate::{Error, Result, lint};
+use crate::verify::{Comparison, Demand};
+use crate::{Error, Precision, Result, lint};
 use candle_onnx::onnx::{GraphProto, ModelProto};
-use dmd_runtime::{EngineChoice, Generator, Info, Options, Output, Request, Rewrite, rewrite};
+use dmd_runtime::{EngineChoice, Generator, Images, Info, Options, Output, Request, Rewrite, rewrite};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// What was written, and what it needs.
@@ -20,8 +22,10 @@ pub struct OrtReport {
     pub onnxruntime: String,
     /// What a minimal build has to contain.
     pub required_operators: Vec<OperatorSet>,
-    /// Largest difference between its pictures and those of the ONNX file.
+    /// Largest difference between its pictures and those of the ONNX file: in values of [-1, 1], or in steps of u8.
     pub max_abs_difference: f64,
+    /// Peak signal to noise ratio against the ONNX file, in dB; infinite where nothing differs.
+    pub psnr_db: f64,
 }
 
 /// Operators of one domain.
@@ -38,12 +42,13 @@ pub struct OperatorSet {
 /// Pictures that the two files are compared by.
 const PICTURES: usize = 8;
 
-/// Largest difference between the two files' f32 pictures, as a part of the largest value; bytes may differ by one.
-/// Optimised once or anew, sums run in another order.
+/// Largest difference between the f32 pictures of two files in fp32, as a part of the largest value; bytes may differ by
+/// one. Optimised once or anew, sums run in another order. What that changes is rounded up or down in other precisions,
+/// which are held to the likeness that an export is held to ([`Precision::min_psnr_db`]).
 const TOLERANCE: f64 = 1e-4;
 
-/// Writes an exported file as an `.ort` file, after it was seen to give the same pictures. On any error nothing is left
-/// under `ort` that was not there before.
+/// Writes an exported file as an `.ort` file, after it was seen to give the same pictures, as far as its precision can.
+/// On any error nothing is left under `ort` that was not there before.
 ///
 /// ```no_run
 /// let report = dmd_export::to_ort("emoji-32.onnx".as_ref(), "emoji-32.ort".as_ref(), false, None)?;
@@ -59,17 +64,19 @@ pub fn to_ort(onnx: &Path, ort: &Path, force: bool, library: Option<PathBuf>) ->
         return Err(Error::Exists { path: ort.into() });
     }
     let library = library.as_deref();
-    let optimised = Aside(ort.with_extension("optimised.onnx"));
-    // Where nothing can be written, the system says so more plainly than ONNX Runtime.
-    fs::write(&optimised.0, []).map_err(Error::io(ort))?;
-    let version = rewrite(onnx, &optimised.0, Rewrite::Optimise, library)?;
-    let required_operators = operators(&lint::read(&optimised.0)?);
-    let aside = Aside(ort.with_extension("partial.ort"));
-    rewrite(&optimised.0, &aside.0, Rewrite::Ort, library)?;
-    let max_abs_difference = compare(onnx, &aside.0, &info, library)?;
-    fs::rename(&aside.0, ort).map_err(Error::io(ort))?;
+    let aside = Aside::beside(ort)?;
+    let written = || -> Result<_> {
+        let version = rewrite(onnx, &aside.optimised, Rewrite::Optimise, library)?;
+        let required_operators = operators(&lint::read(&aside.optimised)?);
+        rewrite(&aside.optimised, &aside.ort, Rewrite::Ort, library)?;
+        Ok((version, required_operators, compare(onnx, &aside.ort, &info, library)?))
+    };
+    let (onnxruntime, required_operators, comparison) =
+        written().map_err(|error| aside.full_disk().map_or(error, Error::io(ort)))?;
+    fs::rename(&aside.ort, ort).map_err(Error::io(ort))?;
     let bytes = fs::metadata(ort).map_err(Error::io(ort))?.len();
-    Ok(OrtReport { path: ort.into(), bytes, onnxruntime: version, required_operators, max_abs_difference })
+    let Comparison { max: max_abs_difference, psnr_db } = comparison;
+    Ok(OrtReport { path: ort.into(), bytes, onnxruntime, required_operators, max_abs_difference, psnr_db })
 }
 
 /// The text that ONNX Runtime's build takes with `--include_ops_by_config`: `domain;opset;operators`, a line each.
@@ -118,31 +125,72 @@ fn plain(domain: &str) -> &str {
     if domain.is_empty() { "ai.onnx" } else { domain }
 }
 
-/// The largest difference between the pictures of two files; an error where it is too large.
-fn compare(onnx: &Path, ort: &Path, info: &Info, library: Option<&Path>) -> Result<f64> {
-    let options = || Options { engine: EngineChoice::OnnxRuntime, library: library.map(Into::into), threads: None };
-    let output = info.output;
+/// How far the pictures of two files are from each other; an error where that is too far for their precision.
+fn compare(onnx: &Path, ort: &Path, info: &Info, library: Option<&Path>) -> Result<Comparison> {
+    let precision: Precision = info.precision.parse()?;
     let request = Request { seed: 0, labels: vec![], batch: PICTURES.max(info.classes.len()) };
-    let expected = Generator::load(onnx, options())?.generate(&request)?.to_f32();
-    let found = Generator::load(ort, options())?.generate(&request)?.to_f32();
-    let largest = expected.iter().fold(0f64, |max, x| max.max(f64::from(x.abs())));
-    let limit = if output == Output::U8 { 1.01 / 127.5 } else { TOLERANCE * largest };
-    let pairs = expected.iter().zip(&found);
-    let difference = pairs.fold(0f64, |max, (a, b)| max.max(f64::from((a - b).abs())));
-    if difference > limit {
-        let verdict =
-            format!("ONNX Runtime: the .ort file differs by {difference:.3e}, at most {limit:.3e} is allowed");
-        return Err(Error::Verification(vec![verdict]));
+    let values = |path: &Path| -> Result<Vec<f64>> {
+        let library = library.map(Into::into);
+        let options = Options { engine: EngineChoice::OnnxRuntime, library, threads: None };
+        Ok(values(&Generator::load(path, options)?.generate(&request)?))
+    };
+    let (expected, found) = (values(onnx)?, values(ort)?);
+    let largest = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
+    let limit = Demand::of(precision, TOLERANCE, None).limit(info.output, largest);
+    let comparison = Comparison::of(expected.into_iter().zip(found), info.output);
+    match limit.refusal(&comparison) {
+        None => Ok(comparison),
+        Some(refusal) => Err(Error::Verification(vec![format!("ONNX Runtime: the .ort file {refusal}")])),
     }
-    Ok(difference)
 }
 
-/// A file that is not wanted in the end, unless it was renamed.
-struct Aside(PathBuf);
+fn values(images: &Images) -> Vec<f64> {
+    match images.output() {
+        Output::F32 => images.to_f32().iter().map(|value| f64::from(*value)).collect(),
+        Output::U8 => images.to_u8().iter().map(|value| f64::from(*value)).collect(),
+    }
+}
+
+/// What is on its way, in a folder `FILE.partial` that is removed when this goes.
+struct Aside {
+    folder: PathBuf,
+    optimised: PathBuf,
+    ort: PathBuf,
+}
+
+/// More than a file can lack that fills a disk.
+const ROOM: u64 = 1 << 20;
+
+impl Aside {
+    fn beside(ort: &Path) -> Result<Self> {
+        let mut folder = ort.as_os_str().to_owned();
+        folder.push(".partial");
+        let folder = PathBuf::from(folder);
+        // One that a crash has left is used again.
+        if !folder.is_dir() {
+            fs::create_dir(&folder).map_err(Error::io(ort))?;
+        }
+        Ok(Aside { optimised: folder.join("optimised.onnx"), ort: folder.join("generator.ort"), folder })
+    }
+
+    /// ONNX Runtime does not say that a disk is full: it leaves half a file. Then the system says so of what is written
+    /// there once more.
+    fn full_disk(&self) -> Option<io::Error> {
+        let write_again = |path: &PathBuf| -> io::Result<()> {
+            let bytes = fs::metadata(path).map_or(0, |file| file.len()) + ROOM;
+            let mut file = fs::File::create(path)?;
+            io::copy(&mut io::repeat(0).take(bytes), &mut file)?;
+            file.sync_all()
+        };
+        [&self.optimised, &self.ort].into_iter().find_map(|path| write_again(path).err())
+    }
+}
 
 impl Drop for Aside {
     fn drop(&mut self) {
-        // After a rename there is nothing left to remove, and nothing else can be done about a failure here.
-        _ = fs::remove_file(&self.0);
+        // After a rename there is one file less to remove, and nothing else can be done about a failure here.
+        _ = fs::remove_file(&self.optimised);
+        _ = fs::remove_file(&self.ort);
+        _ = fs::remove_dir(&self.folder);
     }
 }

@@ -12,11 +12,14 @@ use serde::Serialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// Seeds of the noises, in turn.
+/// Seeds of the noises.
 const SEEDS: [u64; 3] = [0, 1, 2];
 
-/// Pictures, at the least; with more labels than this, one for each.
+/// Pictures, at the least.
 const MIN_PICTURES: usize = 6;
+
+/// Up to so many labels, each meets every seed; of more labels, each has one picture, and they take the seeds in turn.
+const MAX_CROSSED: usize = 32;
 
 /// A u8 picture may differ by one step where candle's value lies on the edge between two.
 const MAX_LEVELS: f64 = 1.0;
@@ -84,29 +87,32 @@ pub(crate) struct Subject<'a, N> {
 
 /// Pictures that precisions are calibrated on, or more where there are more labels; their noise is none of the
 /// verification's.
-const CALIBRATION: usize = 12;
+const CALIBRATION: usize = 32;
 const CALIBRATION_SEED: u64 = 1 << 32;
 
+/// Of them, how many each layer is measured on, or one of each label: that runs the network once per layer.
+const MEASURED: usize = 12;
+
 impl<N: Network> Subject<'_, N> {
-    /// What every pass reads for some pictures of every label.
+    /// What every pass reads for some pictures of every label, pass by pass for one picture after the other.
     pub fn calibration(&self) -> Result<Inputs> {
-        let first = self.first_pass(&[CALIBRATION_SEED], CALIBRATION);
+        let first = self.first_pass(&[CALIBRATION_SEED], CALIBRATION, 1);
         if self.passes.len() == 1 {
             return Ok(first);
         }
-        let n = first.noise.dim().0;
-        let mut read: Vec<Vec<Tensor>> = vec![Vec::new(); self.passes.len()];
-        for i in 0..n {
-            self.picture(&first, i, |pass, input| read[pass].push(input.clone()))?;
+        let (mut inputs, mut rows) = (Vec::new(), Vec::new());
+        for i in 0..first.noise.dim().0 {
+            self.picture(&first, i, |_, input| inputs.push(input.clone()))?;
+            rows.extend((0..self.passes.len()).flat_map(|pass| first.rows(pass, i..i + 1, self.labels)));
         }
-        let inputs = read.concat().iter().map(array).collect::<Result<Vec<_>>>()?;
-        let rows = (0..self.passes.len()).flat_map(|pass| first.rows(pass, 0..n, self.labels)).collect();
-        Ok(Inputs { batch: self.batch, noise: stack(&inputs), labels: rows })
+        let inputs = inputs.iter().map(array).collect::<Result<Vec<_>>>()?;
+        Ok(Inputs { noise: stack(&inputs), labels: rows, n_measured: first.n_measured * self.passes.len(), ..first })
     }
 
-    /// Fixed noises and the pictures that candle makes of them. Every label occurs.
+    /// Fixed noises and the pictures that candle makes of them. Every label occurs, where there are few with every seed.
     pub fn samples(&self) -> Result<Samples> {
-        let inputs = self.first_pass(&SEEDS, MIN_PICTURES);
+        let per_label = if self.labels <= MAX_CROSSED { SEEDS.len() } else { 1 };
+        let inputs = self.first_pass(&SEEDS, MIN_PICTURES, per_label);
         let picture = |i: usize| array(&self.picture(&inputs, i, |_, _| {})?);
         let pictures = (0..inputs.noise.dim().0).map(picture).collect::<Result<Vec<_>>>()?;
         if pictures.iter().flatten().any(|value| !value.is_finite()) {
@@ -117,13 +123,15 @@ impl<N: Network> Subject<'_, N> {
         Ok(Samples { sigmas, n_labels: self.labels, pictures: stack(&pictures), inputs })
     }
 
-    /// `n` noises, or as many more as it takes to be a multiple of the batch and to meet all labels; `seeds` in turn.
-    fn first_pass(&self, seeds: &[u64], n: usize) -> Inputs {
-        let n = n.max(self.labels).next_multiple_of(self.batch);
+    /// `n` noises, or as many more as it takes to be a multiple of the batch and to meet each label `per_label` times in
+    /// a row; `seeds` in turn.
+    fn first_pass(&self, seeds: &[u64], n: usize, per_label: usize) -> Inputs {
+        let whole = |n: usize| n.max(per_label * self.labels).next_multiple_of(self.batch);
+        let n = whole(n);
         let one = |i: usize| picture_noise(seeds[i % seeds.len()], (i / seeds.len()) as u64, 1, self.shape);
         let noises: Vec<Array4<f32>> = (0..n).map(one).collect();
-        let labels = (0..n).filter(|_| self.labels > 0).map(|i| (i % self.labels) as i64).collect();
-        Inputs { batch: self.batch, noise: stack(&noises), labels }
+        let labels = (0..n).filter(|_| self.labels > 0).map(|i| (i / per_label % self.labels) as i64).collect();
+        Inputs { batch: self.batch, noise: stack(&noises), labels, n_measured: whole(MEASURED) }
     }
 
     /// Picture `i` by every pass in turn, in candle; `see` is shown what each pass reads.
@@ -166,9 +174,16 @@ pub(crate) struct Inputs {
     batch: usize,
     noise: Array4<f32>,
     labels: Vec<i64>,
+    /// How many of them, from the first on, are enough where the network runs once per layer.
+    n_measured: usize,
 }
 
 impl Inputs {
+    /// The first of [`runs`](Self::runs) that are enough to measure one layer after the other on.
+    pub fn n_measured_runs(&self) -> usize {
+        self.n_measured / self.batch
+    }
+
     /// What one run after the other takes.
     pub fn runs(&self) -> candle_core::Result<Vec<(Tensor, Option<Tensor>)>> {
         let run = |(i, noise): (usize, ArrayView4<f32>)| {
@@ -196,29 +211,15 @@ pub(crate) struct Samples {
 impl Samples {
     /// How far `found` is from candle's pictures, in the unit of the output.
     fn compare(&self, found: &Found) -> Comparison {
-        let (pairs, peak): (Vec<(f64, f64)>, f64) = match found {
-            Found::F32(found) => (self.pictures.iter().zip(found).map(|(a, b)| (*a as f64, *b as f64)).collect(), 2.0),
+        match found {
+            Found::F32(found) => {
+                let pairs = self.pictures.iter().zip(found);
+                Comparison::of(pairs.map(|(a, b)| (f64::from(*a), f64::from(*b))), Output::F32)
+            }
             Found::U8(found) => {
-                let pictures = self.pictures.view().permuted_axes([0, 2, 3, 1]);
-                (pictures.iter().zip(found).map(|(a, b)| (quantize(*a) as f64, *b as f64)).collect(), 255.0)
+                let pairs = self.pictures.view().permuted_axes([0, 2, 3, 1]).into_iter().zip(found);
+                Comparison::of(pairs.map(|(a, b)| (f64::from(quantize(*a)), f64::from(*b))), Output::U8)
             }
-        };
-        // A NaN is as far away as can be; `max` alone would pass over it.
-        let difference = |(a, b): &(f64, f64)| if (a - b).is_nan() { f64::INFINITY } else { (a - b).abs() };
-        let max = pairs.iter().map(difference).fold(0.0, f64::max);
-        let mse = pairs.iter().map(|pair| difference(pair).powi(2)).sum::<f64>() / pairs.len() as f64;
-        Comparison { max, psnr_db: 10.0 * (peak * peak / mse).log10() }
-    }
-
-    /// What `demand` means for these pictures and this output.
-    fn limit(&self, output: Output, demand: Demand) -> Limit {
-        match (demand, output) {
-            (Demand::Difference(tolerance), Output::F32) => {
-                Limit::Difference(tolerance * self.pictures.iter().fold(0f64, |max, x| max.max(x.abs() as f64)))
-            }
-            (Demand::Difference(_), Output::U8) => Limit::Difference(MAX_LEVELS),
-            (Demand::Psnr(psnr), Output::F32) => Limit::Psnr(psnr),
-            (Demand::Psnr(psnr), Output::U8) => Limit::Psnr(psnr.min(ONE_LEVEL_DB)),
         }
     }
 }
@@ -226,24 +227,83 @@ impl Samples {
 /// What pictures must be like.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Demand {
-    /// Within this part of candle's largest value; one step for u8.
+    /// Within this part of the largest value expected; one step for u8.
     Difference(f64),
     /// At least as like as this, in dB.
     Psnr(f64),
 }
 
+impl Demand {
+    /// What a precision is held to.
+    pub fn of(precision: Precision, tolerance: f64, min_psnr_db: Option<f64>) -> Self {
+        match precision {
+            Precision::Fp32 => Demand::Difference(tolerance),
+            _ => Demand::Psnr(min_psnr_db.unwrap_or(precision.min_psnr_db())),
+        }
+    }
+
+    /// What it means for an output, given the largest magnitude of the values expected.
+    pub fn limit(self, output: Output, largest: f64) -> Limit {
+        match (self, output) {
+            (Demand::Difference(tolerance), Output::F32) => Limit::Difference(tolerance * largest),
+            (Demand::Difference(_), Output::U8) => Limit::Difference(MAX_LEVELS),
+            (Demand::Psnr(psnr), Output::F32) => Limit::Psnr(psnr),
+            (Demand::Psnr(psnr), Output::U8) => Limit::Psnr(psnr.min(ONE_LEVEL_DB)),
+        }
+    }
+}
+
 /// [`Demand`] in numbers.
-enum Limit {
+pub(crate) enum Limit {
     Difference(f64),
     Psnr(f64),
+}
+
+impl Limit {
+    /// Why pictures are not like enough, if they are not.
+    pub fn refusal(&self, Comparison { max, psnr_db }: &Comparison) -> Option<String> {
+        match self {
+            Limit::Difference(most) if max <= most => None,
+            Limit::Difference(most) => Some(format!("differs by {max:.3e}, at most {most:.3e} is allowed")),
+            Limit::Psnr(least) if psnr_db >= least => None,
+            Limit::Psnr(least) => Some(format!("is at {psnr_db:.1} dB PSNR, expected {least:.1} at least")),
+        }
+    }
 }
 
 /// PSNR of bytes that are all off by one: rounding alone takes u8 pictures into that region.
 const ONE_LEVEL_DB: f64 = 48.13;
 
-struct Comparison {
-    max: f64,
-    psnr_db: f64,
+/// How far values are from those expected: of [-1, 1], or steps of u8.
+pub(crate) struct Comparison {
+    pub max: f64,
+    pub psnr_db: f64,
+}
+
+impl Comparison {
+    /// Compares what was expected with what was found.
+    pub fn of(pairs: impl Iterator<Item = (f64, f64)>, output: Output) -> Self {
+        let (mut max, mut sum, mut n) = (0f64, 0f64, 0usize);
+        for (expected, found) in pairs {
+            // A NaN is as far away as can be; `max` alone would pass over it.
+            let difference = if (expected - found).is_nan() { f64::INFINITY } else { (expected - found).abs() };
+            (max, sum, n) = (max.max(difference), sum + difference.powi(2), n + 1);
+        }
+        Comparison { max, psnr_db: psnr_db(sum / n as f64, peak(output)) }
+    }
+}
+
+/// The span of an output's values.
+pub(crate) fn peak(output: Output) -> f64 {
+    match output {
+        Output::F32 => 2.0,
+        Output::U8 => 255.0,
+    }
+}
+
+/// Peak signal to noise ratio, in dB; infinite where nothing differs.
+pub(crate) fn psnr_db(mean_square: f64, peak: f64) -> f64 {
+    10.0 * (peak * peak / mean_square).log10()
 }
 
 /// Pictures as an engine gives them: `(N, C, H, W)` or `(N, H, W, C)`, in that order.
@@ -256,11 +316,9 @@ enum Found {
 /// before an engine loads the weights once more.
 pub(crate) fn verify(path: &Path, model: ModelProto, samples: &Samples, options: &ExportOptions) -> Vec<EngineVerdict> {
     let (output, library) = (options.output, &options.library);
-    let demand = match options.precision {
-        Precision::Fp32 => Demand::Difference(options.tolerance),
-        precision => Demand::Psnr(options.min_psnr_db.unwrap_or(precision.min_psnr_db())),
-    };
-    let limit = &samples.limit(output, demand);
+    let demand = Demand::of(options.precision, options.tolerance, options.min_psnr_db);
+    let largest = samples.pictures.iter().fold(0f64, |max, x| max.max(f64::from(x.abs())));
+    let limit = &demand.limit(output, largest);
     let is_asked_for = |kind: EngineKind| match options.engines {
         EngineChoice::Auto => true,
         EngineChoice::OnnxRuntime => kind == EngineKind::OnnxRuntime,
@@ -289,14 +347,12 @@ fn verdict(
     let compared = found.map(|found| samples.compare(&found));
     let status = match &compared {
         Err(status) => status.clone(),
-        Ok(Comparison { max, psnr_db }) => match limit {
-            Limit::Difference(most) if max <= most => Status::Passed,
-            Limit::Difference(most) => Status::Failed(format!("differs by {max:.3e}, at most {most:.3e} is allowed")),
-            Limit::Psnr(least) if psnr_db >= least => Status::Passed,
-            Limit::Psnr(least) => Status::Failed(format!(
-                "is at {psnr_db:.1} dB PSNR, expected {least:.1} at least; allow less with --min-psnr, or take a higher \
-                 --precision"
-            )),
+        Ok(comparison) => match (limit.refusal(comparison), limit) {
+            (None, _) => Status::Passed,
+            (Some(refusal), Limit::Difference(_)) => Status::Failed(refusal),
+            (Some(refusal), Limit::Psnr(_)) => {
+                Status::Failed(format!("{refusal}; allow less with --min-psnr, or take a higher --precision"))
+            }
         },
     };
     let compared = compared.ok();
@@ -385,4 +441,76 @@ fn array(pictures: &Tensor) -> Result<Array4<f32>> {
 fn stack(pictures: &[Array4<f32>]) -> Array4<f32> {
     let views: Vec<_> = pictures.iter().map(|picture| picture.view()).collect();
     ndarray::concatenate(Axis(0), &views).expect("all pictures have one shape, and there are some")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dmd_models::Backend;
+    use std::collections::BTreeSet;
+
+    /// A picture that is the noise.
+    struct Same(f64);
+
+    impl Network for Same {
+        fn channels(&self) -> usize {
+            1
+        }
+
+        fn sigma(&self) -> f64 {
+            self.0
+        }
+
+        fn generate<B: Backend>(&self, b: &B, x: &B::Value, _: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+            b.affine(x, &[1.0], 0.0)
+        }
+    }
+
+    fn subject(passes: &[Same], batch: usize, labels: usize) -> Subject<'_, Same> {
+        Subject { passes, shape: [1, 1, 1], batch, labels, fixed: None }
+    }
+
+    #[test]
+    fn few_labels_meet_every_seed_and_many_take_them_in_turn() {
+        let seed_of = |noise: f32| {
+            let is_of = |seed: &u64| picture_noise(*seed, 0, 96, [1, 1, 1]).iter().any(|value| *value == noise);
+            SEEDS.into_iter().find(is_of).unwrap()
+        };
+        for (labels, batch, pictures) in [(1, 1, 6), (7, 1, 21), (7, 4, 24), (32, 1, 96), (33, 1, 33), (100, 1, 100)] {
+            let Inputs { noise, labels: found, .. } = subject(&[Same(1.0)], batch, labels).samples().unwrap().inputs;
+            assert_eq!((noise.len(), found.len()), (pictures, pictures));
+            let pairs: BTreeSet<(i64, u64)> = found.iter().zip(&noise).map(|(l, x)| (*l, seed_of(*x))).collect();
+            let seeds = if labels <= MAX_CROSSED { SEEDS.len() } else { 1 };
+            assert_eq!(pairs.len(), labels * seeds, "{labels} labels");
+            assert_eq!(pairs.iter().map(|pair| pair.1).collect::<BTreeSet<_>>().len(), SEEDS.len());
+        }
+        assert_eq!(subject(&[Same(1.0)], 1, 0).samples().unwrap().inputs.noise.len(), MIN_PICTURES);
+    }
+
+    #[test]
+    fn calibration_sees_many_pictures_and_measures_layers_on_few() {
+        for (labels, batch, pictures, measured) in [(0, 1, 32, 12), (7, 5, 35, 3), (40, 1, 40, 40)] {
+            let inputs = subject(&[Same(1.0)], batch, labels).calibration().unwrap();
+            assert_eq!((inputs.noise.len(), inputs.n_measured_runs()), (pictures, measured));
+        }
+        // All passes of a picture, then those of the next one, each with its own row.
+        let passes = [Same(3.0), Same(1.0)];
+        let inputs = subject(&passes, 1, 3).calibration().unwrap();
+        assert_eq!((inputs.noise.len(), inputs.n_measured_runs()), (64, 24));
+        assert_eq!(inputs.labels[..6], [0, 3, 1, 4, 2, 5]);
+    }
+
+    #[test]
+    fn values_that_are_no_numbers_are_as_far_away_as_can_be() {
+        let compare = |found: f64| Comparison::of([(0.5, 0.5), (0.0, found)].into_iter(), Output::F32);
+        assert_eq!(compare(0.0).psnr_db, f64::INFINITY);
+        // 20 log₁₀ 2/√(0.02²/2) is 43.01 dB.
+        assert!((compare(0.02).psnr_db - 43.0103).abs() < 1e-3);
+        let psnr = Demand::Psnr(40.0).limit(Output::F32, 1.0);
+        let difference = Demand::Difference(0.1).limit(Output::F32, 0.25);
+        assert!(psnr.refusal(&compare(0.02)).is_none() && difference.refusal(&compare(0.02)).is_none());
+        for found in [0.2, f64::NAN, f64::INFINITY] {
+            assert!(psnr.refusal(&compare(found)).is_some() && difference.refusal(&compare(found)).is_some());
+        }
+    }
 }

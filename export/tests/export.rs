@@ -107,6 +107,11 @@ const SMALL: &str = r#"{"sample_size": 8, "layers_per_block": 1, "block_out_chan
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "attention_head_dim": 16, "norm_num_groups": 4, "num_class_embeds": 3}"#;
 
+/// What is asked of random networks, which lose more than trained ones.
+fn least_psnr(precision: Precision) -> Option<f64> {
+    (precision != Precision::Fp32).then_some(20.0)
+}
+
 /// `SMALL` with some fields changed.
 fn small(changes: &[(&str, serde_json::Value)]) -> UNetConfig {
     let mut fields: serde_json::Value = serde_json::from_str(SMALL).unwrap();
@@ -612,7 +617,7 @@ fn a_prepared_file_needs_no_network_and_has_no_name_until_it_is_verified() {
 #[test]
 fn bad_settings_and_paths_are_refused_by_name() {
     type Change = fn(&mut ModelInfo, &mut ExportOptions);
-    let cases: [(&str, &str, Change); 8] = [
+    let cases: [(&str, &str, Change); 14] = [
         ("new.onnx", "fixed label 3, expected one of the network's 3: 0 to 2", |_, options| {
             options.fixed_label = Some(3)
         }),
@@ -623,6 +628,24 @@ fn bad_settings_and_paths_are_refused_by_name() {
         ("new.onnx", "height is 0", |info, _| info.size = [0, 8]),
         ("new.onnx", "4 classes are named, the network has 3", |info, _| info.classes = vec![String::new(); 4]),
         ("new.onnx", "tolerance is 0", |_, options| options.tolerance = 0.0),
+        ("new.onnx", "min_psnr_db is 30, which says nothing of a file in fp32: leave it out, or", |_, options| {
+            options.min_psnr_db = Some(30.0)
+        }),
+        ("new.onnx", "export with --precision w8a8", |_, options| {
+            (options.max_drop_db, options.precision) = (Some(3.0), Precision::W8)
+        }),
+        ("new.onnx", "min_psnr_db is NaN, expected 0 or more", |_, options| {
+            (options.min_psnr_db, options.precision) = (Some(f64::NAN), Precision::W8)
+        }),
+        ("new.onnx", "min_psnr_db is inf, expected 0 or more", |_, options| {
+            (options.min_psnr_db, options.precision) = (Some(f64::INFINITY), Precision::W8)
+        }),
+        ("new.onnx", "max_drop_db is -1, expected 0 or more", |_, options| {
+            (options.max_drop_db, options.precision) = (Some(-1.0), Precision::W8a8)
+        }),
+        ("new.onnx", "max_drop_db is NaN, expected 0 or more", |_, options| {
+            (options.max_drop_db, options.precision) = (Some(f64::NAN), Precision::W8a8)
+        }),
     ];
     for (file, expected, change) in cases {
         let (error, files) = refused(change, file);
@@ -631,41 +654,79 @@ fn bad_settings_and_paths_are_refused_by_name() {
     }
 }
 
-/// Python's own checker, where it is installed: types and shapes of every value, inferred and compared.
+/// Python's own checker, where it is installed: every file has types and shapes for all of its values by plain inference,
+/// the strict one at that.
 #[test]
 fn the_onnx_checker_accepts_the_file_where_it_is_installed() {
-    let config = small(&[("act_fn", "gelu".into()), ("resnet_time_scale_shift", "scale_shift".into())]);
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("generator.onnx");
-    let generator = edm(&config, &random_weights(&config), 2.5);
     let script = "import sys, onnx\n\
-        onnx.checker.check_model(sys.argv[1], full_check=True)\n\
-        graph = onnx.shape_inference.infer_shapes(onnx.load(sys.argv[1]), True, True, True).graph\n\
-        known = {v.name: v.type.tensor_type.shape.dim for v in [*graph.value_info, *graph.output]}\n\
-        free = lambda dims: [i for i, d in enumerate(dims) if not d.dim_value]\n\
-        for node in graph.node:\n \
-         for name in node.output: assert free(known[name]) in ([], [0]), (node.name, known[name])\n\
-        print(sum(bool(free(dims)) for dims in known.values()))";
+        for path in sys.argv[1:]:\n \
+         onnx.checker.check_model(path, full_check=True)\n \
+         graph = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True).graph\n \
+         known = {v.name: v.type.tensor_type.shape.dim for v in [*graph.value_info, *graph.output]}\n \
+         free = lambda dims: [i for i, d in enumerate(dims) if not d.dim_value]\n \
+         for node in graph.node:\n  \
+          for name in node.output: assert free(known[name]) in ([], [0]), (path, node.name, known[name])\n \
+         assert any(free(dims) for dims in known.values()) == ('Dynamic' in path), path";
     let python = std::env::var("PYTHON").unwrap_or("python3".into());
     let installed = std::process::Command::new(&python).args(["-c", "import onnx"]).output();
     if !installed.is_ok_and(|output| output.status.success()) {
         return eprintln!("skipped: {python} has no onnx package (set PYTHON to one that has)");
     }
-    for dialect in [Dialect::Portable, Dialect::Native] {
-        let kinds = [Precision::Fp32, Precision::Fp16, Precision::W8, Precision::W8a8].map(|p| (Batch::Fixed(2), p));
-        for (batch, precision) in [(Batch::Dynamic, Precision::Fp32)].into_iter().chain(kinds) {
-            let (output, force, min_psnr_db) = (Output::U8, true, Some(20.0));
-            let options = ExportOptions { dialect, batch, precision, output, force, min_psnr_db, ..Default::default() };
+    let mut paths = Vec::new();
+    for dialect in Dialect::ALL {
+        // nnapi has no gelu.
+        let act_fn = if dialect == Dialect::Nnapi { "mish" } else { "gelu" };
+        let config = small(&[("act_fn", act_fn.into()), ("resnet_time_scale_shift", "scale_shift".into())]);
+        let generator = edm(&config, &random_weights(&config), 2.5);
+        let mut write = |precision: Precision, output: Output, batch: Batch, external_data: bool| {
+            let (min_psnr_db, engines) = (least_psnr(precision), EngineChoice::Tract);
+            let options = ExportOptions {
+                dialect,
+                precision,
+                output,
+                batch,
+                external_data,
+                min_psnr_db,
+                engines,
+                ..Default::default()
+            };
+            let path = folder.path().join(format!("{dialect}-{precision}-{output:?}-{batch:?}-{external_data}.onnx"));
             export(&generator, &info(&config), &options, &path).unwrap();
-            let output = std::process::Command::new(&python).args(["-c", script]).arg(&path).output().unwrap();
-            assert!(
-                output.status.success(),
-                "{dialect} {batch:?} {precision}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-            // What the file leaves out is there for whoever infers it: every shape, the batch's axis apart.
-            let free: usize = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
-            assert_eq!(free > 0, batch == Batch::Dynamic, "{dialect} {precision}");
+            paths.push(path);
+        };
+        for precision in Precision::ALL {
+            write(precision, Output::F32, Batch::Fixed(1), false);
+            write(precision, Output::U8, Batch::Fixed(2), true);
+            write(precision, Output::U8, Batch::Dynamic, false);
+        }
+    }
+    let output = std::process::Command::new(&python).args(["-c", script]).args(&paths).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// GroupNormalization is a function, behind which plain inference sees nothing: such files say the types themselves.
+#[test]
+fn types_of_values_are_stated_where_onnx_does_not_infer_them() {
+    for dialect in Dialect::ALL {
+        let (_, graph) = in_precision(dialect, Precision::W8);
+        let values: BTreeSet<&str> = graph.node.iter().flat_map(|node| &node.output).map(String::as_str).collect();
+        let stated: BTreeSet<&str> = graph.value_info.iter().map(|info| info.name.as_str()).collect();
+        let expected = if dialect == Dialect::Native { values.len() - 1 } else { 0 };
+        assert!(stated.len() == expected && stated.is_subset(&values), "{dialect}: {stated:?} of {values:?}");
+    }
+}
+
+#[test]
+fn no_constant_is_stored_twice() {
+    for dialect in Dialect::ALL {
+        for precision in Precision::ALL {
+            let (_, graph) = in_precision(dialect, precision);
+            let mut seen = BTreeSet::new();
+            for tensor in &graph.initializer {
+                let content = (tensor.data_type, &tensor.dims, &tensor.raw_data);
+                assert!(seen.insert(content), "{dialect} {precision}: {} is another one's equal", tensor.name);
+            }
         }
     }
 }
@@ -706,8 +767,12 @@ fn w8a8_keeps_the_outermost_layers_and_the_worst_in_fp32() {
     let layers = |max_drop_db: f64| {
         let config = small(&[]);
         let generator = edm(&config, &random_weights(&config), 2.5);
-        let options =
-            ExportOptions { precision: Precision::W8a8, max_drop_db, min_psnr_db: Some(20.0), ..Default::default() };
+        let options = ExportOptions {
+            precision: Precision::W8a8,
+            max_drop_db: Some(max_drop_db),
+            min_psnr_db: Some(20.0),
+            ..Default::default()
+        };
         export_and_read(&format!("w8a8 within {max_drop_db} dB"), &generator, &info(&config), &options)
     };
     let (tight, graph) = layers(1.0);
@@ -725,6 +790,78 @@ fn w8a8_keeps_the_outermost_layers_and_the_worst_in_fp32() {
     assert!(maker.op_type == "DequantizeLinear" && maker.name.ends_with(".weight.float.dequantize"), "{maker:?}");
     let psnr = |report: &ExportReport| report.engines.iter().find(|v| v.engine == "tract").unwrap().psnr_db.unwrap();
     assert!(psnr(&tight) > psnr(&loose) + 1.0, "{} and {}", psnr(&tight), psnr(&loose));
+}
+
+/// What a layer costs does not hang on whether the picture is rounded to bytes at the end.
+#[test]
+fn layers_cost_the_same_whatever_the_output_is() {
+    let config = small(&[("block_out_channels", [32, 64].as_slice().into())]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let layers = |output: Output| {
+        let options = ExportOptions { precision: Precision::W8a8, output, ..Default::default() };
+        let (mut report, _) = export_and_read(&format!("w8a8 {output:?}"), &generator, &info(&config), &options);
+        report.layers.sort_by(|a, b| a.node.cmp(&b.node));
+        report.layers
+    };
+    let (floats, bytes) = (layers(Output::F32), layers(Output::U8));
+    assert!(floats.len() == bytes.len() && floats.len() > 5);
+    for (a, b) in floats.iter().zip(&bytes) {
+        let alike = a.node == b.node && a.kept_float == b.kept_float && (a.psnr_db - b.psnr_db).abs() < 1.0;
+        assert!(alike, "{a:?} and {b:?}");
+    }
+}
+
+/// Attention of a picture's pixels to each other, 256 keys of 16 channels.
+struct Attentive {
+    first: Conv2d,
+    projections: [Conv2d; 3],
+    last: Conv2d,
+}
+
+impl Attentive {
+    fn new() -> Self {
+        let conv = |index: u64, from: usize, to: usize, kernel: usize| {
+            let values = Stream::new(3, 5, index).normal(to * from * kernel * kernel);
+            let weight = Tensor::from_vec(values, (to, from, kernel, kernel), &Device::Cpu).unwrap();
+            let weight = (weight / ((from * kernel * kernel) as f64).sqrt()).unwrap();
+            Conv2d { name: format!("conv_{index}"), weight, bias: None, stride: 1, padding: kernel / 2 }
+        };
+        let projections = [1, 2, 3].map(|index| conv(index, 16, 16, 1));
+        Attentive { first: conv(0, 3, 16, 3), projections, last: conv(4, 16, 3, 3) }
+    }
+}
+
+impl Network for Attentive {
+    fn channels(&self) -> usize {
+        3
+    }
+
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+        let x = b.conv2d(noise, &self.first)?;
+        let [q, k, v] = [0, 1, 2].map(|i| b.conv2d(&x, &self.projections[i]));
+        b.conv2d(&b.add(&x, &b.attention(&q?, &k?, &v?, 1)?)?, &self.last)
+    }
+}
+
+/// Of attention's two products, one sums over 256 keys, the other over 16 channels.
+#[test]
+fn a_product_of_two_values_is_quantised_where_its_sums_are_long() {
+    let info = ModelInfo { size: [16, 16], classes: vec![], weights_sha256: String::new() };
+    let options = ExportOptions { precision: Precision::W8a8, max_drop_db: Some(60.0), ..Default::default() };
+    let (report, graph) = export_and_read("attention in w8a8", &Attentive::new(), &info, &options);
+    assert_eq!(report.layers.iter().map(|layer| layer.node.as_str()).collect::<Vec<_>>(), ["attention.mix"]);
+    assert!(!report.layers[0].kept_float);
+    let node = |name: &str| graph.node.iter().find(|node| node.name == name).unwrap();
+    let maker = |value: &String| graph.node.iter().find(|node| node.output.contains(value)).unwrap();
+    for input in &node("attention.mix").input {
+        let back = maker(input);
+        assert_eq!(
+            (back.op_type.as_str(), maker(&back.input[0]).op_type.as_str()),
+            ("DequantizeLinear", "QuantizeLinear")
+        );
+    }
+    let operators = |name: &str| node(name).input.iter().map(|input| maker(input).op_type.as_str()).collect::<Vec<_>>();
+    assert_eq!(operators("attention.scores"), ["Transpose", "Split"]);
 }
 
 #[test]
@@ -788,6 +925,31 @@ fn external_data_lies_beside_the_file_aligned_and_makes_the_same_pictures() {
     assert!(error.contains("expected one file beside it"), "{error}");
 }
 
+/// A file that takes its weights in takes the place of both; what is not ours stays.
+#[test]
+fn weights_beside_a_replaced_file_go_with_it() {
+    let config = small(&[]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let folder = tempfile::tempdir().unwrap();
+    let [path, data] = ["a.onnx", "a.onnx.data"].map(|name| folder.path().join(name));
+    let write = |external_data: bool| {
+        let options = ExportOptions { external_data, force: true, ..Default::default() };
+        export(&generator, &info(&config), &options, &path).unwrap();
+    };
+    write(true);
+    assert!(data.exists());
+    write(true);
+    assert!(data.exists());
+    write(false);
+    assert!(!data.exists());
+    fs::write(&data, "mine").unwrap();
+    write(false);
+    assert_eq!(fs::read_to_string(&data).unwrap(), "mine");
+    fs::write(&path, "mine too").unwrap();
+    write(false);
+    assert_eq!(fs::read_to_string(&data).unwrap(), "mine");
+}
+
 #[test]
 fn a_file_over_its_limit_is_refused_with_its_size() {
     let (error, files) = refused(|_, options| options.max_size = Some(10_000), "new.onnx");
@@ -808,7 +970,7 @@ fn every_dialect_and_precision_has_the_same_bytes_every_time() {
     };
     for dialect in Dialect::ALL {
         for precision in Precision::ALL {
-            let (engines, force, min_psnr_db) = (EngineChoice::Tract, true, Some(20.0));
+            let (engines, force, min_psnr_db) = (EngineChoice::Tract, true, least_psnr(precision));
             let options = ExportOptions { dialect, precision, engines, force, min_psnr_db, ..Default::default() };
             assert!(bytes("a.onnx", &options) == bytes("b.onnx", &options), "{dialect} {precision}");
         }
@@ -850,6 +1012,78 @@ fn bytes_are_rounded_exactly() {
             assert!(outside > 1.0 || [0, 1, 2].iter().all(|c| byte(*c) == (0..=255).collect::<Vec<u8>>()));
         }
         noise *= 3.0;
+    }
+}
+
+/// A convolution that ends in steps of bytes around 0: the range of the output, folded in, leaves the factor 1.
+struct Steps(Conv2d);
+
+impl Network for Steps {
+    fn channels(&self) -> usize {
+        3
+    }
+
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+        b.conv2d(noise, &self.0)
+    }
+}
+
+/// A value in the middle between two bytes goes to the upper one, the next number below it to the lower one.
+#[test]
+fn halves_are_rounded_up_where_the_range_is_part_of_the_last_convolution() {
+    let diagonal = |i: usize| if i.is_multiple_of(4) { 1.0 / 127.5 } else { 0f32 };
+    let weight = Tensor::from_vec((0..9).map(diagonal).collect(), (3, 3, 1, 1), &Device::Cpu).unwrap();
+    let network = Steps(Conv2d { name: "last".into(), weight, bias: None, stride: 1, padding: 0 });
+    let info = ModelInfo { size: [16, 16], classes: vec![], weights_sha256: String::new() };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("steps.onnx");
+    let options = ExportOptions { output: Output::U8, ..Default::default() };
+    let report = export(&network, &info, &options, &path).unwrap();
+    assert_eq!(report.folded, [("map_into_previous_conv", 1)].into_iter().collect());
+    let graph = candle_onnx::read_file(&path).unwrap().graph.unwrap();
+    let weight = graph.initializer.iter().find(|tensor| tensor.name == "last.weight").unwrap();
+    assert!(weight.raw_data.chunks(4).step_by(4).all(|value| value == 1f32.to_le_bytes()));
+    // Of these steps, 128 more is the byte: 0 to 255 exactly, just below, and halfway to the next.
+    let steps = (0..256).map(|byte| byte as f32 - 128.0);
+    let below = |step: f32| step - 128.0 * f32::EPSILON;
+    let values = steps.clone().chain(steps.clone().map(below)).chain(steps.map(|step| step + 0.5)).collect();
+    let noise = ndarray::Array4::from_shape_vec((1, 3, 16, 16), values).unwrap();
+    for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
+        let options = dmd_runtime::Options { engine, ..Default::default() };
+        let images = dmd_runtime::Generator::load(&path, options).unwrap().run(noise.view(), &[]).unwrap();
+        let found = images.to_u8();
+        let byte = |c: usize| found.index_axis(ndarray::Axis(3), c).iter().copied().collect::<Vec<u8>>();
+        assert_eq!(byte(0), (0..=255).collect::<Vec<u8>>(), "{engine:?}");
+        assert_eq!(byte(1), (0..=255).map(|byte: u8| byte.saturating_sub(1)).collect::<Vec<u8>>(), "{engine:?}");
+        assert_eq!(byte(2), byte(0), "{engine:?}");
+    }
+}
+
+/// ONNX Runtime's own format in every precision, held to what the precision is held to.
+#[test]
+fn every_precision_and_output_goes_into_the_format_of_onnx_runtime() {
+    let present = dmd_runtime::engines(None)
+        .into_iter()
+        .any(|engine| engine.kind == dmd_runtime::EngineKind::OnnxRuntime && engine.is_present());
+    if !present {
+        return eprintln!("skipped: no ONNX Runtime here");
+    }
+    let config = small(&[("block_out_channels", [32, 64].as_slice().into())]);
+    let generator = edm(&config, &random_weights(&config), 2.5);
+    let folder = tempfile::tempdir().unwrap();
+    let [onnx, ort] = ["a.onnx", "a.ort"].map(|name| folder.path().join(name));
+    for precision in Precision::ALL {
+        for output in [Output::F32, Output::U8] {
+            let options = ExportOptions { precision, output, force: true, ..Default::default() };
+            export(&generator, &info(&config), &options, &onnx).unwrap();
+            let report = dmd_export::to_ort(&onnx, &ort, true, None).unwrap();
+            let (difference, psnr_db) = (report.max_abs_difference, report.psnr_db);
+            eprintln!("{precision} {output:?}: {difference:e}, {psnr_db:.1} dB");
+            let least = if precision == Precision::Fp32 { 100.0 } else { precision.min_psnr_db() };
+            assert!(psnr_db >= if output == Output::U8 { 48.13 } else { least }, "{precision} {output:?}: {psnr_db}");
+            assert_eq!(dmd_runtime::Info::read(&ort).unwrap().precision, precision.name());
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "something was left behind");
+        }
     }
 }
 

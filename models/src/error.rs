@@ -17,8 +17,9 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// The system's own words.
-        source: std::io::Error,
+        /// The system's own words. They stand in the message, so that a chain of causes must not repeat them: a raw
+        /// name is no `source()` for thiserror.
+        r#source: std::io::Error,
     },
     /// A file was read, but is not what its name says.
     #[error("{path}: {message}")]

@@ -16,8 +16,9 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
+        /// The system's reason. It stands in the message, so that a chain of causes must not repeat it: a raw name is no
+        /// `source()` for thiserror.
+        r#source: std::io::Error,
     },
     /// The bytes are no ONNX model, or a broken one.
     #[error("{}: not a whole ONNX file: {reason}", path.display())]

@@ -28,7 +28,7 @@ pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
             let path = scratch.0.join(format!("{dialect}-{precision}.onnx"));
             let options = ExportOptions { dialect, precision, force: true, ..ExportOptions::default() };
             let report = dmd_export::export_passes(&passes, &info, &options, &path)?;
-            let (measured, _) = reference.measure(&path, engine_options(Engine::Auto, threads))?;
+            let measured = reference.measure(&path, engine_options(Engine::Auto, threads))?.measured;
             let part = report.bytes as f64 / *fp32_bytes.get_or_insert(report.bytes) as f64;
             let whole = taken_whole(&path)?;
             let line = format!(

@@ -3,7 +3,7 @@
 use super::{check_free, engine_choice, engine_options, make_parent};
 use crate::cli::{ExportArgs, OutputKind};
 use crate::memory;
-use crate::output::say;
+use crate::output::{say, warn};
 use crate::report::export::{self as report, Reference};
 use crate::sample::Model;
 use anyhow::{Context, Result, bail, ensure};
@@ -56,7 +56,9 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     }
     say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
     let mut result = match &kept {
-        Some(passes) => write_report(args, passes, &options, &exported, threads)?,
+        Some(passes) => write_report(args, passes, &options, &exported, threads).with_context(|| {
+            format!("{}: is written and whole, but not its report; --force makes both anew", args.onnx.display())
+        })?,
         None => {
             let mut result = serde_json::to_value(&exported)?;
             (result["weight_bytes"], result["peak_memory_bytes"]) = (weight_bytes.into(), peak.into());
@@ -66,6 +68,12 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     if let Some(target) = args.target {
         let linted = lint(&read(&args.onnx)?, target);
         say(&linted.to_string());
+        if !linted.is_whole() {
+            let (file, taken, nodes) = (args.onnx.display(), linted.taken, linted.nodes);
+            warn(&format!(
+                "{target} takes {taken} of {nodes} nodes of {file}; `dmd lint {file} --target {target}` tells why"
+            ));
+        }
         result["lint"] = serde_json::to_value(&linted)?;
     }
     Ok(result)
@@ -81,16 +89,17 @@ fn write_report(
 ) -> Result<Value> {
     let reference = reference(passes, options.fixed_label)?;
     let passed = report.engines.iter().any(|verdict| verdict.status == Status::Passed);
-    let measured = passed.then(|| reference.measure(&args.onnx, engine_options(args.engine, threads))).transpose()?;
-    let value = report::write(report, &reference, measured.as_ref())?;
+    let compared = passed.then(|| reference.measure(&args.onnx, engine_options(args.engine, threads))).transpose()?;
+    let value = report::write(report, compared.as_ref())?;
     let [_, html] = report::paths(&args.onnx);
-    match &measured {
-        Some((measured, _)) => say(&format!(
-            "{}: PSNR {:.1} dB, largest difference {:.1e}, {:.2} ms a pass",
+    match compared.map(|compared| compared.measured) {
+        Some(measured) => say(&format!(
+            "{}: PSNR {:.1} dB, largest difference {:.1e}, {:.2} ms a pass (batch {})",
             html.display(),
             measured.psnr_db,
             measured.max_difference,
-            measured.latency_ms
+            measured.latency_ms,
+            measured.latency_batch
         )),
         None => say(&format!("{}: no engine is present; likeness and latency were not checked", html.display())),
     }

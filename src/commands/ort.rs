@@ -18,8 +18,11 @@ pub fn run(args: &OrtArgs) -> Result<Value> {
     make_parent(&args.out)?;
     let report = to_ort(&args.onnx, &args.out, args.force, None)?;
     let megabytes = report.bytes as f64 / 1e6;
-    let (out, version, difference) = (args.out.display(), &report.onnxruntime, report.max_abs_difference);
-    say(&format!("{out}: {megabytes:.2} MB by ONNX Runtime {version}, max difference {difference:.2e}"));
+    let (out, version) = (args.out.display(), &report.onnxruntime);
+    let (difference, psnr) = (report.max_abs_difference, report.psnr_db);
+    say(&format!(
+        "{out}: {megabytes:.2} MB by ONNX Runtime {version}, max difference {difference:.2e}, PSNR {psnr:.1} dB"
+    ));
     if let Some(config) = &args.required_operators {
         make_parent(config)?;
         let text = required_operators_config(&report.required_operators);

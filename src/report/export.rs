@@ -2,13 +2,13 @@
 //! pictures. `FILE.report.json` and `FILE.report.html`.
 
 use super::page;
-use crate::aside::write_aside;
+use crate::aside::Aside;
 use crate::eval::distance;
 use crate::picture;
 use crate::sample::Model;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
-use dmd_export::ExportReport;
+use dmd_export::{ExportReport, Output};
 use ndarray::{Array4, s};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -31,6 +31,16 @@ pub struct Reference {
     pictures: Array4<f32>,
 }
 
+/// A file beside the reference: figures, and both sets of pictures.
+pub struct Compared {
+    /// How far they are from each other.
+    pub measured: Measured,
+    /// The network's pictures; in the bytes that they become where the file gives bytes.
+    pub expected: Array4<f32>,
+    /// The file's.
+    pub found: Array4<f32>,
+}
+
 /// A file against the reference.
 #[derive(Clone, Debug, Serialize)]
 pub struct Measured {
@@ -46,6 +56,8 @@ pub struct Measured {
     pub distance: f64,
     /// The fastest pass of the bare engine, milliseconds: what else runs on a machine only ever adds to it.
     pub latency_ms: f64,
+    /// Pictures of that pass: the file's batch, one where that is free.
+    pub latency_batch: usize,
 }
 
 impl Reference {
@@ -61,21 +73,19 @@ impl Reference {
         Ok(Reference { noise, labels, pictures })
     }
 
-    /// Runs a file; gives what was measured, and its pictures.
-    pub fn measure(&self, path: &Path, options: dmd_runtime::Options) -> Result<(Measured, Array4<f32>)> {
+    /// Runs a file beside the network.
+    pub fn measure(&self, path: &Path, options: dmd_runtime::Options) -> Result<Compared> {
         let mut generator = dmd_runtime::Generator::load(path, options)?;
         let labels = if generator.info().labelled { self.labels.as_slice() } else { &[] };
-        let found = generator.run(self.noise.view(), labels)?.to_f32();
-        let mut latency_ms = f64::INFINITY;
-        for run in 0..WARM_UP + RUNS {
-            let started = Instant::now();
-            generator.run_engine()?;
-            if run >= WARM_UP {
-                latency_ms = latency_ms.min(started.elapsed().as_secs_f64() * 1e3);
-            }
-        }
+        let images = generator.run(self.noise.view(), labels)?;
+        let expected = match images.output() {
+            Output::F32 => self.pictures.clone(),
+            Output::U8 => self.pictures.mapv(|x| f32::from(dmd_runtime::quantize(x)) / 127.5 - 1.0),
+        };
+        let found = images.to_f32();
+        let (latency_ms, latency_batch) = self.latency(&mut generator, labels)?;
         let (mut max, mut sum) = (0f64, 0f64);
-        for (a, b) in self.pictures.iter().zip(&found) {
+        for (a, b) in expected.iter().zip(&found) {
             let difference = f64::from((a - b).abs());
             (max, sum) = (max.max(difference), sum + difference * difference);
         }
@@ -84,10 +94,27 @@ impl Reference {
             pictures: PICTURES,
             psnr_db: 10.0 * (4.0 / (sum / found.len() as f64)).log10(),
             max_difference: max,
-            distance: distance(&self.pictures, &found)?,
+            distance: distance(&expected, &found)?,
             latency_ms,
+            latency_batch,
         };
-        Ok((measured, found))
+        Ok(Compared { measured, expected, found })
+    }
+
+    /// The fastest pass, and how many pictures it makes: the engine repeats its last call, which is set to that here.
+    fn latency(&self, generator: &mut dmd_runtime::Generator, labels: &[i64]) -> Result<(f64, usize)> {
+        let batch = if generator.info().dynamic_batch { 1 } else { generator.info().batch };
+        let n = batch.min(PICTURES);
+        generator.run(self.noise.slice(s![..n, .., .., ..]), &labels[..n.min(labels.len())])?;
+        let mut fastest_ms = f64::INFINITY;
+        for run in 0..WARM_UP + RUNS {
+            let started = Instant::now();
+            generator.run_engine()?;
+            if run >= WARM_UP {
+                fastest_ms = fastest_ms.min(started.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        Ok((fastest_ms, batch))
     }
 }
 
@@ -100,21 +127,18 @@ pub fn paths(onnx: &Path) -> [PathBuf; 2] {
     })
 }
 
-/// Writes both. `measured` is missing where no engine is present; the report then says what was not checked.
-pub fn write(
-    report: &ExportReport,
-    reference: &Reference,
-    measured: Option<&(Measured, Array4<f32>)>,
-) -> Result<Value> {
-    let value = json!({ "export": report, "measured": measured.map(|(measured, _)| measured) });
+/// Writes both, or neither. `compared` is missing where no engine is present; the report then says what was not checked.
+pub fn write(report: &ExportReport, compared: Option<&Compared>) -> Result<Value> {
+    let value = json!({ "export": report, "measured": compared.map(|compared| &compared.measured) });
+    let page = page(report, compared)?;
     let [json, html] = paths(&report.path);
-    write_aside(&json, |file| Ok(writeln!(file, "{value:#}")?))?;
-    let page = page(report, reference, measured)?;
-    write_aside(&html, |file| Ok(file.write_all(page.as_bytes())?))?;
+    let json = Aside::write(&json, |file| Ok(writeln!(file, "{value:#}")?))?;
+    let html = Aside::write(&html, |file| Ok(file.write_all(page.as_bytes())?))?;
+    [json, html].into_iter().try_for_each(Aside::rename)?;
     Ok(value)
 }
 
-fn page(report: &ExportReport, reference: &Reference, measured: Option<&(Measured, Array4<f32>)>) -> Result<String> {
+fn page(report: &ExportReport, compared: Option<&Compared>) -> Result<String> {
     let name = report.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let row = |key: &str, value: String| vec![key.to_string(), value];
     let mut facts = vec![
@@ -124,27 +148,31 @@ fn page(report: &ExportReport, reference: &Reference, measured: Option<&(Measure
         row("nodes", report.nodes.to_string()),
     ];
     let mut body = String::new();
-    match measured {
+    match compared {
         None => {
             body += "<p class=\"failed\">Not checked: no engine is present, so that the file has not been run. Likeness, \
                      distance and latency are not known.</p>\n"
         }
-        Some((measured, found)) => {
+        Some(Compared { measured, expected, found }) => {
+            let pictures = if measured.latency_batch == 1 { "picture" } else { "pictures" };
             facts.extend([
                 row("engine", measured.engine.clone()),
                 row("PSNR against fp32", format!("{:.1} dB over {} noises", measured.psnr_db, measured.pictures)),
                 row("largest difference", format!("{:.2e} of values in [-1, 1]", measured.max_difference)),
                 row("sliced Wasserstein distance", format!("{:.5}", measured.distance)),
-                row("latency", format!("{:.3} ms a pass", measured.latency_ms)),
+                row(
+                    "latency",
+                    format!("{:.3} ms a pass of {} {pictures}", measured.latency_ms, measured.latency_batch),
+                ),
             ]);
             let shown = |images: &Array4<f32>| {
                 let images = images.slice(s![..SHOWN.min(images.dim().0), .., .., ..]).to_owned();
                 let scale = (64 / images.dim().2.max(1) as u32).max(1);
                 picture::grid(&images, picture::columns(images.dim().0), scale)
             };
-            body += &page::figure("fp32", &shown(&reference.pictures))?;
+            body += &page::figure("fp32", &shown(expected))?;
             body += &page::figure(report.precision.name(), &shown(found))?;
-            body += &page::figure("difference ×10", &shown(&((found - &reference.pictures) * 10.0)))?;
+            body += &page::figure("difference ×10", &shown(&((found - expected) * 10.0)))?;
         }
     }
     body += &page::table(&["", ""], &facts);

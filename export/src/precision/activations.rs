@@ -5,17 +5,18 @@
 
 use super::weights::{Quantized, quantized};
 use super::{frame, outermost_convs, read_names, weights};
-use crate::interpret::Interpreter;
+use crate::interpret::{Interpreter, See};
 use crate::onnx::{
-    Dim, constants, dims, initializer, int as int_attribute, little_endian, tensor_type, value_info, value_info_like,
-    values_f32,
+    Dim, constants, dims, element_type, initializer, int as int_attribute, little_endian, tensor_type, value_info,
+    value_info_like, values_f32,
 };
-use crate::verify::Inputs;
+use crate::verify::{self, Inputs};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::tensor_shape_proto::dimension;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
+use dmd_runtime::Output;
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
 
@@ -24,7 +25,7 @@ use std::collections::{HashMap, HashSet};
 pub struct LayerSensitivity {
     /// The node.
     pub node: String,
-    /// PSNR of the pictures against fp32, in dB.
+    /// PSNR of the pictures against fp32, in dB; of u8 pictures before they are clipped and rounded to bytes.
     pub psnr_db: f64,
     /// Whether it was kept in single precision.
     pub kept_float: bool,
@@ -38,7 +39,8 @@ pub(crate) fn rewrite(
     max_drop_db: f64,
 ) -> Result<(GraphProto, Vec<LayerSensitivity>)> {
     let calibration = calibrate(graph, inputs)?;
-    let psnr = |graph: &GraphProto| Ok::<f64, Error>(psnr_db(&calibration.pictures, &pictures(graph, inputs)?));
+    let expected = &calibration.pictures[..inputs.n_measured_runs()];
+    let psnr = |graph: &GraphProto| psnr_db(expected, &pictures(graph, inputs, expected.len())?, output(graph));
     let wanted = psnr(&weights::rewrite(graph.clone())?)? - max_drop_db;
     let with = |layers: &HashSet<&str>| quantize(graph, layers, &calibration.ranges);
     let mut layers = Vec::new();
@@ -122,7 +124,7 @@ fn calibrate(graph: &GraphProto, inputs: &Inputs) -> Result<Calibration> {
                 _ => keep(&node.input[0], x[0]).and_then(|()| keep(&node.input[1], x[1])),
             }
         };
-        pictures.push(interpreter.run(noise, label.as_ref(), &mut see)?);
+        pictures.push(picture(&interpreter, noise, label.as_ref(), &mut see)?);
     }
     let ranges = seen.into_iter().map(|(name, values)| (name, Range::of(&values))).collect();
     Ok(Calibration { ranges, pictures })
@@ -307,19 +309,40 @@ fn no_constant(node: &NodeProto, at: usize) -> Error {
     Error::Node { node: node.name.clone(), message: format!("\"{}\" is no constant of f32", node.input[at]) }
 }
 
-fn pictures(graph: &GraphProto, inputs: &Inputs) -> Result<Vec<Tensor>> {
+/// What the graph makes in the first runs.
+fn pictures(graph: &GraphProto, inputs: &Inputs, n_runs: usize) -> Result<Vec<Tensor>> {
     let interpreter = Interpreter::new(graph);
-    let run = |(noise, label): (Tensor, Option<Tensor>)| interpreter.run(&noise, label.as_ref(), &mut |_, _, _| Ok(()));
-    inputs.runs()?.into_iter().map(run).collect()
+    let runs = inputs.runs()?.into_iter().take(n_runs);
+    runs.map(|(noise, label)| picture(&interpreter, &noise, label.as_ref(), &mut |_, _, _| Ok(()))).collect()
 }
 
-/// Peak signal to noise ratio of pictures in [−1, 1].
-fn psnr_db(expected: &[Tensor], found: &[Tensor]) -> f64 {
+/// A picture; where the graph ends in bytes, what is clipped and rounded to them. The bytes would hide what a layer costs:
+/// nothing is left of a difference where the picture is white, and most of a small one rounds away.
+fn picture(interpreter: &Interpreter, noise: &Tensor, label: Option<&Tensor>, see: &mut See) -> Result<Tensor> {
+    let mut unclipped = None;
+    let image = interpreter.run(noise, label, &mut |node, x, y| {
+        if node.op_type == "Clip" {
+            unclipped = Some(x[0].clone());
+        }
+        see(node, x, y)
+    })?;
+    Ok(unclipped.unwrap_or(image))
+}
+
+fn output(graph: &GraphProto) -> Output {
+    match graph.output.first().and_then(element_type) {
+        Some(kind) if kind == DataType::Uint8 as i32 => Output::U8,
+        _ => Output::F32,
+    }
+}
+
+/// Peak signal to noise ratio of pictures that span what the output does.
+fn psnr_db(expected: &[Tensor], found: &[Tensor], output: Output) -> Result<f64> {
     let square = |(a, b): (&Tensor, &Tensor)| -> candle_core::Result<f64> {
         Ok(f64::from((a - b)?.sqr()?.mean_all()?.to_scalar::<f32>()?))
     };
-    let mean: candle_core::Result<f64> = expected.iter().zip(found).map(square).sum();
-    mean.map_or(f64::NEG_INFINITY, |sum| 10.0 * (4.0 / (sum / expected.len() as f64)).log10())
+    let sum: f64 = expected.iter().zip(found).map(square).sum::<candle_core::Result<_>>()?;
+    Ok(verify::psnr_db(sum / expected.len() as f64, verify::peak(output)))
 }
 
 #[cfg(test)]
