@@ -79,7 +79,8 @@ pub(crate) fn forget_types(model: &mut ModelProto, dialect: Dialect) {
 
 /// The size of the file; an error where protobuf cannot count it.
 pub(crate) fn encoded_len(model: &ModelProto) -> Result<usize> {
-    match model.encoded_len() {
+    let Encoded { frame, graph_len, .. } = encoded(model);
+    match frame.len() + graph_len {
         bytes if bytes > MAX_BYTES => Err(Error::TooLarge { bytes, limit: MAX_BYTES }),
         bytes => Ok(bytes),
     }
@@ -87,26 +88,79 @@ pub(crate) fn encoded_len(model: &ModelProto) -> Result<usize> {
 
 /// Writes the file constant by constant, so that the weights are not held a second time.
 pub(crate) fn write(model: &ModelProto, to: &mut impl Write) -> io::Result<()> {
-    let (frame, graph) = without_constants(model);
-    let constants = model.graph.iter().flat_map(|graph| &graph.initializer);
-    let framed = |len: usize| 1 + length_delimiter_len(len) + len;
-    let graph = graph.encode_to_vec();
-    let len = graph.len() + constants.clone().map(|constant| framed(constant.encoded_len())).sum::<usize>();
-    let mut header = vec![MODEL_GRAPH];
-    encode_length_delimiter(len, &mut header)?;
-    to.write_all(&frame.encode_to_vec())?;
-    to.write_all(&header)?;
+    let Encoded { frame, graph, .. } = encoded(model);
+    to.write_all(&frame)?;
     to.write_all(&graph)?;
-    for constant in constants {
+    for constant in constants_of(model) {
         to.write_all(&[GRAPH_INITIALIZER])?;
         to.write_all(&constant.encode_length_delimited_to_vec())?;
     }
     to.flush()
 }
 
-/// Keys of the fields `ModelProto.graph` (7) and `GraphProto.initializer` (5) on the wire, of which a length follows.
+/// A file but for the constants, which come last.
+struct Encoded {
+    /// All but the graph, then the graph's key and length.
+    frame: Vec<u8>,
+    graph: Vec<u8>,
+    /// Bytes of the graph with its constants.
+    graph_len: usize,
+}
+
+/// Keys of fields on the wire whose length follows: `ModelProto.graph` (7), `GraphProto.node` (1) and `initializer` (5),
+/// `NodeProto.attribute` (5).
 const MODEL_GRAPH: u8 = 7 << 3 | 2;
+const GRAPH_NODE: u8 = 1 << 3 | 2;
 const GRAPH_INITIALIZER: u8 = 5 << 3 | 2;
+const NODE_ATTRIBUTE: u8 = 5 << 3 | 2;
+
+/// `AttributeProto.f` (2) and `i` (3), each with a value of zero.
+const ATTRIBUTE_FLOAT_ZERO: [u8; 5] = [2 << 3 | 5, 0, 0, 0, 0];
+const ATTRIBUTE_INT_ZERO: [u8; 2] = [3 << 3, 0];
+
+fn constants_of(model: &ModelProto) -> impl Iterator<Item = &TensorProto> {
+    model.graph.iter().flat_map(|graph| &graph.initializer)
+}
+
+fn encoded(model: &ModelProto) -> Encoded {
+    let framed = |len: usize| 1 + length_delimiter_len(len) + len;
+    let (model_frame, mut graph) = without_constants(model);
+    let nodes: Vec<Vec<u8>> = std::mem::take(&mut graph.node).into_iter().map(node_bytes).collect();
+    let mut bytes = Vec::new();
+    nodes.iter().for_each(|node| push_field(&mut bytes, GRAPH_NODE, node));
+    bytes.extend(graph.encode_to_vec());
+    let graph_len = bytes.len() + constants_of(model).map(|constant| framed(constant.encoded_len())).sum::<usize>();
+    let mut frame = model_frame.encode_to_vec();
+    push_key(&mut frame, MODEL_GRAPH, graph_len);
+    Encoded { frame, graph: bytes, graph_len }
+}
+
+/// A node whose attributes of zero stand in the file, as Python's onnx has them: prost leaves zeros out, and a reader that
+/// asks whether there is a value (ONNX Runtime's providers ask for the axis of scales) then takes it for missing.
+fn node_bytes(mut node: NodeProto) -> Vec<u8> {
+    let attributes = std::mem::take(&mut node.attribute).into_iter().map(|attribute| {
+        let mut bytes = attribute.encode_to_vec();
+        match AttributeType::try_from(attribute.r#type) {
+            Ok(AttributeType::Int) if attribute.i == 0 => bytes.extend(ATTRIBUTE_INT_ZERO),
+            Ok(AttributeType::Float) if attribute.f == 0.0 => bytes.extend(ATTRIBUTE_FLOAT_ZERO),
+            _ => {}
+        }
+        bytes
+    });
+    let mut bytes = node.encode_to_vec();
+    attributes.for_each(|attribute| push_field(&mut bytes, NODE_ATTRIBUTE, &attribute));
+    bytes
+}
+
+fn push_field(bytes: &mut Vec<u8>, key: u8, value: &[u8]) {
+    push_key(bytes, key, value.len());
+    bytes.extend(value);
+}
+
+fn push_key(bytes: &mut Vec<u8>, key: u8, len: usize) {
+    bytes.push(key);
+    encode_length_delimiter(len, bytes).expect("a vector grows as it must");
+}
 
 /// The model without its graph, and the graph without its constants.
 fn without_constants(model: &ModelProto) -> (ModelProto, GraphProto) {
@@ -382,8 +436,7 @@ impl<'a> ExternalData<'a> {
 pub(crate) fn with_external_data<'a>(model: &'a ModelProto, location: &str) -> (ModelProto, ExternalData<'a>) {
     let mut outside = ExternalData::default();
     let (mut light, mut graph) = without_constants(model);
-    let constants = model.graph.iter().flat_map(|graph| &graph.initializer);
-    graph.initializer = constants.map(|tensor| moved_out(tensor, location, &mut outside)).collect();
+    graph.initializer = constants_of(model).map(|tensor| moved_out(tensor, location, &mut outside)).collect();
     light.graph = Some(graph);
     (light, outside)
 }
@@ -472,3 +525,31 @@ pub(crate) fn value_info(name: &str, kind: DataType, shape: &[Dim]) -> ValueInfo
 
 /// The name of the axis that `--dynamic-batch` leaves free.
 pub(crate) const BATCH: &str = "batch";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a reader of protobuf's second version sees: whether a field is there at all.
+    #[test]
+    fn zeros_stand_in_the_file() {
+        let float = |name: &str, f: f32| AttributeProto { f, r#type: AttributeType::Float as i32, ..int(name, 0) };
+        let node = NodeProto {
+            op_type: "Mixed".into(),
+            attribute: vec![int("axis", 0), int("group", 3), float("alpha", 0.0), ints("pads", &[0, 0])],
+            ..Default::default()
+        };
+        let bias = initializer("bias", DataType::Float, &[300], vec![1; 1200]);
+        let graph = GraphProto { name: "g".into(), node: vec![node], initializer: vec![bias], ..Default::default() };
+        let model = model(graph, Dialect::Portable, &[("key", "value".into())]);
+        let mut file = Vec::new();
+        write(&model, &mut file).unwrap();
+        assert_eq!(file.len(), encoded_len(&model).unwrap());
+        assert_eq!(ModelProto::decode(file.as_slice()).unwrap(), model);
+        // name (1) "axis", type (20) INT (2), i (3) 0; name "alpha", type FLOAT (1), f (2) 0.
+        for field in [b"\x0a\x04axis\xa0\x01\x02\x18\x00".as_slice(), b"\x0a\x05alpha\xa0\x01\x01\x15\x00\x00\x00\x00"]
+        {
+            assert!(file.windows(field.len()).any(|window| window == field), "{field:?}");
+        }
+    }
+}
