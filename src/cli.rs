@@ -94,6 +94,12 @@ pub struct TeacherTrainArgs {
     /// Pictures per update [default: 64].
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
+    /// Parts that a batch is run in, to save memory; the gradient is that of the whole batch [default: 1].
+    #[arg(long, value_name = "N")]
+    pub accumulate: Option<usize>,
+    /// Compute the network's blocks again for their gradient instead of keeping them: slower, in less memory.
+    #[arg(long)]
+    pub grad_checkpoint: bool,
     /// What the network computes in on a GPU; f32 multiplies in TF32 [default: f32].
     #[arg(long, value_name = "f32|bf16")]
     pub precision: Option<dmd_models::Precision>,

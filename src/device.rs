@@ -1,9 +1,11 @@
 //! Where tensors live: `--device auto|cpu|cuda[:N]`, and how many threads the CPU gets.
 
+use crate::output;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use dmd_models::Precision;
 use std::str::FromStr;
+use std::sync::Once;
 
 /// What `--device` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -38,7 +40,7 @@ impl Choice {
         match self {
             Choice::Cpu => Ok(Device::Cpu),
             Choice::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
-            Choice::Auto => Device::new_cuda(0).map_or(Ok(Device::Cpu), prepared),
+            Choice::Auto => Ok(or_cpu(Device::new_cuda(0).map_err(Into::into).and_then(prepared))),
             Choice::Cuda(_) if !candle_core::utils::cuda_is_available() => {
                 bail!(
                     "--device cuda: this dmd was built for the CPU; build it with `--features cuda`, or use --device cpu"
@@ -54,6 +56,15 @@ impl Choice {
 fn prepared(device: Device) -> Result<Device> {
     dmd_models::cuda::prepare(&device)?;
     Ok(device)
+}
+
+/// The GPU, or else the CPU, which is said once: whoever built for GPUs expects one.
+fn or_cpu(gpu: Result<Device>) -> Device {
+    static SAID: Once = Once::new();
+    gpu.unwrap_or_else(|error| {
+        SAID.call_once(|| output::warn(&format!("no GPU is used: {error:#}; going on with the CPU")));
+        Device::Cpu
+    })
 }
 
 /// Refuses a precision that the device has no kernels for.
@@ -101,6 +112,12 @@ mod tests {
         assert_eq!("cuda:1".parse(), Ok(Choice::Cuda(1)));
         assert_eq!("auto".parse(), Ok(Choice::Auto));
         assert!("cuda:x".parse::<Choice>().is_err() && "tpu".parse::<Choice>().is_err());
+    }
+
+    #[test]
+    fn without_its_gpu_the_cpu_is_taken() {
+        assert!(or_cpu(Err(anyhow::anyhow!("no such GPU"))).is_cpu());
+        assert!(or_cpu(Ok(Device::Cpu)).is_cpu());
     }
 
     #[cfg(not(feature = "cuda"))]

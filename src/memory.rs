@@ -1,7 +1,9 @@
-//! How much memory this process has taken at most, how much a distillation will take, and how much there is.
+//! How much memory this process has taken at most, how much training will take, and how much there is.
 
 use anyhow::{Result, ensure};
 use candle_core::Device;
+use dmd_models::Precision;
+use dmd_models::cost::Cost;
 
 /// The most bytes in use at a time: on a GPU the device's, else this process's resident size where the system tells (Linux).
 pub fn peak_bytes(device: &Device) -> Option<u64> {
@@ -19,52 +21,85 @@ pub fn readable(bytes: Option<u64>) -> String {
     bytes.map_or("not known here".into(), |bytes| format!("{} MiB", bytes >> 20))
 }
 
-/// What a distillation needs memory for.
+/// What training needs memory for.
 #[derive(Clone, Copy, Debug)]
 pub struct Needs {
-    /// Results that the generator's backward pass needs, values a picture.
-    pub activations: usize,
-    /// Bytes of each of them.
-    pub bytes: usize,
-    /// Weights of a network.
-    pub n_parameters: usize,
+    /// One pass of the network for one picture.
+    pub cost: Cost,
+    /// Whether blocks are computed again for their gradient.
+    pub grad_checkpoint: bool,
+    /// What the passes compute in.
+    pub precision: Precision,
+    /// Passes that are gone back through at once.
+    pub passes: f64,
+    /// More of them, whose blocks are kept all the same.
+    pub whole_passes: f64,
     /// Pictures at a time.
     pub pictures: usize,
-    /// Averages of the generator.
-    pub n_averages: usize,
+    /// Weights of a network.
+    pub n_parameters: usize,
+    /// Numbers that are held for each weight: one a network, a gradient and an average, two for moments.
+    pub copies: usize,
 }
 
-/// Bytes that a distillation takes at most: three networks, a gradient, two pairs of moments and the averages, and the
-/// activations. Of runs of two networks with 8 to 64 pictures on a CPU, none came out more than a tenth above it, nor did
-/// one with 256 pictures on a GPU, where gradients are freed on their way and less is in passing.
-pub fn of_distillation(needs: Needs, on: &Device) -> u64 {
-    const PROGRAM: u64 = 48 << 20;
-    // What is in use besides at the worst moment: gradients on their way, and one pass of the other networks.
-    let in_passing = if on.is_cuda() { 1.0 } else { 1.25 };
-    let activations = (needs.bytes * needs.activations * needs.pictures) as f64 * in_passing;
-    PROGRAM + (4 * needs.n_parameters * (8 + needs.n_averages)) as u64 + activations as u64
+impl Needs {
+    /// Bytes that training takes at most: what is held for the weights, and the results that the way back needs. The tests
+    /// have what was measured.
+    pub fn bytes(&self, on: &Device) -> u64 {
+        const PROGRAM: f64 = (48 << 20) as f64;
+        let Cost { activations, between, largest_block, .. } = self.cost;
+        let (kept, again) = if self.grad_checkpoint { (between, largest_block) } else { (activations, 0) };
+        // Gradients on their way at the worst moment. A GPU's pass frees as much of what it kept before.
+        let in_passing = if on.is_cuda() { 0.0 } else { 0.25 * activations as f64 };
+        let values = kept as f64 * self.passes + activations as f64 * self.whole_passes + again as f64 + in_passing;
+        let held = (size_of::<f32>() * self.n_parameters * self.copies) as f64;
+        (PROGRAM + held + values * (self.precision.bytes() * self.pictures) as f64) as u64
+    }
 }
 
-/// Refuses work that cannot fit, before it begins. Where the system does not say what it has, nothing is refused.
-pub fn check(needed: u64, pictures: usize, on: &Device) -> Result<()> {
+/// Refuses training that cannot fit, before it begins. Where the system does not say what it has, nothing is refused.
+pub fn check(needs: &Needs, on: &Device) -> Result<()> {
     let Some(available) = available_bytes(on) else { return Ok(()) };
+    let needed = needs.bytes(on);
     ensure!(
         needed <= available,
-        "{pictures} samples at a time take about {} MiB, and {} MiB are free: {REMEDY}",
+        "{} samples at a time take about {} MiB, and {} MiB are free: {REMEDY}",
+        needs.pictures,
         needed >> 20,
         available >> 20
     );
     Ok(())
 }
 
-const REMEDY: &str = "lower --batch, raise accumulate, which runs it in parts, or give --grad-checkpoint (on a GPU, --precision bf16 too)";
+const REMEDY: &str = "lower --batch, give --grad-checkpoint (on a GPU, --precision bf16 too), or raise a run's accumulate, which goes through a batch in parts";
 
-/// Says what to lower where a GPU ran out of memory after all; `pictures` at a time.
-pub fn explained(error: anyhow::Error, pictures: usize) -> anyhow::Error {
-    match format!("{error:#}").contains("OUT_OF_MEMORY") {
-        true => error.context(format!("the GPU has too little memory for {pictures} samples at a time: {REMEDY}")),
-        false => error,
+/// What a GPU may have too little memory for.
+#[derive(Clone, Copy, Debug)]
+pub enum Work {
+    /// Training, so many samples at a time.
+    Training(usize),
+    /// So many pictures at a time, without a gradient.
+    Pictures(usize),
+    /// The networks alone.
+    Networks,
+}
+
+/// Says what to do where a GPU ran out of memory after all.
+pub fn explained(error: anyhow::Error, work: Work) -> anyhow::Error {
+    // As the driver, cuBLAS and cuDNN call it.
+    const NAMES: [&str; 3] = ["OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"];
+    let text = format!("{error:#}");
+    if !NAMES.iter().any(|name| text.contains(name)) {
+        return error;
     }
+    const ELSEWHERE: &str = "end what else runs on the GPU, or give --device cpu";
+    error.context(match work {
+        Work::Training(n) => format!("the GPU has too little memory for {n} samples at a time: {REMEDY}"),
+        Work::Pictures(n) => {
+            format!("the GPU has too little memory for {n} pictures at a time: lower --batch where there is one, {ELSEWHERE}")
+        }
+        Work::Networks => format!("the GPU has too little memory for the networks: {ELSEWHERE}"),
+    })
 }
 
 /// What the GPU, or else the machine or the control group that this process is in (Linux), has left.
@@ -118,29 +153,73 @@ mod tests {
     use super::*;
 
     #[test]
-    fn running_out_names_the_batch_and_the_remedy() {
-        let ran_out = anyhow::anyhow!("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")");
-        let text = format!("{:#}", explained(ran_out, 4096));
+    fn running_out_names_the_work_and_the_remedy() {
+        let ran_out = |what: &str, work: Work| format!("{:#}", explained(anyhow::anyhow!("{what}"), work));
+        let text = ran_out("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")", Work::Training(4096));
         assert!(text.starts_with("the GPU has too little memory for 4096 samples at a time: lower --batch"), "{text}");
-        assert_eq!(explained(anyhow::anyhow!("other"), 1).to_string(), "other");
+        let text = ran_out("CublasError(CUBLAS_STATUS_ALLOC_FAILED)", Work::Pictures(64));
+        assert!(text.starts_with("the GPU has too little memory for 64 pictures at a time: lower --batch"), "{text}");
+        let text = ran_out("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", Work::Networks);
+        assert!(text.starts_with("the GPU has too little memory for the networks: end what else"), "{text}");
+        assert_eq!(ran_out("other", Work::Training(1)), "other");
     }
 
     #[cfg(target_os = "linux")]
     #[test]
     fn what_cannot_fit_is_refused_with_both_numbers() {
-        assert!(check(1 << 20, 4, &Device::Cpu).is_ok());
-        let error = check(1 << 60, 4, &Device::Cpu).unwrap_err().to_string();
-        assert!(error.starts_with("4 samples at a time take about 1099511627776 MiB, and "), "{error}");
+        let cost = Cost { activations: 1 << 20, ..Cost::default() };
+        let check = |pictures: usize| {
+            let (grad_checkpoint, precision) = (false, Precision::F32);
+            let (passes, whole_passes, n_parameters, copies) = (1.0, 0.0, 1, 1);
+            let needs =
+                Needs { cost, grad_checkpoint, precision, passes, whole_passes, pictures, n_parameters, copies };
+            super::check(&needs, &Device::Cpu)
+        };
+        assert!(check(1).is_ok());
+        let error = check(1 << 40).unwrap_err().to_string();
+        assert!(error.starts_with("1099511627776 samples at a time take about 5497558138928 MiB, and "), "{error}");
         assert!(error.contains("lower --batch"), "{error}");
     }
 
-    /// `dmd bench train` printed a peak of 204 MiB for unet-16 and 855 MiB for unet-32 with batches of 64.
+    /// Peaks of two updates with batches of 64 on a CPU, in MiB: `dmd bench train` with unet-32 and unet-16, `dmd distill`
+    /// with emoji-32 and emoji-16 by the recipes named, `dmd teacher train` with emoji-32's network.
     #[test]
     fn the_estimate_is_close_to_what_was_measured() {
-        for (activations, n_parameters, mib) in [(506_400, 702_499, 204.0), (2_488_736, 1_624_323, 855.0)] {
-            let needs = Needs { activations, bytes: 4, n_parameters, pictures: 64, n_averages: 1 };
-            let estimate = of_distillation(needs, &Device::Cpu) as f64;
-            assert!((0.9..1.2).contains(&(estimate / f64::from(1 << 20) / mib)), "{estimate}");
+        let cost = |activations: usize, between: usize, largest_block: usize| Cost {
+            activations,
+            between,
+            largest_block,
+            ..Cost::default()
+        };
+        let unet_32 = (cost(2_488_736, 888_192, 262_304), 1_624_323);
+        let unet_16 = (cost(506_400, 169_088, 65_696), 702_499);
+        let emoji_32 = (cost(1_575_176, 599_520, 196_728), 1_966_683);
+        let emoji_16 = (cost(380_184, 127_200, 49_272), 397_179);
+        for (what, (cost, n_parameters), copies, passes, grad_checkpoint, mib) in [
+            ("plain", unet_32, 9, [1.0, 0.0], false, 855.0),
+            ("plain", unet_32, 9, [1.0, 0.0], true, 566.0),
+            ("plain", unet_16, 9, [1.0, 0.0], false, 204.0),
+            ("plain", emoji_32, 9, [1.0, 0.0], false, 604.0),
+            ("plain", emoji_32, 9, [1.0, 0.0], true, 436.0),
+            ("sid", emoji_32, 9, [3.0, 0.0], false, 1399.0),
+            ("sid", emoji_32, 9, [3.0, 0.0], true, 764.0),
+            ("sida", emoji_32, 9, [3.4, 0.0], true, 806.0),
+            ("dmd2", emoji_32, 9, [1.8, 0.0], false, 830.0),
+            ("dmd", emoji_32, 9, [2.0, 0.4], false, 1174.0),
+            ("dmd", emoji_32, 9, [2.0, 0.4], true, 774.0),
+            ("plain", emoji_16, 9, [1.0, 0.0], false, 159.0),
+            ("plain", emoji_16, 9, [1.0, 0.0], true, 117.0),
+            ("sid", emoji_16, 9, [3.0, 0.0], false, 352.0),
+            ("sid", emoji_16, 9, [3.0, 0.0], true, 190.0),
+            ("teacher", emoji_32, 5, [1.0, 0.0], false, 571.0),
+            ("teacher", emoji_32, 5, [1.0, 0.0], true, 404.0),
+        ] {
+            let [passes, whole_passes] = passes;
+            let (precision, pictures) = (Precision::F32, 64);
+            let needs =
+                Needs { cost, grad_checkpoint, precision, passes, whole_passes, pictures, n_parameters, copies };
+            let estimate = needs.bytes(&Device::Cpu) as f64 / f64::from(1 << 20);
+            assert!((0.9..1.15).contains(&(estimate / mib)), "{what}: {estimate} MiB, measured {mib}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Noise to pictures: deterministic samplers for teachers, one pass for generators.
 
+use crate::memory::{self, Work};
 use crate::random::picture_noise;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
@@ -132,34 +133,42 @@ impl Model {
         ensure!(batch > 0 && n > 0, "{n} pictures in batches of {batch}: expected at least 1 of each");
         let conditional = self.denoiser().n_classes().is_some();
         ensure!(!conditional || labels.len() == n, "{} labels for {n} pictures", labels.len());
-        let device = self.denoiser().unet.device();
         let mut values = Vec::with_capacity(n * c * h * w);
         for first in (0..n).step_by(batch) {
             let len = batch.min(n - first);
-            let noise = noise.narrow(0, first, len)?.to_device(device)?;
-            let label = match conditional {
-                true => Some(Tensor::from_slice(&labels[first..first + len], len, device)?),
-                false => None,
-            };
-            let x = match self {
-                Model::Teacher { denoiser, sampler, n_steps, guidance_scale } => {
-                    sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps, *guidance_scale)?
-                }
-                Model::Generator(generator) => generator.generate(&Eager, &noise, label.as_ref())?,
-                Model::FewSteps { denoiser, sigmas, seed } => {
-                    let eps = |pass: usize| {
-                        let noise = dmd_runtime::noise::refining_noise(*seed, pass, first as u64, len, [c, h, w]);
-                        Ok(Tensor::from_vec(noise.into_raw_vec_and_offset().0, (len, c, h, w), device)?)
-                    };
-                    let pass = |input: &Tensor, sigma: f64| -> Result<Tensor> {
-                        Ok(denoiser.denoise(&Eager, input, &[sigma], label.as_ref())?)
-                    };
-                    pass(&input_of_pass(pass, sigmas, &noise, eps)?, sigmas[sigmas.len() - 1])?
-                }
-            };
-            values.extend(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
+            let labels = if conditional { &labels[first..first + len] } else { &[] };
+            let x = self.batch(&noise.narrow(0, first, len)?, labels, first);
+            values.extend(x.map_err(|error| memory::explained(error, Work::Pictures(len)))?);
         }
         Ok(Array4::from_shape_vec((n, c, h, w), values)?)
+    }
+
+    /// The values of pictures made at once; `first` is the number of the first among all.
+    fn batch(&self, noise: &Tensor, labels: &[i64], first: usize) -> Result<Vec<f32>> {
+        let device = self.denoiser().unet.device();
+        let (len, c, h, w) = noise.dims4()?;
+        let noise = noise.to_device(device)?;
+        let label = match labels.is_empty() {
+            true => None,
+            false => Some(Tensor::from_slice(labels, len, device)?),
+        };
+        let x = match self {
+            Model::Teacher { denoiser, sampler, n_steps, guidance_scale } => {
+                sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps, *guidance_scale)?
+            }
+            Model::Generator(generator) => generator.generate(&Eager, &noise, label.as_ref())?,
+            Model::FewSteps { denoiser, sigmas, seed } => {
+                let eps = |pass: usize| {
+                    let noise = dmd_runtime::noise::refining_noise(*seed, pass, first as u64, len, [c, h, w]);
+                    Ok(Tensor::from_vec(noise.into_raw_vec_and_offset().0, (len, c, h, w), device)?)
+                };
+                let pass = |input: &Tensor, sigma: f64| -> Result<Tensor> {
+                    Ok(denoiser.denoise(&Eager, input, &[sigma], label.as_ref())?)
+                };
+                pass(&input_of_pass(pass, sigmas, &noise, eps)?, sigmas[sigmas.len() - 1])?
+            }
+        };
+        Ok(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?)
     }
 
     /// The pictures of a seed: noise as the runtime draws it, labels in turn.

@@ -15,8 +15,10 @@ pub struct Cost {
     pub flops: f64,
     /// Values of all intermediate results, which a backward pass finds in memory.
     pub activations: usize,
-    /// The same under [`crate::Recompute`]: what lies between the blocks, and the inside of the largest.
-    pub checkpointed: usize,
+    /// Of these, the ones that [`crate::Recompute`] keeps: what lies between the blocks.
+    pub between: usize,
+    /// The inside of the largest block, which it computes again.
+    pub largest_block: usize,
 }
 
 /// Of a network for pictures `(C, H, W)`.
@@ -29,8 +31,12 @@ pub fn cost(unet: &UNet, [c, h, w]: [usize; 3]) -> Result<Cost> {
     };
     unet.forward(&counter, &vec![1, c, h, w], &[1.0], label.as_ref())?;
     let Counter { flops, activations, between, largest_block } = counter;
-    let checkpointed = between.get() + largest_block.get();
-    Ok(Cost { flops: flops.get(), activations: activations.get(), checkpointed })
+    Ok(Cost {
+        flops: flops.get(),
+        activations: activations.get(),
+        between: between.get(),
+        largest_block: largest_block.get(),
+    })
 }
 
 #[derive(Default)]

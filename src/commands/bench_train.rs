@@ -4,8 +4,9 @@
 use super::bench_ops::peak_gflops;
 use crate::cli::BenchTrainArgs;
 use crate::config::Config;
-use crate::distill::{Beginning, Networks};
+use crate::distill::{Beginning, Networks, check_memory};
 use crate::eval::median;
+use crate::memory::Work;
 use crate::output::say;
 use crate::random::{Purpose, Random};
 use crate::{device, memory};
@@ -33,9 +34,11 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let on = args.device.open()?;
     device::check_precision(args.precision, &on)?;
     let folder = random_teacher(&args.unet, None)?;
+    check_memory(&config, &folder, &on)?;
     let n_parameters = folder.weights.n_parameters();
     let random = Random { seed: 0, device: on.clone() };
-    let mut networks = Networks::new(&folder, &[2.5], &config, Beginning::default(), &random)?;
+    let networks = Networks::new(&folder, &[2.5], &config, Beginning::default(), &random);
+    let mut networks = networks.map_err(|error| memory::explained(error, Work::Networks))?;
     let cost = cost(&networks.real_score().unet, networks.shape())?;
     let gflops = peak_gflops(args.steps)?;
     // Of an iteration: three passes and a backward one for the generator, two and a backward one for each critic update.
@@ -80,6 +83,8 @@ struct Timer<'a> {
 
 impl Timer<'_> {
     fn time(&mut self, what: &str, mut work: impl FnMut() -> Result<()>) -> Result<()> {
+        let training = Work::Training(self.args.batch);
+        let mut work = || work().map_err(|error| memory::explained(error, training));
         for _ in 0..WARM_UP {
             work()?;
         }

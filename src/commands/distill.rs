@@ -2,10 +2,8 @@
 
 use crate::cli::{DistillArgs, SettingsArgs};
 use crate::config::{self, Config, check_guidance};
-use crate::distill;
-use crate::memory;
 use crate::output::say;
-use crate::pairs;
+use crate::{device, distill, memory, pairs};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use dmd_models::folder::Kind;
@@ -19,6 +17,7 @@ pub fn run(args: &DistillArgs) -> Result<Value> {
     config.validate()?;
     check_beforehand(&config, &args.teacher)?;
     let device = args.device.open()?;
+    say(&format!("training on {}", device::name(&device)));
     let result = distill::distill(&config, &args.teacher, &args.out, &device, args.force)?;
     say(&format!("peak memory {}", memory::readable(memory::peak_bytes(&device))));
     let generator = args.out.join("generator");

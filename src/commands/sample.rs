@@ -2,6 +2,7 @@
 
 use super::{check_free, engine_options, is_exported, make_parent};
 use crate::cli::{SampleArgs, WrongUsage};
+use crate::memory::{self, Work};
 use crate::output::say;
 use crate::sample::Model;
 use crate::{npy, picture};
@@ -75,7 +76,8 @@ impl Source {
             return Ok(Source::File { generator: Box::new(generator), seed: args.seed });
         }
         let device = args.device.open()?;
-        let folder = ModelFolder::load(&args.model, &device)?;
+        let folder = ModelFolder::load(&args.model, &device);
+        let folder = folder.map_err(|error| memory::explained(error.into(), Work::Networks))?;
         let [h, w] = folder.size()?;
         let model = match folder.generator(&device)? {
             Some(generator) => {

@@ -4,7 +4,7 @@ use crate::cli::TeacherTrainArgs;
 use crate::data::{self, DataOptions, Pictures};
 use crate::output::say;
 use crate::teacher::{self, TeacherSettings, default_unet};
-use crate::{config, device};
+use crate::{config, device, memory};
 use anyhow::{Context, Result, ensure};
 use dmd_models::UNetConfig;
 use dmd_models::unet::SampleSize;
@@ -16,6 +16,7 @@ pub fn run(args: &TeacherTrainArgs) -> Result<Value> {
     let settings = settings(args)?;
     settings.validate()?;
     let device = args.device.open()?;
+    say(&format!("training on {}", device::name(&device)));
     let options = DataOptions {
         size: settings.size,
         grey: settings.grey,
@@ -26,12 +27,8 @@ pub fn run(args: &TeacherTrainArgs) -> Result<Value> {
     describe(&pictures);
     let unet = unet(&settings, &pictures)?;
     let result = teacher::train(&settings, unet, &pictures, &args.out, &device, args.force)?;
-    say(&format!(
-        "teacher in {} on {}: dmd sample {} --out grid.png",
-        args.out.display(),
-        device::name(&device),
-        args.out.display()
-    ));
+    say(&format!("peak memory {}", memory::readable(memory::peak_bytes(&device))));
+    say(&format!("teacher in {0}: dmd sample {0} --out grid.png", args.out.display()));
     Ok(result)
 }
 
@@ -48,6 +45,8 @@ fn settings(args: &TeacherTrainArgs) -> Result<TeacherSettings> {
     s.label_dropout = args.label_dropout.unwrap_or(s.label_dropout);
     s.steps = args.steps.unwrap_or(s.steps);
     s.batch = args.batch.unwrap_or(s.batch);
+    s.accumulate = args.accumulate.unwrap_or(s.accumulate);
+    s.grad_checkpoint |= args.grad_checkpoint;
     s.precision = args.precision.unwrap_or(s.precision);
     s.seed = args.seed.unwrap_or(s.seed);
     s.rate = args.rate.unwrap_or(s.rate);

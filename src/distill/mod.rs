@@ -12,10 +12,10 @@ pub use health::Health;
 mod monitor;
 use monitor::Monitor;
 
-use crate::config::{Config, ScoreLoss, Sigma, SigmaName, check_guidance};
+use crate::config::{Config, Distance, ScoreLoss, Sigma, SigmaName, check_guidance};
 use crate::data::{self, DataOptions};
 use crate::device::check_precision;
-use crate::memory::{self, Needs};
+use crate::memory::{self, Needs, Work};
 use crate::optim::NotFinite;
 use crate::pairs::Pairs;
 use crate::random::{Random, picture_noise};
@@ -37,10 +37,11 @@ use std::time::Instant;
 pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, force: bool) -> Result<Value> {
     config.validate()?;
     check_precision(config.precision, device)?;
-    let teacher_folder = ModelFolder::load(teacher, device).context("the teacher")?;
+    let no_room = |error| memory::explained(error, Work::Networks);
+    let teacher_folder = ModelFolder::load(teacher, device).context("the teacher").map_err(no_room)?;
     ensure!(teacher_folder.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", teacher.display());
     // First what can be refused, then what leaves a trace in `out`.
-    let mut distillation = Distillation::new(config, teacher_folder, device)?;
+    let mut distillation = Distillation::new(config, teacher_folder, device).map_err(no_room)?;
     let run = Run::open(out, config, force)?;
     let first = match run.last_checkpoint()? {
         Some(checkpoint) => distillation.restore(&run, &checkpoint)?,
@@ -54,6 +55,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
     let bar = run::progress(config.steps, first)?;
     let started = Instant::now();
     let (mut health, mut monitor) = (None, Monitor::default());
+    let training = Work::Training(config.batch / config.accumulate);
     let mut step = first;
     while step < config.steps {
         let measured = match distillation.step(step) {
@@ -65,7 +67,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
                     continue;
                 }
             },
-            measured => Some(measured.map_err(|error| memory::explained(error, config.batch / config.accumulate))?),
+            measured => Some(measured.map_err(|error| memory::explained(error, training))?),
         };
         step += 1;
         bar.inc(1);
@@ -123,24 +125,40 @@ struct Distillation<'a> {
 }
 
 /// Refuses a batch that does not fit into memory.
-fn check_memory(config: &Config, teacher: &ModelFolder, device: &Device) -> Result<()> {
+pub fn check_memory(config: &Config, teacher: &ModelFolder, device: &Device) -> Result<()> {
     let [height, width] = teacher.size()?;
-    let cost = cost(&teacher.denoiser(&Device::Cpu)?.unet, [teacher.config.in_channels, height, width])?;
-    // The adversarial and the regression term run the network on more pictures before they go back.
-    let terms = usize::from(config.loss.gan.on()) + usize::from(config.loss.regression.weight > 0.0);
-    // Score identity goes back through both scores.
-    let terms = terms + if matches!(config.loss.scores, ScoreLoss::ScoreIdentity { .. }) { 2 } else { 0 };
-    let pictures = config.batch / config.accumulate;
-    let activations = if config.grad_checkpoint { cost.checkpointed } else { cost.activations };
-    let n_averages = config.generator.ema.decays().len();
+    let [passes, whole_passes] = passes(config);
     let needs = Needs {
-        activations,
-        bytes: config.precision.bytes(),
+        cost: cost(&teacher.denoiser(&Device::Cpu)?.unet, [teacher.config.in_channels, height, width])?,
+        grad_checkpoint: config.grad_checkpoint,
+        precision: config.precision,
+        passes,
+        whole_passes,
+        pictures: config.batch / config.accumulate,
         n_parameters: teacher.weights.n_parameters(),
-        pictures: pictures * (1 + terms),
-        n_averages,
+        // Three networks, one gradient at a time, two pairs of moments, and the averages.
+        copies: 8 + config.generator.ema.decays().len(),
     };
-    memory::check(memory::of_distillation(needs, device), pictures, device)
+    memory::check(&needs, device)
+}
+
+/// Passes that the larger of the two updates goes back through at once, and those of a distance, whose blocks are kept
+/// whatever the settings say.
+fn passes(config: &Config) -> [f64; 2] {
+    // Down to the bottleneck, for the maps that a discriminator or a distance looks at: what runs of dmd2 and dmd took.
+    const ENCODER: f64 = 0.4;
+    let if_so = |condition: bool, passes: f64| if condition { passes } else { 0.0 };
+    let (gan, regression) = (&config.loss.gan, &config.loss.regression);
+    // Score identity goes back through both scores, and through both answers of a guided one.
+    let scores = match config.loss.scores {
+        ScoreLoss::DistributionMatching => 0.0,
+        ScoreLoss::ScoreIdentity { .. } => 2.0 + if_so(config.real_score.guidance_scale != 1.0, 1.0),
+    };
+    let regresses = regression.weight > 0.0;
+    let generator = 1.0 + scores + if_so(gan.weight > 0.0, ENCODER) + if_so(regresses, 1.0);
+    let fake_score = 1.0 + if_so(gan.on(), 2.0 * ENCODER + if_so(gan.r1 > 0.0, ENCODER));
+    let distance = if_so(regresses && regression.distance == Distance::TeacherFeatures, ENCODER);
+    [generator.max(fake_score), distance]
 }
 
 /// What becomes of a run after an update that was no number.

@@ -1,19 +1,23 @@
 //! Training a teacher from pictures, as EDM does it (Karras et al. 2022): log-normal noise levels, preconditioned
 //! network, average of the weights. Ends as a diffusers folder.
 
+mod draw;
+use draw::Draw;
 mod settings;
 pub use settings::{TeacherSettings, default_unet};
 
 use crate::data::Pictures;
 use crate::device::check_precision;
 use crate::loss::{denoising, edm_weight};
-use crate::optim::{Optimizer, average_into, finite, ramped_decay, rate_at, read};
+use crate::memory::{self, Needs, Work};
+use crate::optim::{Gradients, Optimizer, average_into, finite, ramped_decay, rate_at, read};
 use crate::random::{Purpose, Random, picture_noise};
 use crate::run::{self, Run};
 use crate::sample::{Model, Sampler, labels_in_turn};
 use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
+use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
 use dmd_models::{Denoiser, ModelFolder, Recompute, UNet, UNetConfig, Weights};
 use serde_json::{Value, json};
@@ -43,15 +47,18 @@ pub fn train(
     }
     let random = Random { seed: settings.seed, device: device.clone() };
     // First what can be refused, then what leaves a trace in `out`.
-    let mut trainer = Trainer::new(settings, unet, pictures, random)?;
+    let mut trainer =
+        Trainer::new(settings, unet, pictures, random).map_err(|error| memory::explained(error, Work::Networks))?;
     let run = Run::open(&out.join("training"), settings, force)?;
     let first = trainer.resume(&run)?;
     run::stop_on_signals()?;
     let bar = run::progress(settings.steps, first)?;
     let started = Instant::now();
+    let [training, validation] =
+        [settings.batch, VALIDATION_BATCH].map(|n| Work::Training(n.div_ceil(settings.accumulate)));
     let mut last = Vec::new();
     for step in first..settings.steps {
-        let loss = trainer.step(step)?;
+        let loss = trainer.step(step).map_err(|error| memory::explained(error, training))?;
         bar.inc(1);
         let done = step + 1;
         let log = done % settings.log_every == 0 || done == settings.steps;
@@ -62,7 +69,8 @@ pub fn train(
         let save = done % settings.checkpoint_every == 0 || done == settings.steps;
         if save {
             last.retain(|(name, _)| *name != "validation_loss");
-            if let Some(validation) = trainer.validation_loss()? {
+            let validation = trainer.validation_loss().map_err(|error| memory::explained(error, validation))?;
+            if let Some(validation) = validation {
                 last.push(("validation_loss", validation));
             }
         }
@@ -83,7 +91,13 @@ pub fn train(
         // Killed between its last checkpoint and the model folder, a finished run would stay without its model.
         trainer.folder.write_into(out, DType::F32).context("the model folder")?;
     }
-    let mut result = json!({ "out": out, "steps": settings.steps, "parameters": trainer.weights.n_parameters(), "seconds": started.elapsed().as_secs_f64() });
+    let mut result = json!({
+        "out": out,
+        "steps": settings.steps,
+        "parameters": trainer.weights.n_parameters(),
+        "seconds": started.elapsed().as_secs_f64(),
+        "peak_memory_bytes": memory::peak_bytes(device),
+    });
     for (name, value) in last {
         result[name] = json!(value);
     }
@@ -109,12 +123,36 @@ struct Trainer<'a> {
     data_sha256: String,
 }
 
+/// Refuses a batch that does not fit into memory.
+fn check_memory(
+    settings: &TeacherSettings,
+    unet: &UNet,
+    n_parameters: usize,
+    pictures: &Pictures,
+    device: &Device,
+) -> Result<()> {
+    let needs = Needs {
+        cost: cost(unet, [pictures.channels, pictures.height, pictures.width])?,
+        grad_checkpoint: settings.grad_checkpoint,
+        precision: settings.precision,
+        passes: 1.0,
+        whole_passes: 0.0,
+        pictures: settings.batch / settings.accumulate,
+        n_parameters,
+        // The network, its gradient, a pair of moments, and the average.
+        copies: 5,
+    };
+    memory::check(&needs, device)
+}
+
 impl<'a> Trainer<'a> {
     fn new(settings: &'a TeacherSettings, unet: UNetConfig, pictures: &'a Pictures, random: Random) -> Result<Self> {
         let (train, held_out) = pictures.split(settings.held_out, settings.seed);
         ensure!(!train.is_empty(), "no picture is left to train on");
         let mut draw = |name: &str, n: usize| random.stream(Purpose::Init, name_key(name)).uniform(n);
-        let fresh = UNet::init(&unet, &mut draw)?.to(DType::F32, &random.device)?;
+        let fresh = UNet::init(&unet, &mut draw)?;
+        check_memory(settings, &UNet::new(&unet, &fresh)?, fresh.n_parameters(), pictures, &random.device)?;
+        let fresh = fresh.to(DType::F32, &random.device)?;
         let (weights, vars) = fresh.trainable()?;
         let (averaged, average) = fresh.trainable()?;
         let about = About {
@@ -144,7 +182,7 @@ impl<'a> Trainer<'a> {
             averaged,
             folder,
             denoiser,
-            training: Recompute::default(),
+            training: Recompute::new(settings.grad_checkpoint),
             optimizer,
             data_sha256,
         })
@@ -176,59 +214,58 @@ impl<'a> Trainer<'a> {
     /// One update; returns the loss and the gradient's norm.
     fn step(&mut self, step: u64) -> Result<(f64, f64)> {
         let s = self.settings;
-        let n = s.batch;
-        let picks = self.random.stream(Purpose::Batch, step).below(n, u32::try_from(self.train.len())?);
-        let picks: Vec<usize> = picks.into_iter().map(|i| self.train[i as usize]).collect();
-        let flips = self.random.stream(Purpose::Flip, step).below(n, 2);
-        let flips: Vec<bool> = flips.into_iter().map(|f| s.flip && f == 1).collect();
-        let dropped: Vec<bool> = match s.label_dropout > 0.0 {
-            true => self.random.stream(Purpose::LabelDropout, step).uniform(n),
-            false => Vec::new(),
+        let (mut gradients, mut losses) = (Gradients::default(), Vec::new());
+        let share = 1.0 / s.accumulate as f64;
+        for part in self.draw(step)?.parts(s.accumulate)? {
+            let loss = (self.loss(&self.denoiser, &part)? * share)?;
+            gradients.add(self.optimizer.gradients(&self.training.backward(&loss)?))?;
+            losses.push(loss.detach());
         }
-        .into_iter()
-        .map(|u| u < s.label_dropout)
-        .collect();
-        let sigma = self.log_normal(&self.random.stream(Purpose::TeacherSigma, step).normal(n));
-        let noise = self.random.normal(Purpose::TeacherNoise, step, &self.shape(n))?;
-        let loss = self.loss(&self.denoiser, &picks, &flips, &dropped, &sigma, &noise)?;
+        let loss = Tensor::stack(&losses, 0)?.sum_all()?;
         let rate = rate_at(s.rate, s.decay, s.warmup, step, s.steps);
-        let gradients = self.optimizer.gradients(&self.training.backward(&loss)?);
-        let norm = self.optimizer.update(&gradients, &loss.detach(), rate)?;
+        let norm = self.optimizer.update(&gradients, &loss, rate)?;
         average_into(&self.average, &self.vars, ramped_decay(s.ema, step), &norm)?;
         // The one moment that an update waits for the device.
-        let numbers = read(&[loss.detach(), norm])?;
+        let numbers = read(&[loss, norm])?;
         let mut settle = || Ok((finite("loss", numbers[0])?, self.optimizer.settle(numbers[1])?));
         settle().map_err(|error| run::stopped(step + 1, error))
     }
 
+    fn draw(&self, step: u64) -> Result<Draw> {
+        let s = self.settings;
+        let n = s.batch;
+        let picks = self.random.stream(Purpose::Batch, step).below(n, u32::try_from(self.train.len())?);
+        let flips = self.random.stream(Purpose::Flip, step).below(n, 2);
+        let dropped = self.random.stream(Purpose::LabelDropout, step).uniform(n);
+        Ok(Draw {
+            picks: picks.into_iter().map(|i| self.train[i as usize]).collect(),
+            flips: flips.into_iter().map(|f| s.flip && f == 1).collect(),
+            dropped: dropped.into_iter().map(|u| u < s.label_dropout).collect(),
+            sigma: self.log_normal(&self.random.stream(Purpose::TeacherSigma, step).normal(n)),
+            noise: self.random.normal(Purpose::TeacherNoise, step, &self.shape(n))?,
+        })
+    }
+
     /// EDM's loss of these pictures, some mirrored, some without their class.
-    fn loss(
-        &self,
-        denoiser: &Denoiser,
-        picks: &[usize],
-        flips: &[bool],
-        dropped: &[bool],
-        sigma: &[f64],
-        noise: &Tensor,
-    ) -> Result<Tensor> {
-        let device = &self.random.device;
-        let (pixels, mut labels) = self.pictures.batch(picks, flips);
-        for (label, _) in labels.iter_mut().zip(dropped).filter(|(_, dropped)| **dropped) {
+    fn loss(&self, denoiser: &Denoiser, draw: &Draw) -> Result<Tensor> {
+        let (device, n) = (&self.random.device, draw.picks.len());
+        let (pixels, mut labels) = self.pictures.batch(&draw.picks, &draw.flips);
+        for (label, _) in labels.iter_mut().zip(&draw.dropped).filter(|(_, dropped)| **dropped) {
             *label = self.pictures.classes.len() as u32;
         }
-        let x0 = Tensor::from_vec(pixels, &self.shape(picks.len())[..], device)?;
+        let x0 = Tensor::from_vec(pixels, &self.shape(n)[..], device)?;
         let label = match labels.is_empty() {
             true => None,
-            false => Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), picks.len(), device)?),
+            false => Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), n, device)?),
         };
-        let sigmas = Tensor::from_vec(sigma.iter().map(|&s| s as f32).collect(), (sigma.len(), 1, 1, 1), device)?;
-        let x_t = (&x0 + noise.broadcast_mul(&sigmas)?)?;
-        let denoised = denoiser.denoise(&self.training, &x_t, sigma, label.as_ref())?;
-        let weights: Vec<f64> = sigma.iter().map(|&s| edm_weight(s, self.settings.sigma_data)).collect();
+        let sigmas = Tensor::from_vec(draw.sigma.iter().map(|&s| s as f32).collect(), (n, 1, 1, 1), device)?;
+        let x_t = (&x0 + draw.noise.broadcast_mul(&sigmas)?)?;
+        let denoised = denoiser.denoise(&self.training, &x_t, &draw.sigma, label.as_ref())?;
+        let weights: Vec<f64> = draw.sigma.iter().map(|&s| edm_weight(s, self.settings.sigma_data)).collect();
         denoising(&denoised, &x0, &weights)
     }
 
-    /// The averaged network's loss on the pictures held out, always with the same noise.
+    /// The averaged network's loss on the pictures held out, always with the same noise, in parts as a batch is.
     fn validation_loss(&self) -> Result<Option<f64>> {
         let picks: Vec<usize> = self.held_out.iter().copied().take(MAX_VALIDATION).collect();
         if picks.is_empty() {
@@ -243,9 +280,12 @@ impl<'a> Trainer<'a> {
                 .normal(picks.len() * (1 + self.shape(1).iter().product::<usize>()));
             let (sigma, noise) = draws.split_at(picks.len());
             let noise = Tensor::from_slice(noise, &self.shape(picks.len())[..], &self.random.device)?;
-            let loss = self.loss(&denoiser, picks, &vec![false; picks.len()], &[], &self.log_normal(sigma), &noise)?;
-            sum += f64::from(loss.to_scalar::<f32>()?) * picks.len() as f64;
-            n += picks.len();
+            let draw = Draw::plain(picks.to_vec(), self.log_normal(sigma), noise);
+            for part in draw.parts(self.settings.accumulate)? {
+                let loss = self.loss(&denoiser, &part)?;
+                sum += f64::from(loss.to_scalar::<f32>()?) * part.picks.len() as f64;
+                n += part.picks.len();
+            }
         }
         Ok(Some(sum / n as f64))
     }

@@ -25,6 +25,10 @@ pub struct TeacherSettings {
     pub steps: u64,
     /// Pictures per update.
     pub batch: usize,
+    /// Parts that an update's batch is run in, to save memory; the gradient is that of the whole batch.
+    pub accumulate: usize,
+    /// Whether the network's blocks are computed again for their gradient instead of being kept, to save memory.
+    pub grad_checkpoint: bool,
     /// What the network computes in on a GPU: f32 (products in TF32) or bf16.
     pub precision: Precision,
     /// Everything random follows from it.
@@ -73,6 +77,8 @@ impl Default for TeacherSettings {
             unet: String::new(),
             steps: 10_000,
             batch: 64,
+            accumulate: 1,
+            grad_checkpoint: false,
             precision: Precision::F32,
             seed: 0,
             flip: false,
@@ -101,6 +107,13 @@ impl TeacherSettings {
         at_least_one("size", self.size[0].min(self.size[1]) as u64)?;
         at_least_one("steps", self.steps)?;
         at_least_one("batch", self.batch as u64)?;
+        at_least_one("accumulate", self.accumulate as u64)?;
+        ensure!(
+            self.batch.is_multiple_of(self.accumulate),
+            "accumulate is {}, expected a divisor of batch ({})",
+            self.accumulate,
+            self.batch
+        );
         at_least_one("log_every", self.log_every)?;
         at_least_one("checkpoint_every", self.checkpoint_every)?;
         fraction("label_dropout", self.label_dropout)?;

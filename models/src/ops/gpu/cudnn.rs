@@ -141,13 +141,21 @@ impl Library {
     fn fastest(&mut self, key: Key, addresses: [*mut c_void; 3]) -> Result<Plan> {
         let graph = key.graph(self.handle)?;
         let mut best: Option<(f32, Plan)> = None;
+        let mut out_of_memory = None;
         for mode in
             [sys::cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A, sys::cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_FALLBACK]
         {
             for config in proposals(&graph, mode)? {
                 // A proposal may turn out not to fit this GPU or library: then it is none.
                 let Ok(plan) = Plan::new(self.handle, &config) else { continue };
-                let Ok(ms) = self.time(&plan, addresses) else { continue };
+                let ms = match self.time(&plan, addresses) {
+                    Ok(ms) => ms,
+                    Err(error) => {
+                        // A fault of the batch, not of the shape: to be told if no other plan does with less.
+                        out_of_memory = Some(error).filter(is_out_of_memory).or(out_of_memory);
+                        continue;
+                    }
+                };
                 if best.as_ref().is_none_or(|(fastest, _)| ms < *fastest) {
                     best = Some((ms, plan));
                 }
@@ -156,9 +164,10 @@ impl Library {
                 break;
             }
         }
-        match best {
-            Some((_, plan)) => Ok(plan),
-            None => bail!("cuDNN has no plan for {key:?}"),
+        match (best, out_of_memory) {
+            (Some((_, plan)), _) => Ok(plan),
+            (None, Some(error)) => Err(error),
+            (None, None) => bail!("cuDNN has no plan for {key:?}"),
         }
     }
 
@@ -363,6 +372,12 @@ impl Drop for Descriptor {
         // SAFETY: made by `new`, and destroyed once.
         let _ = unsafe { sys::cudnnBackendDestroyDescriptor(self.0) };
     }
+}
+
+/// Whether the driver or cuDNN had no memory left.
+fn is_out_of_memory(error: &Error) -> bool {
+    let text = error.to_string();
+    ["OUT_OF_MEMORY", "DEVICE_ALLOCATION_FAILED"].iter().any(|name| text.contains(name))
 }
 
 fn check(what: &str, status: sys::cudnnStatus_t) -> Result<()> {
