@@ -90,16 +90,22 @@ impl Run {
 
     /// The same of a run that is only read.
     pub fn last_checkpoint_in(folder: &Path) -> Result<Option<Checkpoint>> {
-        let mut folders = checkpoints(&folder.join("checkpoints"))?;
-        while let Some((step, folder)) = folders.pop() {
-            // A folder under its final name was flushed before it was renamed; a missing state means somebody's hand.
-            if let Ok(text) = fs::read_to_string(folder.join("state.json")) {
-                let state =
-                    serde_json::from_str(&text).with_context(|| folder.join("state.json").display().to_string())?;
-                return Ok(Some(Checkpoint { step, state, folder }));
-            }
-        }
-        Ok(None)
+        newest(checkpoints(&folder.join("checkpoints"))?)
+    }
+
+    /// The last whole checkpoint before that of `step`.
+    pub fn checkpoint_before(&self, step: u64) -> Result<Option<Checkpoint>> {
+        let mut earlier = checkpoints(&self.path("checkpoints"))?;
+        earlier.retain(|(other, _)| *other < step);
+        newest(earlier)
+    }
+
+    /// Removes the checkpoints after `step`.
+    pub fn forget_after(&self, step: u64) -> Result<()> {
+        let later = checkpoints(&self.path("checkpoints"))?.into_iter().filter(|(other, _)| *other > step);
+        later
+            .into_iter()
+            .try_for_each(|(_, folder)| fs::remove_dir_all(&folder).with_context(|| folder.display().to_string()))
     }
 
     /// Writes `checkpoints/step-N` with one safetensors file per part and `state.json`, then removes old ones.
@@ -147,6 +153,18 @@ impl Run {
         let kept: String = text.lines().filter(early).flat_map(|line| [line, "\n"]).collect();
         Ok(dmd_models::write_whole(&path, kept.as_bytes())?)
     }
+}
+
+/// The last of these that is whole.
+fn newest(mut folders: Vec<(u64, PathBuf)>) -> Result<Option<Checkpoint>> {
+    while let Some((step, folder)) = folders.pop() {
+        // A folder under its final name was flushed before it was renamed; a missing state means somebody's hand.
+        if let Ok(text) = fs::read_to_string(folder.join("state.json")) {
+            let state = serde_json::from_str(&text).with_context(|| folder.join("state.json").display().to_string())?;
+            return Ok(Some(Checkpoint { step, state, folder }));
+        }
+    }
+    Ok(None)
 }
 
 /// The checkpoints in a folder, oldest first.
@@ -232,7 +250,7 @@ pub fn finite(name: &'static str, loss: &candle_core::Tensor) -> Result<f64> {
 pub fn stopped(step: u64, error: anyhow::Error) -> anyhow::Error {
     match error.is::<NotFinite>() {
         true => anyhow::anyhow!(
-            "step {step}: {error:#}; the run stops here and its last good checkpoint is kept (lower the rate and run again)"
+            "step {step}: {error:#}; the run stops here; lower the rate and run again, which goes on from the last checkpoint if there is one"
         ),
         false => error.context(format!("step {step}")),
     }

@@ -189,6 +189,23 @@ fn a_run_in_trouble_returns_to_its_checkpoint() {
     assert_eq!(message.matches("going on from step").count(), 3, "{message}");
 }
 
+/// Rates that are far too high while they warm up: at half of them the run goes through. Without skipping, and with it,
+/// where checkpoints in the middle of trouble would only lead back into it.
+#[test]
+fn a_run_recovers_at_lower_rates() {
+    for skip in [0, 5] {
+        let w = Workplace::new().with_fixture("edm-tiny");
+        let settings = format!(
+            "steps = 60\nratio = 1\ncheckpoint_every = 2\n[guards]\nskip = {skip}\nreturns = 4\n[generator]\nrate = 1e3\nwarmup = 60\n[fake_score]\nrate = 1e3\nwarmup = 60\n"
+        );
+        w.write("distill.toml", &settings);
+        let result = w.ok(&format!("{DISTILL} run --recipe plain"));
+        assert_eq!(result["steps"], 60);
+        let skipped = result["skipped"].as_u64().unwrap();
+        assert_eq!(skipped > 0, skip > 0, "{skipped}");
+    }
+}
+
 #[test]
 fn a_teacher_in_pieces_equals_one_in_one_go() {
     let w = Workplace::new().with_pictures();

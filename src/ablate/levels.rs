@@ -1,6 +1,7 @@
 //! One training step of a picture model, noise level by noise level: the generator's sample, the same with noise, what
 //! each score makes of it, and the gradient that follows.
 
+use crate::config::{self, Config};
 use crate::loss::distribution_matching;
 use crate::output::say;
 use crate::picture::{grid, labelled_table};
@@ -28,6 +29,8 @@ pub struct Players {
     teacher: ModelFolder,
     generator: Model,
     fake_score: Denoiser,
+    /// Scale of the run's guidance of the real score; 1 without.
+    guidance_scale: f64,
     /// What the fake score is, in words.
     pub fake_score_is: String,
 }
@@ -57,17 +60,19 @@ impl Players {
                 Model::of_steps(generator.denoiser, loaded.about.sigmas(), 0)
             }
         };
-        let (fake_score, fake_score_is) = match run {
-            None => (teacher.denoiser(&Device::Cpu)?, "the teacher".into()),
+        let (fake_score, fake_score_is, guidance_scale) = match run {
+            None => (teacher.denoiser(&Device::Cpu)?, "the teacher".into(), 1.0),
             Some(run) => {
                 let checkpoint = Run::last_checkpoint_in(run)?
                     .with_context(|| format!("{}: holds no checkpoint yet", run.display()))?;
                 let weights = checkpoint.part("fake_score")?;
                 let is = format!("that of {} at step {}", run.display(), checkpoint.step);
-                (teacher.denoiser_on(&weights).context("the run's fake score")?, is)
+                let config: Config = config::read(&run.join("config.toml"))?;
+                let fake_score = teacher.denoiser_on(&weights).context("the run's fake score")?;
+                (fake_score, is, config.real_score.guidance_scale)
             }
         };
-        Ok(Players { teacher, generator, fake_score, fake_score_is })
+        Ok(Players { teacher, generator, fake_score, fake_score_is, guidance_scale })
     }
 
     /// The picture, and its numbers by noise level.
@@ -93,7 +98,7 @@ impl Players {
         let known = real_score.levels.sigma_min()..=real_score.levels.sigma_max();
         for sigma in SIGMAS.into_iter().filter(|sigma| known.contains(sigma)) {
             let x_t = (&x + (&eps * sigma)?)?;
-            let x0_real = real_score.denoise(&Eager, &x_t, &[sigma], label.as_ref())?;
+            let x0_real = real_score.denoise_guided(&Eager, &x_t, &[sigma], label.as_ref(), self.guidance_scale)?;
             let x0_fake = self.fake_score.denoise(&Eager, &x_t, &[sigma], label.as_ref())?;
             let (grad, step) = gradient(&x, &x0_real, &x0_fake)?;
             // Noise would drive x_t out of what a picture can show.

@@ -54,7 +54,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
     run::stop_on_signals()?;
     let bar = run::progress(config.steps, first)?;
     let started = Instant::now();
-    let (mut health, mut monitor) = (None, Monitor::default());
+    let mut health = None;
     let training = Work::Training(config.batch / config.accumulate);
     let mut step = first;
     while step < config.steps {
@@ -73,7 +73,8 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
         bar.inc(1);
         let last = step == config.steps;
         if let Some(measured) = measured {
-            monitor.observe(&measured).into_iter().for_each(|warning| bar.suspend(|| output::warn(&warning)));
+            let warnings = distillation.monitor.observe(&measured);
+            warnings.iter().for_each(|warning| bar.suspend(|| output::warn(warning)));
             if step.is_multiple_of(config.log_every) || last {
                 let values = measured.values();
                 bar.set_message(run::readable(&values));
@@ -85,7 +86,9 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
         if step.is_multiple_of(config.sample_every) || last {
             distillation.draw_samples(&run, step)?;
         }
-        if step.is_multiple_of(config.checkpoint_every) || last || run::asked_to_stop() {
+        // In the middle of trouble there is nothing to go back to.
+        let due = step.is_multiple_of(config.checkpoint_every) && distillation.skipped_in_a_row == 0;
+        if due || last || run::asked_to_stop() {
             distillation.checkpoint(&run, step)?;
         }
         if run::asked_to_stop() && !last {
@@ -120,8 +123,10 @@ struct Distillation<'a> {
     /// Updates skipped so far, and how many of them in a row.
     n_skipped: u64,
     skipped_in_a_row: u64,
-    /// Times that the run went back to a checkpoint.
+    /// Times that the run went back to a checkpoint, and where to, the last time.
     n_returns: u64,
+    returned_to: Option<u64>,
+    monitor: Monitor,
 }
 
 /// Refuses a batch that does not fit into memory.
@@ -189,7 +194,18 @@ impl<'a> Distillation<'a> {
         };
         let folder = ModelFolder { about, ..teacher };
         let (n_skipped, skipped_in_a_row, n_returns) = (0, 0, 0);
-        Ok(Distillation { config, networks, random, folder, teacher_sha256, n_skipped, skipped_in_a_row, n_returns })
+        Ok(Distillation {
+            config,
+            networks,
+            random,
+            folder,
+            teacher_sha256,
+            n_skipped,
+            skipped_in_a_row,
+            n_returns,
+            returned_to: None,
+            monitor: Monitor::default(),
+        })
     }
 
     /// One update of the generator, then `ratio` of the fake score.
@@ -214,12 +230,17 @@ impl<'a> Distillation<'a> {
             output::warn(&format!("step {}: {error:#}; this update is skipped", step + 1));
             return Ok(Recovery::Skip);
         }
-        let checkpoint = run.last_checkpoint()?;
-        match checkpoint {
+        let newest = run.last_checkpoint()?;
+        // From a checkpoint that was tried before, and led here again, to the one before it.
+        let tried = newest.as_ref().is_some_and(|newest| self.returned_to.is_some_and(|to| newest.step <= to));
+        let earlier = newest.as_ref().filter(|_| tried).map(|newest| run.checkpoint_before(newest.step)).transpose()?;
+        match earlier.flatten().or(newest) {
             Some(checkpoint) if self.n_returns < guards.returns => {
-                let n_returns = self.n_returns + 1;
+                let (n_returns, n_skipped) = (self.n_returns + 1, self.n_skipped);
                 let step = self.restore(run, &checkpoint)?;
-                self.n_returns = n_returns;
+                run.forget_after(step)?;
+                (self.n_returns, self.n_skipped) = (n_returns, n_skipped);
+                (self.skipped_in_a_row, self.returned_to) = (0, Some(step));
                 self.networks.rate_factor = 0.5f64.powi(n_returns as i32);
                 output::warn(&format!(
                     "{error:#}; going on from step {step} at {} of the rates",
@@ -246,6 +267,7 @@ impl<'a> Distillation<'a> {
             "n_skipped": self.n_skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "n_returns": self.n_returns,
+            "monitor": self.monitor,
         });
         parts.extend((0..n.averages.len()).map(|i| (average_part(i), run::vars_as_weights(&n.averages[i].vars))));
         if let Some(d) = &n.discriminator {
@@ -282,6 +304,8 @@ impl<'a> Distillation<'a> {
         self.n_skipped = checkpoint.count("n_skipped")?;
         self.skipped_in_a_row = checkpoint.count("skipped_in_a_row")?;
         self.n_returns = checkpoint.count("n_returns")?;
+        let monitor = checkpoint.state.get("monitor").cloned();
+        self.monitor = monitor.map(serde_json::from_value).transpose()?.unwrap_or_default();
         n.rate_factor = 0.5f64.powi(self.n_returns as i32);
         run.rewind_log(checkpoint.step)?;
         output::say(&format!("continuing from step {}", checkpoint.step));
@@ -358,13 +382,13 @@ fn beginning(config: &Config, teacher: &ModelFolder) -> Result<Beginning> {
     };
     let (generator, fake_score) = match config.generator.start.is_empty() {
         true => (None, None),
-        false => start_of(Path::new(&config.generator.start), teacher)?,
+        false => start_of(Path::new(&config.generator.start), teacher, &noise_levels(config, teacher)?)?,
     };
     Ok(Beginning { generator, fake_score, reality, pairs })
 }
 
-/// Generator and, where `path` is a run with a checkpoint, fake score to go on from.
-fn start_of(path: &Path, teacher: &ModelFolder) -> Result<(Option<Weights>, Option<Weights>)> {
+/// Generator and, where `path` is a run with a checkpoint, fake score to go on from; `sigmas` are the new run's passes.
+fn start_of(path: &Path, teacher: &ModelFolder, sigmas: &[f64]) -> Result<(Option<Weights>, Option<Weights>)> {
     let inner = path.join("generator");
     let is_run = inner.is_dir();
     let folder = ModelFolder::load(if is_run { &inner } else { path }, &Device::Cpu).context("generator.start")?;
@@ -372,6 +396,19 @@ fn start_of(path: &Path, teacher: &ModelFolder) -> Result<(Option<Weights>, Opti
         folder.config == teacher.config && folder.scheduler.json() == teacher.scheduler.json(),
         "generator.start: {} is another network than the teacher's (its unet/config.json or its scheduler differ)",
         path.display()
+    );
+    ensure!(
+        folder.about.kind == Kind::Generator,
+        "generator.start: {} is a teacher, which is where a run begins anyway: leave it out, or give a run or its generator",
+        path.display()
+    );
+    // A generator of one pass may become one of several, whose first pass is its own.
+    let held = folder.about.sigmas();
+    ensure!(
+        held.first() == sigmas.first(),
+        "generator.start: {} is held at sigma {held:?}, and this run's generator at {sigmas:?}: set generator.sigma (or generator.steps) to begin with {}",
+        path.display(),
+        held.first().copied().unwrap_or_default()
     );
     let fake_score = match is_run {
         true => Run::last_checkpoint_in(path)?.map(|checkpoint| checkpoint.part("fake_score")).transpose()?,

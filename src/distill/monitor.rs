@@ -1,6 +1,7 @@
 //! Watches the numbers of a run and says in words when they look like one of the known ways to fail, with the remedy.
 
 use super::Health;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, VecDeque};
 
 /// Updates that are looked at together.
@@ -11,19 +12,24 @@ const SMOOTH: usize = 5;
 const SWING: f64 = 0.12;
 /// Turns of direction in a window that make a swing an oscillation.
 const TURNS: usize = 3;
-/// A discriminator this sure of both sides has nothing left to teach.
-const SURE: f64 = 0.97;
+/// A discriminator whose probabilities of real and generated pictures are this far apart has little left to teach: over
+/// all noise levels, at the highest of which nobody can tell the two, more is hardly seen.
+const APART: f64 = 0.8;
 /// Factor by which the samples' standard deviation may leave that of the first window.
 const DRIFT: f64 = 1.6;
+/// What their mean may leave that of the first window by, of the values' [-1, 1].
+const DRIFT_OF_MEAN: f64 = 0.5;
 
-/// A window of numbers, and what was said already.
-#[derive(Default)]
+/// A window of numbers, what the first one was like, and what was said already. A checkpoint keeps it: in f32, whose
+/// decimals are read back as the same number.
+#[derive(Default, Serialize, Deserialize)]
 pub struct Monitor {
-    means: VecDeque<f64>,
-    stds: VecDeque<f64>,
+    means: VecDeque<f32>,
+    stds: VecDeque<f32>,
     sure: usize,
-    first_std: Option<f64>,
-    said: BTreeSet<&'static str>,
+    /// Mean and standard deviation.
+    first: Option<[f32; 2]>,
+    said: BTreeSet<String>,
 }
 
 impl Monitor {
@@ -32,18 +38,17 @@ impl Monitor {
         let mut warnings = Vec::new();
         let (Some(mean), Some(std)) = (health.get("sample_mean"), health.get("sample_std")) else { return warnings };
         for (window, value) in [(&mut self.means, mean), (&mut self.stds, std)] {
-            window.push_back(value);
+            window.push_back(value as f32);
             if window.len() > WINDOW {
                 window.pop_front();
             }
         }
         self.sure = match (health.get("d_real"), health.get("d_fake")) {
-            (Some(real), Some(fake)) if real > SURE && fake < 1.0 - SURE => self.sure + 1,
+            (Some(real), Some(fake)) if real - fake > APART => self.sure + 1,
             _ => 0,
         };
         if self.means.len() == WINDOW {
-            let means: Vec<f64> =
-                self.means.make_contiguous().windows(SMOOTH).map(|w| w.iter().sum::<f64>() / SMOOTH as f64).collect();
+            let means: Vec<f64> = self.means.make_contiguous().windows(SMOOTH).map(average).collect();
             let swing = range(&means);
             if swing > SWING && turns(&means, swing / 3.0) >= TURNS {
                 warnings.extend(self.once("brightness", || {
@@ -52,12 +57,18 @@ impl Monitor {
                     )
                 }));
             }
-            let now = self.stds.iter().sum::<f64>() / WINDOW as f64;
-            let first = *self.first_std.get_or_insert(now);
-            if now > first * DRIFT || now < first / DRIFT {
+            let now = [average(&self.means), average(&self.stds)];
+            let [first_mean, first_std] = self.first.get_or_insert(now.map(|value| value as f32)).map(f64::from);
+            let [mean, std] = now;
+            let drifted = match () {
+                () if std > first_std * DRIFT || std < first_std / DRIFT => Some(("contrast", first_std, std)),
+                () if (mean - first_mean).abs() > DRIFT_OF_MEAN => Some(("mean brightness", first_mean, mean)),
+                () => None,
+            };
+            if let Some((what, first, now)) = drifted {
                 warnings.extend(self.once("drift", || {
                     format!(
-                        "the samples' contrast went from {first:.2} to {now:.2}: they drift away from the data; lower generator.rate, raise ratio, or add loss.regression"
+                        "the samples' {what} went from {first:.2} to {now:.2}: they drift away from the data; lower generator.rate, raise ratio, or add loss.regression"
                     )
                 }));
             }
@@ -70,9 +81,15 @@ impl Monitor {
         warnings
     }
 
-    fn once(&mut self, name: &'static str, warning: impl FnOnce() -> String) -> Option<String> {
-        self.said.insert(name).then(warning)
+    fn once(&mut self, name: &str, warning: impl FnOnce() -> String) -> Option<String> {
+        self.said.insert(name.into()).then(warning)
     }
+}
+
+fn average<'a>(values: impl IntoIterator<Item = &'a f32, IntoIter: ExactSizeIterator>) -> f64 {
+    let values = values.into_iter();
+    let n = values.len();
+    values.map(|value| f64::from(*value)).sum::<f64>() / n as f64
 }
 
 fn range(values: &[f64]) -> f64 {
@@ -123,6 +140,22 @@ mod tests {
         assert!(warnings(accidents).is_empty());
     }
 
+    /// A run that goes on from a checkpoint is held against its own beginning, and repeats no warning.
+    #[test]
+    fn a_run_that_goes_on_remembers() {
+        let numbers = |mean: f64| -> Health { [("sample_mean", mean), ("sample_std", 0.5)].into_iter().collect() };
+        let mut before = Monitor::default();
+        assert!((0..WINDOW).all(|_| before.observe(&numbers(0.6)).is_empty()));
+        let after = |saved: &str| -> (Vec<String>, String) {
+            let mut monitor: Monitor = serde_json::from_str(saved).unwrap();
+            let warnings = (0..WINDOW).flat_map(|_| monitor.observe(&numbers(0.0))).collect();
+            (warnings, serde_json::to_string(&monitor).unwrap())
+        };
+        let (warnings, saved) = after(&serde_json::to_string(&before).unwrap());
+        assert!(warnings.len() == 1 && warnings[0].contains("mean brightness went from 0.60"), "{warnings:?}");
+        assert!(after(&saved).0.is_empty());
+    }
+
     #[test]
     fn each_way_to_fail_is_named_once_with_its_remedy() {
         let with = |name: &'static str, value: fn(usize) -> f64| {
@@ -137,8 +170,11 @@ mod tests {
         assert!(swinging.len() == 1 && swinging[0].contains("raise ratio"), "{swinging:?}");
         let drifting = warnings(with("sample_std", |i| 0.5 * 1.01f64.powi(i as i32)));
         assert!(drifting.len() == 1 && drifting[0].contains("lower generator.rate"), "{drifting:?}");
+        let fading = warnings(with("sample_mean", |i| 0.6 - 0.01 * i as f64));
+        assert!(fading.len() == 1 && fading[0].contains("mean brightness went from"), "{fading:?}");
+        // What a discriminator reaches over noise levels up to 0.3 of the table against a generator that stands still.
         let saturated =
-            warnings(|_| vec![("sample_mean", 0.6), ("sample_std", 0.5), ("d_real", 0.99), ("d_fake", 0.01)]);
+            warnings(|_| vec![("sample_mean", 0.6), ("sample_std", 0.5), ("d_real", 0.99), ("d_fake", 0.08)]);
         assert!(saturated.len() == 1 && saturated[0].contains("loss.gan"), "{saturated:?}");
     }
 }

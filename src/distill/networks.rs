@@ -128,7 +128,8 @@ impl Networks {
         };
         let regression = match beginning.pairs {
             Some(pairs) => {
-                let comparison = Comparison::new(&config.loss.regression.distance, &real_score)?;
+                let comparison =
+                    Comparison::new(&config.loss.regression.distance, &real_score, config.batch / config.accumulate)?;
                 Some((pairs, comparison))
             }
             None => None,

@@ -29,8 +29,11 @@ impl Networks {
         let draw = self.draw_for_generator(config, random, step)?;
         let (mut health, mut gradients, mut samples) = (Health::default(), Gradients::default(), Vec::new());
         let share = 1.0 / config.accumulate as f64;
-        for part in draw.parts(config.accumulate)? {
-            let (x, loss, measured) = self.generator_loss(config, step, &part)?;
+        let parts = draw.parts(config.accumulate)?;
+        let h = self.divergence_weights(config, step, &parts)?;
+        for (i, part) in parts.iter().enumerate() {
+            let h = h.as_ref().map(|h| &h[i * h.len() / parts.len()..(i + 1) * h.len() / parts.len()]);
+            let (x, loss, measured) = self.generator_loss(config, part, h)?;
             gradients.add(self.generator_optimizer.gradients(&self.training.backward(&(loss * share)?)?))?;
             health.add(&measured, share);
             samples.push(x.detach());
@@ -50,8 +53,9 @@ impl Networks {
         Ok(health)
     }
 
-    /// The generator's loss on one part of a batch: its samples, the loss with its graph, and its numbers.
-    fn generator_loss(&mut self, config: &Config, step: u64, draw: &Draw) -> Result<(Tensor, Tensor, Health)> {
+    /// The generator's loss on one part of a batch, `h` its samples' weights: its samples, the loss with its graph, and its
+    /// numbers.
+    fn generator_loss(&self, config: &Config, draw: &Draw, h: Option<&[f64]>) -> Result<(Tensor, Tensor, Health)> {
         let (terms, label, sigma) = (&config.loss, draw.label.as_ref(), &draw.injection.sigma);
         let mut health = Health::default();
         let x = self.generator.denoise(&self.training, &draw.input, &[draw.level], label)?;
@@ -62,8 +66,7 @@ impl Networks {
         let scale = config.real_score.guidance_scale;
         let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, label, scale)?;
         let x0_fake = self.fake_score_still.denoise(&self.training, &x_t, sigma, label)?;
-        let h = self.divergence_weights(config, step, &x_t, draw)?;
-        let matching = distribution_matching(&x, &x0_real, &x0_fake, h.as_deref())?;
+        let matching = distribution_matching(&x, &x0_real, &x0_fake, h)?;
         let mut loss = match terms.scores {
             ScoreLoss::DistributionMatching => matching.loss,
             ScoreLoss::ScoreIdentity { alpha } => score_identity(&x, &x0_real, &x0_fake, alpha)?,
@@ -72,7 +75,7 @@ impl Networks {
         health.pend("real_error", &matching.real_error);
         health.pend("score_gap", &matching.score_gap);
         if let Some(h) = h {
-            health.set("h_max", h.into_iter().fold(0.0, f64::max));
+            health.set("h_max", h.iter().copied().fold(0.0, f64::max));
         }
 
         if let (Some(d), Some(injection)) = (&self.discriminator, &draw.adversary) {
@@ -94,29 +97,26 @@ impl Networks {
         Ok((x, loss, health))
     }
 
-    /// h(r) of every sample, mean 1, from the discriminator's logit at x_t; none for reverse KL, and none before the
-    /// discriminator has joined. Waits for the device: the ratios' memory is kept here.
-    fn divergence_weights(
-        &mut self,
-        config: &Config,
-        step: u64,
-        x_t: &Tensor,
-        draw: &Draw,
-    ) -> Result<Option<Vec<f64>>> {
+    /// h(r) of every sample of a batch, mean 1, from the discriminator's logit at x_t; none for reverse KL, and none before
+    /// the discriminator has joined. The ratios are held against those of the whole batch, so the samples are made once
+    /// more for it, without gradient. Waits for the device: the ratios' memory is kept here.
+    fn divergence_weights(&mut self, config: &Config, step: u64, parts: &[Draw]) -> Result<Option<Vec<f64>>> {
         let divergence = config.loss.divergence;
         let Some(d) = &self.discriminator else { return Ok(None) };
         if !divergence.needs_discriminator() || step < config.loss.gan.start_step {
             return Ok(None);
         }
-        let sigma = &draw.injection.sigma;
-        let maps = self.fake_score_still.features(&Eager, &x_t.detach(), sigma, draw.label.as_ref())?;
-        let logits: Vec<f32> = d.heads_still.logit(&maps)?.to_vec1()?;
-        let ratios: Vec<f64> = logits.into_iter().map(|logit| density_ratio(f64::from(logit))).collect();
         let [low, high] = config.generator.t_range.map(|t| t * (self.real_score.levels.len() - 1) as f64);
-        let levels: Vec<f64> = sigma
-            .iter()
-            .map(|&s| ((self.real_score.levels.index_of(s) - low) / (high - low)).clamp(0.0, 1.0))
-            .collect();
+        let (mut ratios, mut levels) = (Vec::new(), Vec::new());
+        for draw in parts {
+            let (label, sigma) = (draw.label.as_ref(), &draw.injection.sigma);
+            let x = self.generator_still.denoise(&Eager, &draw.input, &[draw.level], label)?;
+            let maps = self.fake_score_still.features(&Eager, &draw.injection.add_to(&x)?, sigma, label)?;
+            let logits: Vec<f32> = d.heads_still.logit(&maps)?.to_vec1()?;
+            ratios.extend(logits.into_iter().map(|logit| density_ratio(f64::from(logit))));
+            let index = |sigma: &f64| self.real_score.levels.index_of(*sigma);
+            levels.extend(sigma.iter().map(|sigma| ((index(sigma) - low) / (high - low)).clamp(0.0, 1.0)));
+        }
         Ok(Some(self.ratio_bins.weights(divergence, &ratios, &levels)))
     }
 
