@@ -29,11 +29,7 @@ struct Case {
 
 /// Times each operation on this GPU.
 pub fn run(args: &BenchOpsArgs, device: &Device) -> Result<Value> {
-    let dtype = match args.precision {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
-    };
-    let bench = Bench { device, dtype, batch: args.batch, steps: args.steps };
+    let bench = Bench { device, dtype: dtype(args.precision), batch: args.batch, steps: args.steps };
     let (peak_tflops, peak_gbytes) = (bench.peak_gflops()? / 1e3, bench.peak_gbytes()?);
     say(&format!("matrix product of 8192: {peak_tflops:.0} TFLOP/s; copy of 256 MiB: {peak_gbytes:.0} GB/s"));
     say(HEAD);
@@ -65,6 +61,18 @@ pub fn run(args: &BenchOpsArgs, device: &Device) -> Result<Value> {
 }
 
 const HEAD: &str = "| operation | forward, ms | with backward, ms | candle | faster | TFLOP/s | GB/s | of the peak |\n|---|---|---|---|---|---|---|---|";
+
+/// What this GPU does at most in this precision: 10⁹ multiplications and additions a second, in a large matrix product.
+pub fn peak_gflops(device: &Device, precision: Precision, steps: usize) -> Result<f64> {
+    Bench { device, dtype: dtype(precision), batch: 1, steps }.peak_gflops()
+}
+
+fn dtype(precision: Precision) -> DType {
+    match precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+    }
+}
 
 struct Bench<'a> {
     device: &'a Device,

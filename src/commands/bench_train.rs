@@ -1,7 +1,7 @@
 //! `dmd bench train`: the work of one distillation iteration, timed step by step. Prints the keys that a PyTorch peer of
 //! the same work prints.
 
-use super::bench_ops::peak_gflops;
+use super::{bench_gpu_ops, bench_ops};
 use crate::cli::BenchTrainArgs;
 use crate::config::Config;
 use crate::distill::{Beginning, Networks, check_memory};
@@ -39,50 +39,65 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let random = Random { seed: 0, device: on.clone() };
     let networks = Networks::new(&folder, &[2.5], &config, Beginning::default(), &random);
     let mut networks = networks.map_err(|error| memory::explained(error, Work::Networks))?;
-    let cost = cost(&networks.real_score().unet, networks.shape())?;
-    let gflops = peak_gflops(args.steps)?;
-    // Of an iteration: three passes and a backward one for the generator, two and a backward one for each critic update.
-    let passes = 5 + 4 * args.ratio;
-    let gflop = cost.flops * (args.batch as u64 * passes) as f64 / 1e9;
-    let floor_ms = gflop / gflops * 1e3;
-    if on.is_cpu() {
-        say(&format!("floor of an iteration: {gflop:.1} GFLOP, {floor_ms:.1} ms at {gflops:.0} GFLOP/s"));
-    }
-    let mut timer = Timer { args, device: &on, n_parameters, rows: Vec::new() };
+    let gflop = cost(&networks.real_score().unet, networks.shape())?.flops * args.batch as f64 / 1e9;
+    let mut timer = Timer { args, device: &on, n_parameters, laps: Vec::new() };
     let mut step = 0;
-    timer.time("one_step_sample", || {
+    timer.time("one_step_sample", SAMPLE, || {
         step += 1;
         networks.sample(&config, &random, step).map(drop)
     })?;
-    timer.time("generator_update", || {
+    timer.time("generator_update", GENERATOR, || {
         step += 1;
         networks.update_generator(&config, &random, step).map(drop)
     })?;
-    timer.time("critic_update", || {
+    timer.time("critic_update", CRITIC, || {
         step += 1;
         networks.update_fake_score(&config, &random, step, 0).map(drop)
     })?;
-    timer.time(&format!("iteration_ratio_{}", args.ratio), || {
+    timer.time(&format!("iteration_ratio_{}", args.ratio), GENERATOR + args.ratio * CRITIC, || {
         step += 1;
         networks.update_generator(&config, &random, step)?;
         (0..args.ratio).try_for_each(|turn| networks.update_fake_score(&config, &random, step, turn).map(drop))
     })?;
-    let mut rows = timer.rows;
     let peak = memory::peak_bytes(&on);
+    // Last, and without the networks: the matrices on a GPU are large, and would count among the memory.
+    drop(networks);
+    let gflops = match on.is_cpu() {
+        true => bench_ops::peak_gflops(args.steps)?,
+        false => bench_gpu_ops::peak_gflops(&on, args.precision, args.steps)?,
+    };
+    say(&format!("floor: the arithmetic alone, at the {gflops:.0} GFLOP/s of a large matrix product"));
+    let mut rows: Vec<Value> = timer.laps.iter().map(|lap| timer.row(lap, gflop, gflops)).collect();
     say(&format!("{:<20} {}", "peak_memory", memory::readable(peak)));
     rows.push(json!({ "what": "peak_memory", "mib": peak.map(|bytes| bytes >> 20) }));
-    Ok(json!({ "results": rows, "gflop": gflop, "floor_ms": on.is_cpu().then_some(floor_ms) }))
+    Ok(json!({ "results": rows, "peak_gflops": gflops }))
+}
+
+/// Forward passes' worth of arithmetic of each work, a backward pass being two: one pass.
+const SAMPLE: u64 = 1;
+/// A pass of each network, and back through one.
+const GENERATOR: u64 = 5;
+/// A pass of two networks, and back through one.
+const CRITIC: u64 = 4;
+
+/// Work that was timed.
+struct Lap {
+    what: String,
+    /// Forward passes' worth of arithmetic.
+    passes: u64,
+    /// Median.
+    ms: f64,
 }
 
 struct Timer<'a> {
     args: &'a BenchTrainArgs,
     device: &'a Device,
     n_parameters: usize,
-    rows: Vec<Value>,
+    laps: Vec<Lap>,
 }
 
 impl Timer<'_> {
-    fn time(&mut self, what: &str, mut work: impl FnMut() -> Result<()>) -> Result<()> {
+    fn time(&mut self, what: &str, passes: u64, mut work: impl FnMut() -> Result<()>) -> Result<()> {
         let training = Work::Training(self.args.batch);
         let mut work = || work().map_err(|error| memory::explained(error, training));
         for _ in 0..WARM_UP {
@@ -94,12 +109,23 @@ impl Timer<'_> {
             let started = Instant::now();
             work()?;
             self.device.synchronize()?;
-            laps.push(started.elapsed().as_secs_f64());
+            laps.push(started.elapsed().as_secs_f64() * 1e3);
         }
-        let seconds = median(&mut laps);
-        let images_per_s = self.args.batch as f64 / seconds;
-        say(&format!("{what:<20} {:>9.2} ms {images_per_s:>9.1} images/s", seconds * 1e3));
-        self.rows.push(json!({
+        self.laps.push(Lap { what: what.into(), passes, ms: median(&mut laps) });
+        Ok(())
+    }
+
+    /// The figure beside its floor, for people and for programs: `gflop` of a pass, at so many a second.
+    fn row(&self, lap: &Lap, gflop: f64, gflops: f64) -> Value {
+        let Lap { what, passes, ms } = lap;
+        let gflop = gflop * *passes as f64;
+        let (floor_ms, images_per_s) = (gflop / gflops * 1e3, self.args.batch as f64 / ms * 1e3);
+        let share = floor_ms / ms;
+        say(&format!(
+            "{what:<20} {ms:>9.2} ms {images_per_s:>9.1} images/s  floor {floor_ms:>8.2} ms ({gflop:.1} GFLOP), {:.0} % of it",
+            100.0 * share
+        ));
+        json!({
             "peer": format!("dmd {}", crate::VERSION),
             "what": what,
             "unet": self.args.unet,
@@ -107,10 +133,12 @@ impl Timer<'_> {
             "batch": self.args.batch,
             "device": device::name(self.device),
             "threads": rayon::current_num_threads(),
-            "ms": seconds * 1e3,
+            "ms": ms,
             "images_per_s": images_per_s,
-        }));
-        Ok(())
+            "gflop": gflop,
+            "floor_ms": floor_ms,
+            "share_of_peak": share,
+        })
     }
 }
 

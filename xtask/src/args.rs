@@ -12,9 +12,10 @@ Usage: cargo xtask <TASK> [ARGS]
   setup [--no-onnxruntime]  prepare this checkout: protoc from a crate, ONNX Runtime's library through Python's pip
   demo [ARGS]               set up, build, distil a small model, export it, run it, and show the pictures
   test [ARGS]               set up and run every test; ARGS go to cargo test
-  bench [ARGS]              training beside PyTorch, in turn, as ratios; fetches PyTorch (5 GB); --help lists ARGS
-  cuda-check [--fetch]      compile and link for CUDA, with a toolkit from Python's package index (3 GB); needs no GPU;
-                            --fetch only fetches it
+  bench [ARGS]              training beside PyTorch, in turn, as ratios; fetches PyTorch (5 GB); --against-torch may be
+                            given and is the default, as there is no other comparison; --help lists ARGS
+  cuda-check [--fetch]      compile and link for CUDA, and check the GPU's tests, with a toolkit from Python's package
+                            index (3 GB); needs no GPU; --fetch only fetches it
   web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
   bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
                             environment that has it is active
@@ -113,7 +114,7 @@ mod tests {
         let args = |line: &str| line.split_whitespace().map(OsString::from).collect();
         check("demo --steps 5 --json", Ok(Task::Demo(args("--steps 5 --json"))));
         check("test -p dmd -- --nocapture", Ok(Task::Test(args("-p dmd -- --nocapture"))));
-        check("bench --rounds 1", Ok(Task::Bench(args("--rounds 1"))));
+        check("bench --against-torch --rounds 1", Ok(Task::Bench(args("--against-torch --rounds 1"))));
         check("dmd --help", Ok(Task::Dmd(args("--help"))));
     }
 

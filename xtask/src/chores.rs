@@ -82,7 +82,7 @@ pub fn built_dmd(environment: &Environment, features: &[&str]) -> Result<PathBuf
 /// cannot add it.
 fn check_stage(environment: &Environment, stage: &str, args: &[&str]) -> Result<ExitStatus> {
     // `cargo doc --version` does not exist, and doc is part of cargo itself.
-    if args[0] != "doc" && !run(cargo(environment).args([args[0], "--version"]).stdout(Stdio::null()))?.success() {
+    if args[0] != "doc" && !is_installed(environment, args[0])? {
         eprintln!("== {stage}: SKIPPED; rustup component add rustfmt clippy");
         return Ok(ExitStatus::default());
     }
@@ -93,6 +93,11 @@ fn check_stage(environment: &Environment, stage: &str, args: &[&str]) -> Result<
     let verdict = if status.success() { "passed" } else { "FAILED" };
     eprintln!("== {stage}: {verdict} in {:.0} s", start.elapsed().as_secs_f64());
     Ok(status)
+}
+
+/// Whether cargo has this component's command.
+pub fn is_installed(environment: &Environment, command: &str) -> Result<bool> {
+    Ok(run(cargo(environment).args([command, "--version"]).stdout(Stdio::null()))?.success())
 }
 
 pub fn cargo(environment: &Environment) -> Command {

@@ -1,5 +1,5 @@
-//! `cargo xtask cuda-check`: compiles and links the program for CUDA on a machine that has neither a GPU nor CUDA. The
-//! toolkit comes from Python's package index into `.cache/cuda`; the driver's library, which exists only beside a GPU,
+//! `cargo xtask cuda-check`: compiles and links the program for CUDA on a machine that has neither a GPU nor CUDA, and has
+//! clippy read all that only a GPU runs, its tests too. The toolkit comes from Python's package index into `.cache/cuda`; the driver's library, which exists only beside a GPU,
 //! is stood in for by one of the same names that does nothing. What is built can be run elsewhere.
 
 use std::collections::BTreeSet;
@@ -33,21 +33,33 @@ pub fn check() -> Result<ExitCode> {
         .collect::<Vec<_>>();
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::iter::once(cuda.join("bin")).chain(std::env::split_paths(&path));
+    let (path, library_path) = (std::env::join_paths(path)?, std::env::join_paths(library_path)?);
     let compute_cap = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| COMPUTE_CAP.into());
-    succeed(
-        chores::cargo(&environment)
-            .args(["build", "--release", "--workspace", "--features", "dmd/cuda"])
+    let cargo = |task: &str, args: &[&str]| {
+        let mut cargo = chores::cargo(&environment);
+        cargo
+            .args([task, "--release", "--workspace", "--features", "dmd/cuda"])
+            .args(args)
             .env("CUDA_HOME", &cuda)
             .env("CUDA_PATH", &cuda)
             .env("CUDNN_HOME", &cudnn)
             .env("NVCC", cuda.join("bin").join("nvcc"))
-            .env("CUDA_COMPUTE_CAP", compute_cap)
-            .env("PATH", std::env::join_paths(path)?)
-            .env("LIBRARY_PATH", std::env::join_paths(library_path)?)
+            .env("CUDA_COMPUTE_CAP", &compute_cap)
+            .env("PATH", &path)
+            .env("LIBRARY_PATH", &library_path)
             // Beside the CPU's program, not over it.
-            .env("CARGO_TARGET_DIR", setup::root().join("target").join("cuda")),
-    )?;
+            .env("CARGO_TARGET_DIR", setup::root().join("target").join("cuda"));
+        cargo
+    };
+    succeed(&mut cargo("build", &[]))?;
     eprintln!("compiled and linked: target/cuda/release/dmd, which needs a GPU with its driver, and cuDNN, to run");
+    // The tests are not linked: there is nothing here to run them on, and each program is as large as dmd.
+    if chores::is_installed(&environment, "clippy")? {
+        succeed(&mut cargo("clippy", &["--all-targets", "--", "-D", "warnings"]))?;
+    } else {
+        succeed(&mut cargo("check", &["--all-targets"]))?;
+    }
+    eprintln!("checked: what only a GPU runs, with its tests");
     Ok(ExitCode::SUCCESS)
 }
 
