@@ -33,7 +33,7 @@ pub enum Command {
     Distill(DistillArgs),
     /// Make noise-picture pairs of a teacher, for the regression term.
     Pairs(PairsArgs),
-    /// The settings of a distillation.
+    /// The settings of a distillation, and what they mean.
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Write a generator as an ONNX file and verify it.
@@ -159,6 +159,13 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "FILE.toml")]
     pub config: Option<PathBuf>,
     /// One setting, such as loss.gan.weight=1e-3; `dmd config show` lists them all. May be repeated.
+    ///
+    /// `dmd config show` prints every key below its meaning, the values it takes and the paper it is from. The groups:
+    /// the run (steps, batch, accumulate, grad_checkpoint, precision, seed, ratio, samples fresh or shared, data,
+    /// log_every, sample_every, checkpoint_every); generator (sigma or steps, start, rate, warmup, decay, ema,
+    /// t_range); real_score (guidance_scale); fake_score (rate, warmup, decay, weight, t_range); loss (scores,
+    /// divergence, ratio_memory, regression: weight, distance, pairs; gan: weight, critic_weight, r1, start_step,
+    /// resolutions, t_range); guards (skip, returns); optimizer (betas, weight_decay, eps, clip).
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
     /// Updates of the generator [default: 1000].
@@ -227,7 +234,7 @@ pub struct PairsArgs {
 /// What can be done with settings.
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Print them as TOML: every setting with its value, ready to be edited and given to --config.
+    /// Print them as TOML, every setting below its meaning, ready to be edited and given to --config.
     Show(SettingsArgs),
 }
 

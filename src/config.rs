@@ -1,5 +1,8 @@
 //! Settings: TOML files with every key checked, and the whole resolved configuration of a distillation.
 
+mod meanings;
+pub use meanings::explained;
+
 use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
 use anyhow::{Context, Result, bail, ensure};

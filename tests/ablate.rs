@@ -61,6 +61,17 @@ fn regression_ties_every_noise_to_the_teachers_sample_of_it() {
     assert!(pairs < 0.4 && pairs_without > 0.6, "{pairs} with, {pairs_without} without");
 }
 
+/// Copying is averaging: what a network cannot tell apart, it puts in the middle. Distribution matching at the same
+/// width leaves fewer samples there, and modes out.
+#[test]
+fn a_copy_by_a_small_network_falls_between_the_modes() {
+    let (wide, pairs) = on_ring(Method::COPY, 300);
+    assert!(wide.n_covered == 6 && wide.between < 0.3 && pairs < 0.2, "{wide:?}, {pairs}");
+    let (copied, _) = on_ring(Method { width: 4, ..Method::COPY }, 300);
+    let (matched, _) = on_ring(Method { width: 4, ..Method::WHOLE }, 300);
+    assert!(copied.between > 0.4 && matched.between < 0.75 * copied.between, "{copied:?}, {matched:?}");
+}
+
 /// A Gaussian before two modes, from one of them: what seeks modes stays, what covers them spreads over both, and pairs
 /// bring reverse KL over too (Yin et al. 2024, DMD, figure 3).
 #[test]
@@ -87,7 +98,7 @@ fn the_toy_draws_every_picture_and_replaces_none() {
     assert!(result["divergences"]["modes-forward-kl"]["distance"].as_f64().unwrap() > 0.0, "{result}");
     assert!(result["time_scales"]["ratio-5"]["error"].as_f64().unwrap() > 0.0, "{result}");
     let pictures = w.snapshot("toy").into_keys().filter(|path| path.extension().is_some_and(|e| e == "png"));
-    assert_eq!(pictures.count(), 4 + 6 + 6 + 3);
+    assert_eq!(pictures.count(), 5 + 6 + 3 + 6 + 3);
     let figure = image::open(w.path("toy/toy.png")).unwrap();
     assert!(figure.width() > 900 && figure.height() > 1000);
     w.refuses("ablate --toy --out toy --steps 2", 1, &["ring.png", "exists already", "--force"]);

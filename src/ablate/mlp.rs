@@ -5,9 +5,9 @@ use anyhow::Result;
 use candle_core::{Tensor, Var};
 use std::collections::BTreeMap;
 
-/// Width of the hidden layers.
-const WIDTH: usize = 64;
-/// How many of them.
+/// Width of hidden layers, unless an experiment is about it.
+pub const WIDTH: usize = 64;
+/// Hidden layers.
 const HIDDEN: usize = 3;
 
 /// `(B, inputs)` to `(B, outputs)`, f32. The last layer begins at zero: the network says nothing yet.
@@ -16,10 +16,10 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// Fresh weights, the `which`-th network of a seed.
-    pub fn new(inputs: usize, outputs: usize, random: &Random, which: u64) -> Result<Self> {
+    /// Fresh weights, the `which`-th network of a seed; `width`: that of its hidden layers.
+    pub fn new(inputs: usize, width: usize, outputs: usize, random: &Random, which: u64) -> Result<Self> {
         let widths: Vec<usize> =
-            std::iter::once(inputs).chain([WIDTH; HIDDEN]).chain(std::iter::once(outputs)).collect();
+            std::iter::once(inputs).chain([width; HIDDEN]).chain(std::iter::once(outputs)).collect();
         let layer = |(i, pair): (usize, &[usize])| -> Result<[Var; 2]> {
             let gain = if i == HIDDEN { 0.0 } else { (2.0 / pair[0] as f64).sqrt() };
             let weight = (random.normal(Purpose::Init, 16 * which + i as u64, pair)? * gain)?;

@@ -1,20 +1,23 @@
-//! The whole method on six modes in a ring, and the same with one part taken away: a small network as generator, and a
-//! small network as fake score, which learns while the generator moves. The real score is exact. The generator begins on
-//! one mode, as if it had lost the others.
+//! The whole method on six modes in a ring, the same with one part taken away, and a copy in its place: a small network
+//! as generator, and a small network as fake score, which learns while the generator moves. The real score is exact.
+//! The generator begins on one mode, as if it had lost the others.
 
 use super::mixture::Mixture;
-use super::mlp::Mlp;
+use super::mlp::{Mlp, WIDTH};
 use super::{Point, T_RANGE, descend, noise_levels, noised, to_points, to_tensor};
 use crate::loss::{denoising, distribution_matching, fake_score_weight, l2};
 use crate::optim::{AdamW, Decay, Optimizer, rate_at};
 use crate::random::{Purpose, Random};
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use dmd_models::{NoiseLevels, Prediction};
 
 /// What is left of the method.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Method {
+    /// Whether the two scores are compared at all. Without, the regression is left: the generator copies the teacher's
+    /// sample of each noise.
+    pub matching: bool,
     /// Whether there is a fake score. Without one the sample itself takes its place: the gradient is the real score's
     /// alone, as in score distillation (Poole et al. 2022, DreamFusion, equation 3).
     pub fake_score: bool,
@@ -22,11 +25,16 @@ pub struct Method {
     pub noise_injection: bool,
     /// Weight of the regression on noise–image pairs.
     pub regression: f64,
+    /// Width of the generator's hidden layers.
+    pub width: usize,
 }
 
 impl Method {
     /// All of distribution matching.
-    pub const WHOLE: Method = Method { fake_score: true, noise_injection: true, regression: 0.0 };
+    pub const WHOLE: Method =
+        Method { matching: true, fake_score: true, noise_injection: true, regression: 0.0, width: WIDTH };
+    /// The regression alone.
+    pub const COPY: Method = Method { matching: false, fake_score: false, regression: 1.0, ..Method::WHOLE };
 }
 
 /// What a trained generator does.
@@ -52,7 +60,7 @@ const ODE_STEPS: usize = 32;
 /// Trains for `n_steps` updates of the generator, and samples `n` points.
 pub fn train(method: Method, random: &Random, n_steps: u64, n: usize) -> Result<Trained> {
     let teacher = Mixture::ring();
-    let generator = Generator::on_mode(&teacher, random)?;
+    let generator = Generator::on_mode(&teacher, method.width, random)?;
     let fake_score = FakeScore::new(&teacher, random)?;
     let levels = noise_levels()?;
     let range = |[low, high]: [f64; 2]| if method.noise_injection { levels.index_range(low, high) } else { [0, 0] };
@@ -77,13 +85,16 @@ pub fn train(method: Method, random: &Random, n_steps: u64, n: usize) -> Result<
         (0..HEAD_START).try_for_each(&mut update_fake_score)?;
     }
     for step in 0..n_steps {
-        let x = generator.generate(&normal(Purpose::GeneratorNoise, step)?)?;
-        let sigma = draw(Purpose::GeneratorLevel, step, range(T_RANGE));
-        // Stop: the scores judge the sample, no gradient passes through them.
-        let x_t = noised(&x.detach(), &sigma, &normal(Purpose::GeneratorEps, step)?)?;
-        let x0_real = denoise_all(&teacher, &x_t, &sigma)?;
-        let x0_fake = if method.fake_score { fake_score.denoise(&x_t, &sigma, false)? } else { x.detach() };
-        let mut loss = distribution_matching(&x, &x0_real, &x0_fake, None)?.loss;
+        let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        if method.matching {
+            let x = generator.generate(&normal(Purpose::GeneratorNoise, step)?)?;
+            let sigma = draw(Purpose::GeneratorLevel, step, range(T_RANGE));
+            // Stop: the scores judge the sample, no gradient passes through them.
+            let x_t = noised(&x.detach(), &sigma, &normal(Purpose::GeneratorEps, step)?)?;
+            let x0_real = denoise_all(&teacher, &x_t, &sigma)?;
+            let x0_fake = if method.fake_score { fake_score.denoise(&x_t, &sigma, false)? } else { x.detach() };
+            loss = distribution_matching(&x, &x0_real, &x0_fake, None)?.loss;
+        }
         if let Some(pairs) = &pairs {
             let [noise, images] = pairs.batch(random, step)?;
             loss = (loss + (l2(&generator.generate(&noise)?, &images)? * method.regression)?)?;
@@ -106,18 +117,18 @@ pub fn train(method: Method, random: &Random, n_steps: u64, n: usize) -> Result<
 /// Pairs that the distance is measured on come from another seed than those that are learnt.
 const UNSEEN: u64 = 1 << 40;
 
-/// G(z) = middle + width·z + F(z), with F = 0 to begin with.
+/// G(z) = middle + spread·z + F(z), with F = 0 to begin with.
 struct Generator {
     network: Mlp,
     middle: Tensor,
-    width: f64,
+    spread: f64,
 }
 
 impl Generator {
     /// One that makes the first mode of the teacher, as if the others had been lost.
-    fn on_mode(teacher: &Mixture, random: &Random) -> Result<Self> {
+    fn on_mode(teacher: &Mixture, width: usize, random: &Random) -> Result<Self> {
         let middle = to_tensor(&teacher.means[..1])?;
-        Ok(Generator { network: Mlp::new(2, 2, random, 0)?, middle, width: teacher.spread })
+        Ok(Generator { network: Mlp::new(2, width, 2, random, 0)?, middle, spread: teacher.spread })
     }
 
     fn generate(&self, noise: &Tensor) -> Result<Tensor> {
@@ -129,7 +140,7 @@ impl Generator {
     }
 
     fn with(&self, noise: &Tensor, f: Tensor) -> Result<Tensor> {
-        Ok(((noise * self.width)?.broadcast_add(&self.middle)? + f.reshape(noise.shape())?)?)
+        Ok(((noise * self.spread)?.broadcast_add(&self.middle)? + f.reshape(noise.shape())?)?)
     }
 }
 
@@ -143,7 +154,7 @@ struct FakeScore {
 impl FakeScore {
     fn new(teacher: &Mixture, random: &Random) -> Result<Self> {
         let prediction = Prediction::Edm { sigma_data: teacher.sigma_data(), negative: false };
-        Ok(FakeScore { network: Mlp::new(2 + TIME, 2, random, 1)?, prediction, levels: noise_levels()? })
+        Ok(FakeScore { network: Mlp::new(2 + TIME, WIDTH, 2, random, 1)?, prediction, levels: noise_levels()? })
     }
 
     /// x `(n, 2, 1, 1)` to x0 of the same shape, with the network's gradient where it is asked for.

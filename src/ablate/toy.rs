@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 /// Samples that are measured, and how many of them are drawn.
 const MEASURED: usize = 4096;
 const DRAWN: usize = 1500;
+/// Width of a network too small for the teacher's map from noises to samples.
+const NARROW: usize = 4;
 /// Weight of the regression, that of DMD's own experiments.
 const REGRESSION: f64 = 0.25;
 /// Updates of the fake score per update of the generator.
@@ -27,11 +29,11 @@ const RATES: [f64; 2] = [0.01, 0.005];
 const COLUMNS: usize = 3;
 
 /// The figures, in the order of the large one.
-const FIGURES: [&str; 3] = ["ring", "divergences", "time-scales"];
+const FIGURES: [&str; 4] = ["ring", "copies", "divergences", "time-scales"];
 
 /// Every file that [`run`] writes.
 pub fn files(out: &Path) -> Vec<PathBuf> {
-    let alone = ring_cases().map(|(name, _, _)| format!("panels/{name}.png")).into_iter();
+    let alone = ring_cases().into_iter().chain(copy_cases()).map(|(name, _, _)| format!("panels/{name}.png"));
     let alone = alone.chain(mode_cases().map(|(name, _, _)| format!("panels/{name}.png")));
     let alone = alone.chain(RATIOS.map(|ratio| format!("panels/ratio-{ratio}.png")));
     let together = FIGURES.into_iter().chain(["toy"]).map(|name| format!("{name}.png"));
@@ -44,7 +46,7 @@ pub fn run(seed: u64, n_steps: u64, out: &Path) -> Result<Value> {
     std::fs::create_dir_all(&panels).with_context(|| panels.display().to_string())?;
     let random = Random { seed, device: Device::Cpu };
     let (mut figures, mut result) = (Vec::new(), Map::new());
-    let experiments: [fn(&Random, u64) -> Result<Experiment>; 3] = [on_ring, on_two_modes, with_time_scales];
+    let experiments: [fn(&Random, u64) -> Result<Experiment>; 4] = [on_ring, by_copies, on_two_modes, with_time_scales];
     for (name, experiment) in FIGURES.into_iter().zip(experiments) {
         let Experiment { panels: pictures, numbers, .. } = experiment(&random, n_steps)?;
         for (name, caption, picture) in &pictures {
@@ -89,16 +91,33 @@ fn ring_cases() -> [Case<Method>; 6] {
     ]
 }
 
+fn copy_cases() -> [Case<Method>; 3] {
+    let narrow = |method| Some(Method { width: NARROW, ..method });
+    [
+        ("copy-wide", "a copy, 64 wide", Some(Method::COPY)),
+        ("copy-narrow", "a copy, 4 wide", narrow(Method::COPY)),
+        ("copy-matched", "matching, 4 wide", narrow(Method::WHOLE)),
+    ]
+}
+
 fn on_ring(random: &Random, n_steps: u64) -> Result<Experiment> {
+    from_one_mode("six modes; the generator begins on one", &ring_cases(), random, n_steps)
+}
+
+fn by_copies(random: &Random, n_steps: u64) -> Result<Experiment> {
+    from_one_mode("the regression alone, and networks too small for it", &copy_cases(), random, n_steps)
+}
+
+fn from_one_mode(title: &str, cases: &[Case<Method>], random: &Random, n_steps: u64) -> Result<Experiment> {
     let mixture = Mixture::ring();
     let data = mixture.sample(random, 0, MEASURED);
-    let mut experiment = Experiment::new("six modes; the generator begins on one", [1.3, 1.3]);
-    for (name, caption, method) in ring_cases() {
+    let mut experiment = Experiment::new(title, [1.3, 1.3]);
+    for (name, caption, method) in cases {
         let trained = match method {
             None => ring::Trained { samples: mixture.sample(random, 1, MEASURED), pair_distance: 0.0 },
             Some(method) => {
-                let n_steps = if name == "ring-start" { 0 } else { n_steps };
-                ring::train(method, random, n_steps, MEASURED)?
+                let n_steps = if *name == "ring-start" { 0 } else { n_steps };
+                ring::train(*method, random, n_steps, MEASURED)?
             }
         };
         experiment.add(&mixture, name, caption, &trained.samples, &data, Some(trained.pair_distance))?;

@@ -1,4 +1,4 @@
-//! `dmd config show`: the settings of a distillation, whole.
+//! `dmd config show`: the settings of a distillation, whole, and what they mean.
 
 use super::distill::settings;
 use crate::cli::SettingsArgs;
@@ -10,7 +10,7 @@ use serde_json::Value;
 pub fn run(args: &SettingsArgs, json: bool) -> Result<Value> {
     let config = settings(args)?;
     if !json {
-        print!("{}", config::to_toml(&config)?);
+        print!("{}", config::explained(&config)?);
     }
     Ok(serde_json::to_value(&config)?)
 }
