@@ -14,9 +14,12 @@ Usage: cargo xtask <TASK> [ARGS]
   test [ARGS]               set up and run every test; ARGS go to cargo test
   bench [ARGS]              training beside PyTorch, in turn, as ratios; fetches PyTorch (5 GB); --against-torch may be
                             given and is the default, as there is no other comparison; --help lists ARGS
-  cuda-check [--fetch]      compile and link for CUDA, and check the GPU's tests, with a toolkit from Python's package
-                            index (3 GB); needs no GPU; --fetch only fetches it
+  cuda-check                compile and link for CUDA, and check the GPU's tests, with a toolkit from Python's package
+                            index (3 GB); needs no GPU
   web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
+  export-test               the tests of exported files in the oldest and the newest ONNX Runtime that are promised, and in
+                            ONNX's own checker, fetched through Python's pip (140 MB)
+                            (the three above with --fetch: fetch what they need and no more)
   bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
                             environment that has it is active
   check                     formatting, clippy and documentation, warnings refused
@@ -37,7 +40,8 @@ pub enum Task {
     Test(Vec<OsString>),
     Bench(Vec<OsString>),
     CudaCheck { fetch_only: bool },
-    WebTest,
+    WebTest { fetch_only: bool },
+    ExportTest { fetch_only: bool },
     BenchExport,
     Check,
     Ci,
@@ -59,12 +63,19 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         "help" | "--help" | "-h" => return Ok(Task::Help),
         _ if args.iter().any(|arg| arg == "--help" || arg == "-h") => return Ok(Task::Help),
         "setup" => return parse_setup(&args),
-        "cuda-check" if args == ["--fetch"] => return Ok(Task::CudaCheck { fetch_only: true }),
+        _ => {}
+    }
+    let fetch_only = args == ["--fetch"];
+    match task.as_ref() {
+        "cuda-check" if fetch_only || args.is_empty() => return Ok(Task::CudaCheck { fetch_only }),
+        "web-test" if fetch_only || args.is_empty() => return Ok(Task::WebTest { fetch_only }),
+        "export-test" if fetch_only || args.is_empty() => return Ok(Task::ExportTest { fetch_only }),
+        "cuda-check" | "web-test" | "export-test" => {
+            bail!("cargo xtask {task} takes only --fetch, found {:?}", args[0])
+        }
         _ => {}
     }
     let parsed = match task.as_ref() {
-        "cuda-check" => Task::CudaCheck { fetch_only: false },
-        "web-test" => Task::WebTest,
         "bench-export" => Task::BenchExport,
         "check" => Task::Check,
         "ci" => Task::Ci,
@@ -102,7 +113,9 @@ mod tests {
         check("setup --help", Ok(Task::Help));
         check("cuda-check", Ok(Task::CudaCheck { fetch_only: false }));
         check("cuda-check --fetch", Ok(Task::CudaCheck { fetch_only: true }));
-        check("web-test", Ok(Task::WebTest));
+        check("cuda-check --fetch", Ok(Task::CudaCheck { fetch_only: true }));
+        check("web-test", Ok(Task::WebTest { fetch_only: false }));
+        check("export-test --fetch", Ok(Task::ExportTest { fetch_only: true }));
         check("bench-export", Ok(Task::BenchExport));
         check("check", Ok(Task::Check));
         check("ci", Ok(Task::Ci));
@@ -121,6 +134,7 @@ mod tests {
     #[test]
     fn wrong_usage_names_the_argument() {
         check("tset", Err("unknown task \"tset\"; cargo xtask --help lists them"));
+        check("web-test --page", Err("cargo xtask web-test takes only --fetch, found \"--page\""));
         check("ci --fast", Err("cargo xtask ci takes no arguments, found \"--fast\""));
         check("setup --onnx", Err("cargo xtask setup takes only --no-onnxruntime, found \"--onnx\""));
     }

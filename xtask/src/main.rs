@@ -8,6 +8,7 @@ mod bench;
 mod bench_export;
 mod chores;
 mod cuda;
+mod export_test;
 mod onnxruntime;
 mod setup;
 mod venv;
@@ -44,7 +45,10 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Bench(args) => bench::run(&args),
         Task::CudaCheck { fetch_only: true } => cuda::fetch(),
         Task::CudaCheck { fetch_only: false } => cuda::check(),
-        Task::WebTest => web::test(),
+        Task::WebTest { fetch_only: true } => web::fetch(),
+        Task::WebTest { fetch_only: false } => web::test(),
+        Task::ExportTest { fetch_only: true } => export_test::fetch(),
+        Task::ExportTest { fetch_only: false } => export_test::run(),
         Task::BenchExport => bench_export::run(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),

@@ -31,12 +31,21 @@ pub struct Library {
 
 /// The library under `folder`; fetched into it where it is missing, under its versioned and its plain name.
 pub fn find_or_fetch(folder: &Path) -> Result<Library> {
+    find_or_fetch_one_of(folder, &[format!("onnxruntime=={VERSION}"), FALLBACK.into()])
+}
+
+/// The same of one version and no other; a folder for each.
+pub fn find_or_fetch_version(folder: &Path, version: &str) -> Result<Library> {
+    find_or_fetch_one_of(folder, &[format!("onnxruntime=={version}")])
+}
+
+fn find_or_fetch_one_of(folder: &Path, requirements: &[String]) -> Result<Library> {
     if let Some(path) = find(folder) {
         return Ok(Library { path, origin: "found".into() });
     }
     let python = python_with_pip()?;
     let aside = Aside::new(folder)?;
-    let wheel = download(python, &aside.0)?;
+    let wheel = download(python, requirements, &aside.0)?;
     let version = wheel_version(&wheel).unwrap_or("of unknown version").to_owned();
     let library = unpack(python, &wheel, &aside.0, &version)?;
     let path = install(&library, folder)?;
@@ -67,16 +76,22 @@ pub fn python_with_pip() -> Result<&'static str> {
     ["python3", "python", "py"].into_iter().find(has_pip).context(remedy)
 }
 
-fn download(python: &str, folder: &Path) -> Result<PathBuf> {
-    eprintln!("ONNX Runtime: fetching {VERSION} with {python} -m pip (24 MB)");
-    let mut output = pip_download(python, &format!("onnxruntime=={VERSION}"), folder)?;
-    if !output.status.success() {
-        output = pip_download(python, FALLBACK, folder)?;
+/// The wheel of the first of these that there is.
+fn download(python: &str, requirements: &[String], folder: &Path) -> Result<PathBuf> {
+    let mut reason = String::new();
+    let mut is_there = |requirement: &String| -> Result<bool> {
+        eprintln!("ONNX Runtime: fetching {requirement} with {python} -m pip (24 MB)");
+        let output = pip_download(python, requirement, folder)?;
+        reason = last_error(&String::from_utf8_lossy(&output.stderr)).into();
+        Ok(output.status.success())
+    };
+    let mut found = false;
+    for requirement in requirements {
+        found = found || is_there(requirement)?;
     }
     ensure!(
-        output.status.success(),
-        "{python} -m pip download found none for this machine ({}); once it can, run cargo xtask setup",
-        last_error(&String::from_utf8_lossy(&output.stderr))
+        found,
+        "{python} -m pip download found none for this machine ({reason}); once it can, run cargo xtask setup"
     );
     let mut files = fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path()));
     files.find(|path| path.extension().is_some_and(|extension| extension == "whl")).context("pip left no wheel")

@@ -4,7 +4,7 @@
 //! examples/web/test/browser.test.mjs; here its folder is prepared.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result};
@@ -30,12 +30,18 @@ const PREPARE: [&str; 10] = [
     "sample steps.onnx --npy steps-7.npy -n 16 --seed 7 --force",
 ];
 
+/// Fetches what the test needs beside the program.
+pub fn fetch() -> Result<ExitCode> {
+    node_is_here().map_err(anyhow::Error::msg)?;
+    install(&example()).map(|()| ExitCode::SUCCESS)
+}
+
 pub fn test() -> Result<ExitCode> {
     if let Err(reason) = node_is_here() {
         eprintln!("web-test: SKIPPED; {reason}");
         return Ok(ExitCode::SUCCESS);
     }
-    let example = setup::root().join("examples").join("web");
+    let example = example();
     let environment = setup::everything()?;
     let program = chores::built_dmd(&environment, &[])?;
     let folder = program.parent().and_then(Path::parent).context("dmd lies in no target folder")?.join("web-test");
@@ -51,6 +57,10 @@ pub fn test() -> Result<ExitCode> {
     succeed(Command::new("node").args(tests).current_dir(&example).env("DMD_WEB_TEST", &folder))?;
     eprintln!("web-test: passed; the page as Chromium drew it: {}", folder.join("page.png").display());
     Ok(ExitCode::SUCCESS)
+}
+
+fn example() -> PathBuf {
+    setup::root().join("examples").join("web")
 }
 
 /// Or why the test cannot run here.
