@@ -29,7 +29,7 @@ pub fn noise_levels() -> Result<NoiseLevels> {
     Ok(NoiseLevels::karras(1000, 0.01, 1.0, 7.0)?)
 }
 
-/// The generator's range of them, as fractions of the table: the trainer's default.
+/// The generator's range of them, as fractions of the table: that of DMD and DMD2.
 pub const T_RANGE: [f64; 2] = [0.02, 0.98];
 
 /// Points as pictures of two channels and one pixel, `(n, 2, 1, 1)`, f32.
