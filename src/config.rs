@@ -453,7 +453,7 @@ pub enum Recipe {
     Sid,
     /// The same with one update of the fake score per update: the least time.
     Fast,
-    /// Score identity with the adversarial term (Zhou et al. 2024, SiDA): the best here, and it needs pictures.
+    /// Score identity with the adversarial term (Zhou et al. 2024, SiDA): the best on emoji-16, and it needs pictures.
     Sida,
     /// Plain distribution matching (Yin et al. 2024, DMD, without its regression term).
     Plain,
