@@ -1,8 +1,9 @@
 //! Whether a model is what its dialect promises: named nodes in order, every value defined once and before it is read,
-//! static shapes, the dialect's operators and no others, and every type and shape that which the operators give. It trusts nothing that the lowering says of itself.
+//! static shapes, the dialect's operators and no others, and every type and shape that which the operators give. It
+//! trusts nothing that the lowering says of itself.
 
 use crate::infer::{Read, Typed, infer};
-use crate::onnx::{BATCH, tensor_type, values_i64};
+use crate::onnx::{BATCH, constants, tensor_type, values_i64};
 use crate::{Error, Result};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::tensor_shape_proto::dimension;
@@ -103,8 +104,7 @@ fn check_types(graph: &GraphProto, problems: &mut Vec<String>) {
     let infos = graph.value_info.iter().chain(&graph.output).chain(&graph.input);
     let mut stated: HashMap<&str, Typed> =
         infos.filter_map(|info| Some((info.name.as_str(), typed(tensor_type(info)?)))).collect();
-    let constants: HashMap<&str, &TensorProto> =
-        graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    let constants = constants(graph);
     for (name, tensor) in &constants {
         stated.insert(name, Typed { kind: tensor.data_type, dims: tensor.dims.clone() });
     }

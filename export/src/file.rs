@@ -270,6 +270,15 @@ fn data_path(path: &Path) -> PathBuf {
     with_suffix(path, ".data")
 }
 
+/// The folder `FILE.partial`, for what is on its way to a file. One that a crash has left is used again.
+pub(crate) fn partial_folder(path: &Path) -> Result<PathBuf> {
+    let folder = with_suffix(path, ".partial");
+    if !folder.is_dir() {
+        fs::create_dir(&folder).map_err(Error::io(path))?;
+    }
+    Ok(folder)
+}
+
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut path = path.as_os_str().to_owned();
     path.push(suffix);
@@ -468,12 +477,7 @@ impl Aside {
         if has_data && data_path(path).exists() && !force {
             return Err(Error::Exists { path: data_path(path) });
         }
-        let aside = Aside { folder: with_suffix(path, ".partial"), path: path.into(), has_data };
-        // One that a crash has left is used again.
-        if !aside.folder.is_dir() {
-            fs::create_dir(&aside.folder).map_err(Error::io(path))?;
-        }
-        Ok(aside)
+        Ok(Aside { folder: partial_folder(path)?, path: path.into(), has_data })
     }
 
     fn write(&self, files: &Files) -> Result<()> {

@@ -1,6 +1,7 @@
 //! ONNX Runtime's own format, `.ort`, which its minimal builds load, and the list of operators that such a build has to
 //! contain. ONNX Runtime itself writes the format, with its optimisations done; the list is read off the optimised graph.
 
+use crate::file::partial_folder;
 use crate::verify::{Comparison, Demand};
 use crate::{Error, Precision, Result, lint};
 use candle_onnx::onnx::{GraphProto, ModelProto};
@@ -163,13 +164,7 @@ const ROOM: u64 = 1 << 20;
 
 impl Aside {
     fn beside(ort: &Path) -> Result<Self> {
-        let mut folder = ort.as_os_str().to_owned();
-        folder.push(".partial");
-        let folder = PathBuf::from(folder);
-        // One that a crash has left is used again.
-        if !folder.is_dir() {
-            fs::create_dir(&folder).map_err(Error::io(ort))?;
-        }
+        let folder = partial_folder(ort)?;
         Ok(Aside { optimised: folder.join("optimised.onnx"), ort: folder.join("generator.ort"), folder })
     }
 
