@@ -349,13 +349,7 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         at_least_one("steps", self.steps)?;
         at_least_one("batch", self.batch as u64)?;
-        at_least_one("accumulate", self.accumulate as u64)?;
-        ensure!(
-            self.batch.is_multiple_of(self.accumulate),
-            "accumulate is {}, expected a divisor of batch ({})",
-            self.accumulate,
-            self.batch
-        );
+        parts_of_batch(self.accumulate, self.batch)?;
         at_least_one("ratio", self.ratio)?;
         at_least_one("log_every", self.log_every)?;
         at_least_one("sample_every", self.sample_every)?;
@@ -493,6 +487,13 @@ pub fn optimizer(settings: &AdamW) -> Result<()> {
 /// A count that must not be zero.
 pub fn at_least_one(field: &str, value: u64) -> Result<()> {
     ensure!(value > 0, "{field} is 0, expected at least 1");
+    Ok(())
+}
+
+/// `accumulate`: as many parts as a batch can be divided into.
+pub fn parts_of_batch(accumulate: usize, batch: usize) -> Result<()> {
+    at_least_one("accumulate", accumulate as u64)?;
+    ensure!(batch.is_multiple_of(accumulate), "accumulate is {accumulate}, expected a divisor of batch ({batch})");
     Ok(())
 }
 

@@ -182,7 +182,7 @@ impl<'a> Distillation<'a> {
         check_guidance("real_score.guidance_scale", guidance, &teacher.config, teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
         let random = Random { seed: config.seed, device: device.clone() };
-        let beginning = beginning(config, &teacher)?;
+        let beginning = beginning(config, &teacher, &sigmas)?;
         let networks = Networks::new(&teacher, &sigmas, config, beginning, &random)?;
         let about = About {
             kind: Kind::Generator,
@@ -361,8 +361,8 @@ fn noise_levels(config: &Config, teacher: &ModelFolder) -> Result<Vec<f64>> {
 }
 
 /// What the networks begin as, and the pairs and pictures they learn from; each refused where it does not go with the
-/// teacher.
-fn beginning(config: &Config, teacher: &ModelFolder) -> Result<Beginning> {
+/// teacher; `sigmas` are the run's passes.
+fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64]) -> Result<Beginning> {
     let pairs = &config.loss.regression;
     let pairs = match pairs.weight > 0.0 {
         true => Some(Pairs::load(Path::new(&pairs.pairs), teacher, config.real_score.guidance_scale)?),
@@ -382,7 +382,7 @@ fn beginning(config: &Config, teacher: &ModelFolder) -> Result<Beginning> {
     };
     let (generator, fake_score) = match config.generator.start.is_empty() {
         true => (None, None),
-        false => start_of(Path::new(&config.generator.start), teacher, &noise_levels(config, teacher)?)?,
+        false => start_of(Path::new(&config.generator.start), teacher, sigmas)?,
     };
     Ok(Beginning { generator, fake_score, reality, pairs })
 }

@@ -1,6 +1,6 @@
 //! Settings of a teacher's training, and the network for a picture size where none is given.
 
-use crate::config::{at_least_one, fraction, optimizer, positive};
+use crate::config::{at_least_one, fraction, optimizer, parts_of_batch, positive};
 use crate::optim::{AdamW, Decay};
 use anyhow::{Result, ensure};
 use dmd_models::unet::SampleSize;
@@ -107,13 +107,7 @@ impl TeacherSettings {
         at_least_one("size", self.size[0].min(self.size[1]) as u64)?;
         at_least_one("steps", self.steps)?;
         at_least_one("batch", self.batch as u64)?;
-        at_least_one("accumulate", self.accumulate as u64)?;
-        ensure!(
-            self.batch.is_multiple_of(self.accumulate),
-            "accumulate is {}, expected a divisor of batch ({})",
-            self.accumulate,
-            self.batch
-        );
+        parts_of_batch(self.accumulate, self.batch)?;
         at_least_one("log_every", self.log_every)?;
         at_least_one("checkpoint_every", self.checkpoint_every)?;
         fraction("label_dropout", self.label_dropout)?;
