@@ -1,7 +1,9 @@
 //! A training with the fused operations beside one with candle's own: the same network, the same draws, the same updates,
 //! and a loss whose curves must agree.
 
+mod common;
 use candle_core::{D, DType, Device, Tensor, Var};
+use common::{ODD, PLAIN};
 use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use dmd_models::ops::{self, AdamwStep, Parameter};
 use dmd_models::{Activation, Backend, Eager, Result, UNet, UNetConfig, Weights};
@@ -164,17 +166,6 @@ fn composite_update(parameters: &[Parameter], step: AdamwStep) -> Result<()> {
     let step = AdamwStep { grad_scale: (CLIP / norm).min(1.0), ..step };
     Ok(parameters.iter().try_for_each(|p| ops::adamw_composite(p.var, p.moments, p.grad, step))?)
 }
-
-const PLAIN: &str = r#"{"sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1,
-    "block_out_channels": [16, 32], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 16, "norm_num_groups": 4,
-    "num_class_embeds": 2}"#;
-
-/// Resnets that resample, a norm's scale and shift by time, padding on one side only, another activation.
-const ODD: &str = r#"{"sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1,
-    "block_out_channels": [12, 20], "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"], "attention_head_dim": 4, "norm_num_groups": 4,
-    "resnet_time_scale_shift": "scale_shift", "act_fn": "mish", "downsample_padding": 0}"#;
 
 fn check(config: &str) {
     let fused = train(&Eager, &fused_update, config);

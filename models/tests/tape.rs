@@ -1,7 +1,9 @@
 //! A network's pass on a tape against the same pass by `Eager`: results, and the gradients of the picture and of every
 //! weight. On the CPU, where the tape's operations are composites; `gpu.rs` compares its kernels.
 
+mod common;
 use candle_core::{DType, Device, Tensor, Var};
+use common::{ODD, PLAIN};
 use dmd_models::{Backend, Precision, Recompute, UNet, UNetConfig, Weights};
 use std::collections::BTreeMap;
 
@@ -75,16 +77,6 @@ fn check(config: &str, features: bool) {
         }
     }
 }
-
-const PLAIN: &str = r#"{"sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1,
-    "block_out_channels": [16, 32], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 16, "norm_num_groups": 4,
-    "num_class_embeds": 2}"#;
-
-const ODD: &str = r#"{"sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1,
-    "block_out_channels": [12, 20], "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"], "attention_head_dim": 4, "norm_num_groups": 4,
-    "resnet_time_scale_shift": "scale_shift", "act_fn": "mish", "downsample_padding": 0}"#;
 
 #[test]
 fn a_tape_gives_the_same_numbers() {
