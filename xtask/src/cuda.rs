@@ -1,6 +1,7 @@
 //! `cargo xtask cuda-check`: compiles and links the program for CUDA on a machine that has neither a GPU nor CUDA, and has
-//! clippy read all that only a GPU runs, its tests too. The toolkit comes from Python's package index into `.cache/cuda`; the driver's library, which exists only beside a GPU,
-//! is stood in for by one of the same names that does nothing. What is built can be run elsewhere.
+//! clippy read all that only a GPU runs, its tests too. The toolkit comes from Python's package index into
+//! `.cache/cuda`; the driver's library, which exists only beside a GPU, is stood in for by one of the same names that
+//! does nothing. What is built can be run elsewhere.
 
 use std::collections::BTreeSet;
 use std::fs;
