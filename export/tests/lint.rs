@@ -74,7 +74,7 @@ fn nnapi_and_coreml_answers_are_those_of_the_usability_checker() {
             // The tool as a user runs it optimises first. Where that changes nothing, ours is its printed answer.
             unchanged += usize::from(as_it_is == &answers["optimised"][target.name()] && ours.partitions.is_some());
         }
-        assert_eq!(stored.len(), 20);
+        assert_eq!(stored.len(), 21);
         assert!(with_partitions >= 12 && unchanged >= 9, "{target}: {with_partitions} and {unchanged}");
     }
 }
@@ -93,6 +93,11 @@ fn conditions_that_the_checker_leaves_open_are_checked() {
         ("variable_weight", Target::Nnapi, "Conv", "input 1 must be constant"),
         ("variable_weight", Target::Xnnpack, "Conv", "input 1 must be constant"),
         ("resize_with_roi", Target::Xnnpack, "Resize", "mode is nearest, expected linear"),
+        ("transposed", Target::CoreMl, "ConvTranspose", "input 1 must be constant, and comes from Relu"),
+        ("transposed", Target::Nnapi, "ConvTranspose", "nnapi has no operator ConvTranspose"),
+        ("shapes", Target::CoreMl, "ConvTranspose", "auto_pad is SAME_UPPER, expected NOTSET or VALID"),
+        ("shapes", Target::CoreMl, "ConvTranspose", "output_shape is [10, 12], expected none"),
+        ("shapes", Target::CoreMl, "ConvTranspose", "output_padding is [2, 1], expected none"),
         ("attention", Target::Xnnpack, "MatMul", "input 1 has rank 3, expected 1 or 2"),
         ("dynamic_batch", Target::Qnn, "Conv", "input 0 has a dynamic shape"),
         ("shape_arithmetic", Target::Nnapi, "Reshape", "has a dynamic shape"),

@@ -198,6 +198,6 @@ mod tests {
                 compared += usize::from(expected.is_some());
             }
         }
-        assert!(stored.len() == 21 && compared > 200, "{compared}");
+        assert!(stored.len() == 22 && compared > 200, "{compared}");
     }
 }

@@ -77,6 +77,7 @@ pub(super) enum Condition {
     SameType(usize, usize),
     Attribute(String, Setting, Vec<Setting>),
     Unlike(String, Setting),
+    OnlyZeros(String),
     LastAxis,
     Known(usize, usize),
     NonNegative(usize),
@@ -210,6 +211,11 @@ impl Condition {
             Condition::Attribute(name, default, allowed) => {
                 let found = setting(node, name).unwrap_or_else(|| default.clone());
                 (!allowed.contains(&found)).then(|| format!("{name} is {found}, expected {}", either(allowed)))
+            }
+            Condition::OnlyZeros(name) => {
+                let attribute = node.attribute.iter().find(|attribute| attribute.name == *name)?;
+                let found = attribute.ints.iter().any(|n| *n != 0);
+                found.then(|| format!("{name} is {:?}, expected none", attribute.ints))
             }
             Condition::LastAxis => {
                 let rank = shape(0)?.len() as i64;

@@ -84,6 +84,7 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
             shapes?.into_iter().cloned().reduce(|a, b| broadcast(&a, &b))
         }
         "Conv" => windows(node, x()?, shape(1)?.first().copied()?, shape(1)?.get(2..)?),
+        "ConvTranspose" => transposed_windows(node, x()?, shape(1)?),
         "AveragePool" | "MaxPool" | "LpPool" => {
             let x = x()?;
             let kernel: Shape = ints(node, "kernel_shape")?.iter().map(|n| u64::try_from(*n).ok()).collect();
@@ -241,6 +242,32 @@ fn windows(node: &NodeProto, x: Shape, channels: Option<u64>, kernel: &[Option<u
         let room = n + i128::from(*pads.get(i)?) + i128::from(*pads.get(sides + i)?) - dilation * (k - 1) - 1;
         u64::try_from(if up { (room + stride - 1) / stride } else { room / stride } + 1).ok()
     };
+    Some([x[0], channels].into_iter().chain((0..sides).map(side)).collect())
+}
+
+/// A transposed convolution with a weight `(in, out/groups, kernel...)`.
+fn transposed_windows(node: &NodeProto, x: Shape, weight: &Shape) -> Option<Shape> {
+    let sides = x.len().checked_sub(2)?;
+    let per_side = |name: &str, value: i64| ints(node, name).unwrap_or_else(|| vec![value; sides]);
+    let (strides, dilations, more) = (per_side("strides", 1), per_side("dilations", 1), per_side("output_padding", 0));
+    let pads = ints(node, "pads").unwrap_or_else(|| vec![0; 2 * sides]);
+    let stated = ints(node, "output_shape");
+    let is_same = word(node, "auto_pad").is_some_and(|word| word.starts_with("SAME"));
+    let side = |i: usize| {
+        if let Some(sides) = &stated {
+            return u64::try_from(*sides.get(i)?).ok();
+        }
+        // Wide enough that no number of a broken file overflows.
+        let (n, k) = (i128::from(x[i + 2]?), i128::from((*weight.get(i + 2)?)?));
+        let (stride, dilation) = (i128::from(*strides.get(i)?), i128::from(*dilations.get(i)?));
+        if is_same {
+            return u64::try_from(n * stride).ok();
+        }
+        let cut = i128::from(*pads.get(i)?) + i128::from(*pads.get(sides + i)?);
+        u64::try_from((n - 1) * stride + dilation * (k - 1) + 1 + i128::from(*more.get(i)?) - cut).ok()
+    };
+    let groups = u64::try_from(int(node, "group").unwrap_or(1)).ok()?;
+    let channels = weight.get(1)?.and_then(|n| n.checked_mul(groups));
     Some([x[0], channels].into_iter().chain((0..sides).map(side)).collect())
 }
 
