@@ -66,6 +66,14 @@ impl Dialect {
         Rules { opset, ir_version, operators, max_rank: 4, dynamic_batch }
     }
 
+    /// Whether nearest-neighbour upsampling and the convolution behind it are one transposed convolution: less than
+    /// half the products in a larger weight. For fp32, which CPUs compute. What is in half precision runs on GPUs and
+    /// their like, whose plain convolutions are the better tuned ones; what is in 8 bits is small, or has integer
+    /// kernels, which ConvTranspose lacks.
+    pub(crate) fn transposes_convs(self, precision: Precision) -> bool {
+        self == Dialect::Portable && precision == Precision::Fp32
+    }
+
     pub(crate) fn group_norm(self, lowering: &mut Lowering, norm: &Norm, x: &str) -> Result<String> {
         match self {
             Dialect::Portable => portable::group_norm(lowering, norm, x),

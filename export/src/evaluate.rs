@@ -36,6 +36,14 @@ fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
             let (name, weight, bias) = (node.name.clone(), weight.clone(), bias.clone());
             b.conv2d(&padded, &Conv2d { name, weight, bias, stride: *stride, padding: 0 })
         }
+        Op::ConvTranspose2d(Conv { weight, bias, stride, pads: [top, left, ..] }) => {
+            let whole = x[0].conv_transpose2d(weight, 0, 0, *stride, 1)?;
+            let cut = whole.narrow(2, *top, node.shape[2])?.narrow(3, *left, node.shape[3])?;
+            match bias {
+                Some(bias) => Ok(cut.broadcast_add(&bias.reshape((1, (), 1, 1))?)?),
+                None => Ok(cut.contiguous()?),
+            }
+        }
         Op::GroupNorm { groups, eps, affine } => {
             let channels = node.shape[1];
             let [weight, bias] = match affine {

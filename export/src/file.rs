@@ -1,7 +1,7 @@
 //! From a network to a file under its final name: everything before is written aside and checked there, so that a
 //! file which exists is a file that works.
 
-use crate::fold::{Folded, fold};
+use crate::fold::{Folded, fold, fold_upsampling};
 use crate::graph::{Graph, Op};
 use crate::lower::lower;
 use crate::onnx::ExternalData;
@@ -171,7 +171,10 @@ pub fn prepare<N: Network>(
         return Err(Error::Exists { path: path.into() });
     }
     let mut graph = traced(passes, shape, classes.len(), options)?;
-    let folded = fold(&mut graph)?;
+    let mut folded = fold(&mut graph)?;
+    if options.dialect.transposes_convs(options.precision) {
+        folded.extend(fold_upsampling(&mut graph)?);
+    }
     let metadata = metadata(passes, info, shape, &classes, options)?;
     let dynamic_batch = options.batch == Batch::Dynamic;
     let lowered = lower(&graph, options.dialect, dynamic_batch)?;

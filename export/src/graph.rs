@@ -57,6 +57,9 @@ pub enum Op {
     Lookup(Tensor),
     /// Convolution of x.
     Conv2d(Conv),
+    /// Transposed convolution of x, with a weight `(in, out, kh, kw)`: every pixel adds a multiple of the weight,
+    /// `stride` apart, and `pads` are cut off the sum.
+    ConvTranspose2d(Conv),
     /// Group normalisation of x `(B, C, H, W)`, then `x·scale + shift` per channel if there is an affine map.
     GroupNorm {
         /// Number of groups; divides C.
@@ -285,6 +288,7 @@ impl Op {
             Op::Constant(_) => "constant",
             Op::Lookup(_) => "lookup",
             Op::Conv2d(_) => "conv",
+            Op::ConvTranspose2d(_) => "conv_transpose",
             Op::GroupNorm { .. } => "norm",
             Op::Activation(act) => activation_name(*act),
             Op::Attention { .. } => "attention",
@@ -324,6 +328,18 @@ impl Op {
                     ));
                 }
                 Ok(vec![*b, *output, (h - kh) / stride + 1, (w - kw) / stride + 1])
+            }
+            (Op::ConvTranspose2d(Conv { weight, stride, pads, .. }), [[b, c, h, w]]) => {
+                let side = |n: usize, kernel: usize, cut: usize| (n.checked_sub(1)? * stride + kernel).checked_sub(cut);
+                let sides = match *weight.dims() {
+                    [input, output, kh, kw] if input == *c => side(*h, kh, pads[0] + pads[2])
+                        .zip(side(*w, kw, pads[1] + pads[3]))
+                        .map(|(h, w)| vec![*b, output, h, w]),
+                    _ => None,
+                };
+                sides.ok_or_else(|| {
+                    format!("weight {:?} with pads {pads:?} does not fit {:?}", weight.dims(), inputs[0])
+                })
             }
             (Op::GroupNorm { groups, .. }, [x @ [_, c, _, _]]) if *groups > 0 && c.is_multiple_of(*groups) => {
                 Ok(x.to_vec())

@@ -61,6 +61,20 @@ pub(crate) fn infer(node: &NodeProto, x: &[Read]) -> Result<Vec<Typed>, String> 
             let side = |n: i64, axis: usize| (n + pads[axis] + pads[axis + 2] - kernel[axis]) / strides[axis] + 1;
             like(vec![b, weight[0], side(h, 0), side(w, 1)])
         }
+        "ConvTranspose" => {
+            same_kind(x)?;
+            let ([b, c, h, w], weight) = (rank4()?, &read(1)?.dims);
+            let (pads, strides, kernel) = (ints("pads")?, ints("strides")?, ints("kernel_shape")?);
+            let fits = weight.len() == 4 && weight[0] == c && weight[2..] == kernel[..];
+            if !fits || pads.len() != 4 || strides.len() != 2 {
+                return Err(format!("weight {weight:?} with kernel {kernel:?} does not fit {:?}", first.dims));
+            }
+            if x.len() > 2 && read(2)?.dims != [weight[1]] {
+                return Err(format!("the bias has shape {:?}, expected [{}]", read(2)?.dims, weight[1]));
+            }
+            let side = |n: i64, axis: usize| (n - 1) * strides[axis] + kernel[axis] - pads[axis] - pads[axis + 2];
+            like(vec![b, weight[1], side(h, 0), side(w, 1)])
+        }
         "InstanceNormalization" | "GroupNormalization" => {
             same_kind(x)?;
             let channels = first.dims.get(1).copied().unwrap_or(0);

@@ -74,7 +74,8 @@ impl Lowering<'_> {
         Ok(Some(match &node.op {
             Op::Constant(_) | Op::Lookup(_) => return Ok(None),
             Op::Noise => self.file.input(name, DataType::Float, shape),
-            Op::Conv2d(conv) => self.conv(node, conv, x)?,
+            Op::Conv2d(conv) => self.conv(node, "Conv", conv, x)?,
+            Op::ConvTranspose2d(conv) => self.conv(node, "ConvTranspose", conv, x)?,
             Op::GroupNorm { groups, eps, affine } => {
                 let (groups, eps, affine) = (*groups, *eps, affine.as_ref());
                 let norm = Norm { name, groups, eps, affine, shape: dims4(node)? };
@@ -196,7 +197,7 @@ impl Lowering<'_> {
         Ok(name)
     }
 
-    fn conv(&mut self, node: &Node, conv: &Conv, x: &str) -> Result<String> {
+    fn conv(&mut self, node: &Node, operator: &str, conv: &Conv, x: &str) -> Result<String> {
         let (name, dims) = (&node.name, conv.weight.dims());
         let weight = self.file.weight(&format!("{name}.weight"), &conv.weight, dims)?;
         let mut inputs = vec![x, &weight];
@@ -206,7 +207,7 @@ impl Lowering<'_> {
         };
         inputs.extend(bias.as_deref());
         let (kernel, strides) = (ints("kernel_shape", &dims[2..]), ints("strides", &[conv.stride; 2]));
-        Ok(self.file.node(name, "Conv", &inputs, vec![kernel, strides, ints("pads", &conv.pads)], &node.shape))
+        Ok(self.file.node(name, operator, &inputs, vec![kernel, strides, ints("pads", &conv.pads)], &node.shape))
     }
 
     /// What is left of a group norm once the groups `(B, G, n)` are normalised: the channels and their affine map. That

@@ -191,6 +191,10 @@ fn every_dialect_makes_candles_pictures_and_keeps_to_its_operators() {
         assert_eq!(has("InstanceNormalization"), dialect == Dialect::Portable, "{found:?}");
         assert_eq!(has("GroupNormalization"), dialect == Dialect::Native, "{found:?}");
         assert_eq!(has("ReduceMean"), dialect == Dialect::Nnapi, "{found:?}");
+        // Upsampling is part of the convolution behind it, where that is what pays.
+        let is_portable = dialect == Dialect::Portable;
+        assert_eq!((has("ConvTranspose"), has("Resize")), (is_portable, !is_portable), "{found:?}");
+        assert_eq!(report.folded.get("upsampling_into_conv").copied(), is_portable.then_some(1), "{:?}", report.folded);
         // NNAPI cuts into equal parts only, which the class table's are not.
         assert_eq!(has("Slice"), dialect == Dialect::Nnapi, "{found:?}");
         // Norms as means are what candle's own evaluator can run too.
@@ -437,7 +441,7 @@ fn no_node_of_the_embeddings_is_left_and_each_is_named_after_its_layer() {
         "down_blocks.0.resnets.0.add",
         "down_blocks.1.attentions.0.attention.weights",
         "up_blocks.0.resnets.1.concat",
-        "up_blocks.0.upsamplers.0.upsample",
+        "up_blocks.0.upsamplers.0.conv",
         "conv_norm_out.silu",
         "conv_out",
     ] {
