@@ -96,7 +96,7 @@ const MEANINGS: &[(&str, &str)] = &[
     (
         "loss.scores",
         "What is made of the two scores: \"distribution-matching\" (DMD, equations 7 and 8, in the form of algorithm \
-         2), or { score-identity = { alpha = 1.2 } }, which is a table of its own in a file (SiD, equation 23).",
+         2), or { score-identity = { alpha = 1.2 } }, which is a table of its own in a file (SiD, equations 22 and 23).",
     ),
     (
         "loss.scores.score-identity.alpha",
@@ -142,7 +142,7 @@ const MEANINGS: &[(&str, &str)] = &[
     (
         "loss.gan.r1",
         "Weight of the approximate R1 penalty within the discriminator's loss: 0 or more (Lin et al. 2025, APT, \
-         equation 4).",
+         section 3.4).",
     ),
     ("loss.gan.start_step", "Updates of the generator before the term joins: 0 or more."),
     (

@@ -16,7 +16,7 @@ pub fn discriminator(logit_fake: &Tensor, logit_real: &Tensor) -> Result<Tensor>
 }
 
 /// The approximate R1 penalty: the mean square of what a little noise on a real picture does to its logit (Lin et al.
-/// 2025, "Diffusion Adversarial Post-Training", equation 4), which needs no second derivative. Both f32 `(B,)`.
+/// 2025, "Diffusion Adversarial Post-Training", section 3.4), which needs no second derivative. Both f32 `(B,)`.
 pub fn approximate_r1(logit_real: &Tensor, logit_perturbed: &Tensor) -> Result<Tensor> {
     Ok((logit_real - logit_perturbed)?.sqr()?.mean_all()?)
 }

@@ -1,4 +1,4 @@
-//! The score-identity loss (Zhou et al. 2024, "Score identity Distillation", equation 23).
+//! The score-identity loss (Zhou et al. 2024, "Score identity Distillation", equations 22 and 23).
 
 use anyhow::Result;
 use candle_core::Tensor;
