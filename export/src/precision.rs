@@ -16,8 +16,8 @@ pub enum Precision {
     /// Single precision throughout.
     #[default]
     Fp32,
-    /// Half precision, with islands of single precision around the statistics of norms and behind the last
-    /// convolution. Inputs and output keep their types.
+    /// Half precision, with islands of single precision around the statistics of norms, where the noise is read, and
+    /// from the last convolution on. Inputs and output keep their types.
     Fp16,
     /// Weights in 8 bits, symmetric, a scale per output channel; computed in single precision.
     W8,

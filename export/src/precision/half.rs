@@ -1,6 +1,7 @@
 //! fp16: weights and activations in half precision. Islands stay in single precision: the statistics of norms, whose
-//! squares overflow and whose epsilon would vanish, and everything from the last convolution on, where the picture is a
-//! small difference of large numbers.
+//! squares overflow and whose epsilon would vanish, everything from the last convolution on, where the picture is a
+//! small difference of large numbers, and what reads the noise, which comes in single precision: a Cast of a graph's own
+//! input is a node that CoreML leaves to the CPU.
 
 use super::{frame, places};
 use crate::interpret::Interpreter;
@@ -41,7 +42,8 @@ fn spell(graph: &GraphProto, islands: &BTreeSet<String>) -> Result<(GraphProto, 
         result: GraphProto { value_info: vec![], ..frame(graph) },
     };
     for node in &graph.node {
-        rewrite.node(node, !tail.contains(node.name.as_str()) && !islands.contains(&node.name))?;
+        let reads_noise = node.input.iter().any(|name| name == "noise");
+        rewrite.node(node, !reads_noise && !tail.contains(node.name.as_str()) && !islands.contains(&node.name))?;
     }
     Ok((rewrite.result, rewrite.constants))
 }
