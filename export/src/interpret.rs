@@ -96,7 +96,6 @@ fn evaluate(node: &NodeProto, x: &[&Tensor]) -> Result<Vec<Tensor>> {
         "Gelu" => one(x[0].gelu_erf()),
         "Softplus" => one(softplus(x[0])),
         "Conv" => Ok(vec![conv(node, x)?]),
-        "ConvTranspose" => Ok(vec![conv_transpose(node, x)?]),
         "MatMul" => one(x[0].contiguous()?.broadcast_matmul(&x[1].contiguous()?)),
         "Softmax" => one(softmax(x[0])),
         "InstanceNormalization" => one(instance_norm(x[0], x[1], x[2], attributes.float("epsilon")?)),
@@ -157,18 +156,6 @@ fn conv(node: &NodeProto, x: &[&Tensor]) -> Result<Tensor> {
     }
     layer.padding = 0;
     Ok(Eager.conv2d(&x[0].pad_with_zeros(2, at(0), at(2))?.pad_with_zeros(3, at(1), at(3))?, &layer)?)
-}
-
-fn conv_transpose(node: &NodeProto, x: &[&Tensor]) -> Result<Tensor> {
-    let attributes = Attributes(node);
-    let [pads, strides] = [attributes.ints("pads")?, attributes.ints("strides")?];
-    let whole = x[0].conv_transpose2d(x[1], 0, 0, strides[0] as usize, 1)?;
-    let kept = |axis: usize| whole.dims()[axis] - (pads[axis - 2] + pads[axis]) as usize;
-    let cut = whole.narrow(2, pads[0] as usize, kept(2))?.narrow(3, pads[1] as usize, kept(3))?;
-    Ok(match x.get(2) {
-        Some(bias) => cut.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
-        None => cut.contiguous()?,
-    })
 }
 
 fn instance_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
