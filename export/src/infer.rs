@@ -44,36 +44,34 @@ pub(crate) fn infer(node: &NodeProto, x: &[Read]) -> Result<Vec<Typed>, String> 
             same_kind(x)?;
             like(first.dims.clone())
         }
-        "Conv" => {
+        "Conv" | "ConvTranspose" => {
             same_kind(x)?;
+            let transposed = node.op_type == "ConvTranspose";
             let ([b, c, h, w], weight) = (rank4()?, &read(1)?.dims);
             let (pads, strides, kernel) = (ints("pads")?, ints("strides")?, ints("kernel_shape")?);
             // Left out where it is 1.
             let groups = int("group").unwrap_or(1);
-            let fits =
-                weight.len() == 4 && weight[1] * groups == c && weight[0] % groups == 0 && weight[2..] == kernel[..];
+            let (input, output) = match weight[..] {
+                [input, output, ..] if transposed => (input, output * groups),
+                [output, input, ..] => (input * groups, output),
+                _ => (0, 0),
+            };
+            let fits = weight.len() == 4 && input == c && output % groups == 0 && weight[2..] == kernel[..];
             if !fits || pads.len() != 4 || strides.len() != 2 || strides.contains(&0) {
                 return Err(format!("weight {weight:?} with kernel {kernel:?} does not fit {:?}", first.dims));
             }
-            if x.len() > 2 && read(2)?.dims != [weight[0]] {
-                return Err(format!("the bias has shape {:?}, expected [{}]", read(2)?.dims, weight[0]));
+            if x.len() > 2 && read(2)?.dims != [output] {
+                return Err(format!("the bias has shape {:?}, expected [{output}]", read(2)?.dims));
             }
-            let side = |n: i64, axis: usize| (n + pads[axis] + pads[axis + 2] - kernel[axis]) / strides[axis] + 1;
-            like(vec![b, weight[0], side(h, 0), side(w, 1)])
-        }
-        "ConvTranspose" => {
-            same_kind(x)?;
-            let ([b, c, h, w], weight) = (rank4()?, &read(1)?.dims);
-            let (pads, strides, kernel) = (ints("pads")?, ints("strides")?, ints("kernel_shape")?);
-            let fits = weight.len() == 4 && weight[0] == c && weight[2..] == kernel[..];
-            if !fits || pads.len() != 4 || strides.len() != 2 {
-                return Err(format!("weight {weight:?} with kernel {kernel:?} does not fit {:?}", first.dims));
-            }
-            if x.len() > 2 && read(2)?.dims != [weight[1]] {
-                return Err(format!("the bias has shape {:?}, expected [{}]", read(2)?.dims, weight[1]));
-            }
-            let side = |n: i64, axis: usize| (n - 1) * strides[axis] + kernel[axis] - pads[axis] - pads[axis + 2];
-            like(vec![b, weight[1], side(h, 0), side(w, 1)])
+            let side = |n: i64, axis: usize| {
+                let pads = pads[axis] + pads[axis + 2];
+                if transposed {
+                    (n - 1) * strides[axis] + kernel[axis] - pads
+                } else {
+                    (n + pads - kernel[axis]) / strides[axis] + 1
+                }
+            };
+            like(vec![b, output, side(h, 0), side(w, 1)])
         }
         "InstanceNormalization" | "GroupNormalization" => {
             same_kind(x)?;

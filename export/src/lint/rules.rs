@@ -2,6 +2,7 @@
 
 use super::Target;
 use super::facts::{Facts, Shape};
+use super::shapes::{attribute, ints};
 use super::units::Quantised;
 use candle_onnx::onnx::NodeProto;
 use candle_onnx::onnx::tensor_proto::DataType;
@@ -213,9 +214,8 @@ impl Condition {
                 (!allowed.contains(&found)).then(|| format!("{name} is {found}, expected {}", either(allowed)))
             }
             Condition::OnlyZeros(name) => {
-                let attribute = node.attribute.iter().find(|attribute| attribute.name == *name)?;
-                let found = attribute.ints.iter().any(|n| *n != 0);
-                found.then(|| format!("{name} is {:?}, expected none", attribute.ints))
+                let numbers = ints(node, name)?;
+                numbers.iter().any(|n| *n != 0).then(|| format!("{name} is {numbers:?}, expected none"))
             }
             Condition::LastAxis => {
                 let rank = shape(0)?.len() as i64;
@@ -264,7 +264,7 @@ impl Condition {
 }
 
 fn setting(node: &NodeProto, name: &str) -> Option<Setting> {
-    let attribute = node.attribute.iter().find(|attribute| attribute.name == name)?;
+    let attribute = attribute(node, name)?;
     Some(match attribute.s.as_slice() {
         [] => Setting::Integer(attribute.i),
         word => Setting::Word(String::from_utf8_lossy(word).into_owned()),

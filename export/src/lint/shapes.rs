@@ -378,7 +378,7 @@ fn product(dims: &[Option<u64>]) -> Option<u64> {
     dims.iter().try_fold(1u64, |all, n| all.checked_mul((*n)?))
 }
 
-fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
+pub(super) fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
     node.attribute.iter().find(|attribute| attribute.name == name)
 }
 
@@ -386,7 +386,7 @@ fn int(node: &NodeProto, name: &str) -> Option<i64> {
     attribute(node, name).map(|attribute| attribute.i)
 }
 
-fn ints(node: &NodeProto, name: &str) -> Option<Vec<i64>> {
+pub(super) fn ints(node: &NodeProto, name: &str) -> Option<Vec<i64>> {
     attribute(node, name).map(|attribute| attribute.ints.clone())
 }
 
