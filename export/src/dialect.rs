@@ -67,9 +67,9 @@ impl Dialect {
     }
 
     /// Whether nearest-neighbour upsampling and the convolution behind it are one transposed convolution: less than
-    /// half the products in a larger weight. For fp32, which CPUs compute. What is in half precision runs on GPUs and
-    /// their like, whose plain convolutions are the better tuned ones; what is in 8 bits is small, or has integer
-    /// kernels, which ConvTranspose lacks.
+    /// half the products in a larger weight. For fp32, which CPUs compute, where it was measured. Half precision is for
+    /// GPUs and their like, where it was not; what is in 8 bits is small, or has integer kernels, which ConvTranspose
+    /// lacks.
     pub(crate) fn transposes_convs(self, precision: Precision) -> bool {
         self == Dialect::Portable && precision == Precision::Fp32
     }
