@@ -29,6 +29,7 @@ pub mod library;
 mod error;
 mod onnx;
 mod ort_file;
+mod printable;
 
 pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, rewrite};
 pub use error::{Error, Result};
@@ -37,3 +38,4 @@ pub use images::{Images, quantize};
 pub use info::{FORMAT, Info, Output};
 pub use library::Tried;
 pub use noise::picture_noise;
+pub use printable::printable;
