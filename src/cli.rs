@@ -12,7 +12,7 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "dmd", version, arg_required_else_help = true)]
 pub struct Cli {
-    /// Print one machine-readable result object last on stdout; everything for people goes to stderr.
+    /// Print one machine-readable result object on stdout, and nothing else there.
     #[arg(long, global = true)]
     pub json: bool,
     /// CPU threads (default: all cores).

@@ -6,23 +6,19 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    output::start_logging();
+    output::start(cli.json);
     match &cli.command {
         cli::Command::Export(_) => memory::return_freed(),
         _ => memory::keep_freed(),
     }
-    match commands::run(&cli) {
-        Ok(result) => {
-            if cli.json {
-                println!("{result}");
-            }
-            ExitCode::SUCCESS
-        }
+    match commands::run(&cli).and_then(|result| output::object(&result)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<output::Closed>() => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
-            if cli.json {
-                println!("{}", serde_json::json!({ "error": format!("{error:#}") }));
-            }
+            let text = format!("{error:#}");
+            output::say(&format!("error: {text}"));
+            // Where stdout is what cannot be written to, stderr has said so.
+            _ = output::object(&serde_json::json!({ "error": text }));
             ExitCode::from(if error.is::<cli::WrongUsage>() { 2 } else { 1 })
         }
     }

@@ -7,7 +7,6 @@ use crate::optim::{self, NotFinite};
 use anyhow::{Context, Result, ensure};
 use dmd_models::Weights;
 use dmd_models::folder::replace_dir;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -16,7 +15,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// The folder of one run.
 pub struct Run {
@@ -221,23 +220,59 @@ pub fn vars_as_weights(vars: &BTreeMap<String, candle_core::Var>) -> Weights {
     weights
 }
 
-/// Set by Ctrl-C and SIGTERM; the loops look at it between steps.
-static STOP: AtomicBool = AtomicBool::new(false);
+/// When Ctrl-C, SIGTERM or SIGHUP asked to stop; the loops look at it between steps.
+static STOP: OnceLock<Instant> = OnceLock::new();
 
-/// From now on the first Ctrl-C or SIGTERM asks loops to save and stop; a second one ends the process at once.
+/// A closed terminal sends SIGHUP twice (the kernel and the shell), and systemd SIGTERM with SIGHUP: within this time
+/// two signals are one.
+const ONE_SIGNAL: Duration = Duration::from_secs(1);
+
+/// From now on Ctrl-C, SIGTERM or a closed terminal asks loops to save and stop; when asked again a second later or more,
+/// the process ends at once. A process that `nohup` started goes on without its terminal.
 pub fn stop_on_signals() -> Result<()> {
     static INSTALLED: OnceLock<Result<(), String>> = OnceLock::new();
     let handler = || {
-        if STOP.swap(true, Ordering::SeqCst) {
+        if STOP.get_or_init(Instant::now).elapsed() > ONE_SIGNAL {
             std::process::exit(1);
         }
     };
-    INSTALLED.get_or_init(|| ctrlc::set_handler(handler).map_err(|e| e.to_string())).clone().map_err(anyhow::Error::msg)
+    let install = || {
+        let unhearing = ignores_hangup();
+        ctrlc::set_handler(handler).map_err(|e| e.to_string())?;
+        if unhearing {
+            ignore_hangup();
+        }
+        Ok(())
+    };
+    INSTALLED.get_or_init(install).clone().map_err(anyhow::Error::msg)
 }
+
+#[cfg(unix)]
+fn ignores_hangup() -> bool {
+    // SAFETY: without a new action, sigaction only fills in the old one, for which all zeros is a valid value.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(libc::SIGHUP, std::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+#[cfg(unix)]
+fn ignore_hangup() {
+    // SAFETY: ignoring a signal installs no code.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+}
+
+#[cfg(not(unix))]
+fn ignores_hangup() -> bool {
+    false
+}
+
+#[cfg(not(unix))]
+fn ignore_hangup() {}
 
 /// Whether somebody asked to stop.
 pub fn asked_to_stop() -> bool {
-    STOP.load(Ordering::SeqCst)
+    STOP.get().is_some()
 }
 
 /// A loss as a number; one that is not finite is [`NotFinite`].
@@ -254,14 +289,6 @@ pub fn stopped(step: u64, error: anyhow::Error) -> anyhow::Error {
         ),
         false => error.context(format!("step {step}")),
     }
-}
-
-/// A progress bar on stderr with rate and time left; plain lines where stderr is not a terminal.
-pub fn progress(n_steps: u64, done: u64) -> Result<ProgressBar> {
-    let bar = ProgressBar::new(n_steps).with_position(done);
-    bar.set_style(ProgressStyle::with_template("{bar:24} {pos}/{len} {per_sec} {eta} left  {msg}")?);
-    bar.reset_eta();
-    Ok(bar)
 }
 
 /// The line of one step for people: name and value, four digits.

@@ -1,4 +1,5 @@
 //! Bad input ends in a clear message and an exit code, and leaves everything as it was.
+#![allow(clippy::print_stderr)] // why a test is skipped
 
 mod common;
 use common::{Workplace, check_failure};

@@ -5,8 +5,9 @@ mod common;
 use common::{Workplace, check_failure, stderr};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 const DISTILL: &str = "distill --teacher teacher --config distill.toml --batch 2 --device cpu --out";
@@ -319,4 +320,62 @@ fn a_full_disk_during_a_checkpoint_costs_only_the_steps_since_the_last_one() {
     assert!(w.snapshot("run/checkpoints") == before, "the checkpoint before was touched, or a broken one was left");
     w.ok(&line);
     assert_same(&w, "run", "whole");
+}
+
+/// A log on a full disk, and a reader that went away.
+#[test]
+fn a_line_that_cannot_be_printed_ends_no_run() {
+    let w = distillation(3);
+    let full = || Stdio::from(OpenOptions::new().write(true).open("/dev/full").unwrap());
+    let closed = || {
+        let mut gone = Command::new("true").stdin(Stdio::piped()).spawn().unwrap();
+        let pipe = gone.stdin.take().unwrap();
+        gone.wait().unwrap();
+        Stdio::from(pipe)
+    };
+    let run = |out: &str, stdout: Stdio, stderr: Stdio| {
+        w.command(&format!("--json {DISTILL} {out}")).stdout(stdout).stderr(stderr).output().unwrap()
+    };
+    for (out, stderr) in [("full", full()), ("closed", closed())] {
+        let output = run(out, Stdio::piped(), stderr);
+        assert_eq!(output.status.code(), Some(0), "{out}");
+        assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["steps"], 3);
+        assert!(w.path(out).join("generator/unet").is_dir());
+    }
+    // Of a result that nobody reads nobody hears; one that is lost is an error, after the work.
+    let output = run("unread", closed(), Stdio::piped());
+    assert!(output.status.success() && !stderr(&output).contains("stdout"), "{}", stderr(&output));
+    check_failure("distill", &run("lost", full(), Stdio::piped()), 1, &["error: stdout cannot be written to: "]);
+    assert!(w.path("lost/generator/unet").is_dir());
+    let shown = w.command("config show").stdout(closed()).output().unwrap();
+    assert!(shown.status.success() && shown.stderr.is_empty(), "{}", stderr(&shown));
+    check_failure("config show", &w.command("config show").stdout(full()).output().unwrap(), 1, &["stdout"]);
+}
+
+/// The kernel and the shell both tell of a closed terminal; `nohup` asks not to be told.
+#[test]
+fn a_closed_terminal_saves_a_run_and_nohup_keeps_it_going() {
+    let w = distillation(70);
+    let run = |words: &[&str]| {
+        let mut command = Command::new(words[0]);
+        let dmd = [env!("CARGO_BIN_EXE_dmd"), "--threads", "1"];
+        command.current_dir(w.path("")).args(&words[1..]).args(dmd).args(format!("{DISTILL} run").split_whitespace());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let started = Instant::now();
+        while std::fs::read(w.path("run/metrics.jsonl")).map_or(0, |lines| lines.len()) < 500 {
+            assert!(started.elapsed() < Duration::from_secs(60) && child.try_wait().unwrap().is_none());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for _ in 0..2 {
+            Command::new("kill").args(["-HUP", &child.id().to_string()]).output().unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.wait_with_output().unwrap()
+    };
+    check_failure("distill", &run(&["env"]), 1, &["interrupted at step", "run the same command again to continue"]);
+    assert_eq!(std::fs::read_dir(w.path("run/checkpoints")).unwrap().count(), 1);
+    w.ok(&format!("{DISTILL} run"));
+    std::fs::remove_dir_all(w.path("run")).unwrap();
+    let output = run(&["nohup"]);
+    assert!(output.status.success(), "{}", stderr(&output));
 }

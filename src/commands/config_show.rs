@@ -3,14 +3,13 @@
 use super::distill::settings;
 use crate::cli::SettingsArgs;
 use crate::config;
+use crate::output::result;
 use anyhow::Result;
 use serde_json::Value;
 
-/// Prints them on stdout, as TOML, or as JSON where that is asked for.
-pub fn run(args: &SettingsArgs, json: bool) -> Result<Value> {
+/// Prints them as TOML.
+pub fn run(args: &SettingsArgs) -> Result<Value> {
     let config = settings(args)?;
-    if !json {
-        print!("{}", config::explained(&config)?);
-    }
+    result(config::explained(&config)?.trim_end())?;
     Ok(serde_json::to_value(&config)?)
 }

@@ -34,7 +34,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Teacher(TeacherCommand::Train(args)) => teacher_train::run(args),
         Command::Distill(args) => distill::run(args),
         Command::Pairs(args) => pairs::run(args),
-        Command::Config(ConfigCommand::Show(args)) => config_show::run(args, cli.json),
+        Command::Config(ConfigCommand::Show(args)) => config_show::run(args),
         Command::Export(args) => export::run(args, cli.threads),
         Command::Sample(args) => sample::run(args, cli.threads),
         Command::Score(args) => score::run(args, cli.threads),

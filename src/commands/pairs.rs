@@ -4,7 +4,7 @@ use super::distill::small_files;
 use crate::cli::PairsArgs;
 use crate::config::{at_least_one, check_guidance, not_negative};
 use crate::distill::fingerprint;
-use crate::output::say;
+use crate::output::{progress, say};
 use crate::pairs::{self, Manifest};
 use crate::run;
 use anyhow::{Context, Result, ensure};
@@ -43,7 +43,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
         n: args.n,
     };
     run::stop_on_signals()?;
-    let bar = run::progress(args.n as u64, 0)?;
+    let bar = progress(args.n as u64, 0)?;
     let started = Instant::now();
     let found = pairs::make(&teacher, &manifest, &args.out, args.batch, &device, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();

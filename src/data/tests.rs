@@ -331,7 +331,7 @@ fn batch_scales_mirrors_and_labels() {
 fn the_emoji_set_loads_whole_where_it_is_there() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/emoji-72.zip");
     if !path.exists() {
-        return eprintln!("skipped: {} is not there", path.display());
+        return crate::output::say(&format!("skipped: {} is not there", path.display()));
     }
     let pictures = load(&path, &DataOptions { size: [16, 16], strict: true, ..OPTIONS }).unwrap();
     assert_eq!(pictures.len(), 1688);

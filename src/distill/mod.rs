@@ -52,7 +52,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
         }
     };
     run::stop_on_signals()?;
-    let bar = run::progress(config.steps, first)?;
+    let bar = output::progress(config.steps, first)?;
     let started = Instant::now();
     let mut health = None;
     let training = Work::Training(config.batch / config.accumulate);
@@ -74,7 +74,7 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
         let last = step == config.steps;
         if let Some(measured) = measured {
             let warnings = distillation.monitor.observe(&measured);
-            warnings.iter().for_each(|warning| bar.suspend(|| output::warn(warning)));
+            warnings.iter().for_each(|warning| output::warn(warning));
             if step.is_multiple_of(config.log_every) || last {
                 let values = measured.values();
                 bar.set_message(run::readable(&values));

@@ -52,7 +52,7 @@ pub fn train(
     let run = Run::open(&out.join("training"), settings, force)?;
     let first = trainer.resume(&run)?;
     run::stop_on_signals()?;
-    let bar = run::progress(settings.steps, first)?;
+    let bar = output::progress(settings.steps, first)?;
     let started = Instant::now();
     let [training, validation] =
         [settings.batch, VALIDATION_BATCH].map(|n| Work::Training(n.div_ceil(settings.accumulate)));
