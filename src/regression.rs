@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto, ValueInfoProto, tensor_shape_proto, type_proto};
 use dmd_export::missing_operator;
-use dmd_models::{Denoiser, Eager, ModelFolder};
+use dmd_models::{Denoiser, Eager, ModelFolder, Training};
 use ndarray::{Array2, Array4};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ pub enum Comparison {
     L2,
     /// Between square and absolute value.
     PseudoHuber,
-    /// Features of the teacher's encoder.
-    Teacher(Box<Denoiser>),
+    /// Features of the teacher's encoder, and what it runs on.
+    Teacher(Box<Denoiser>, Training),
     /// Features of an ONNX network.
     Onnx(Box<FeatureNetwork>),
 }
@@ -27,12 +27,12 @@ pub enum Comparison {
 const FEATURE_SIGMA: f64 = 0.1;
 
 impl Comparison {
-    /// Reads what the distance needs; `pictures` are compared at a time.
-    pub fn new(distance: &Distance, teacher: &Denoiser, pictures: usize) -> Result<Self> {
+    /// Reads what the distance needs; the teacher runs on `training`, and `pictures` are compared at a time.
+    pub fn new(distance: &Distance, teacher: &Denoiser, training: &Training, pictures: usize) -> Result<Self> {
         Ok(match distance {
             Distance::L2 => Comparison::L2,
             Distance::PseudoHuber => Comparison::PseudoHuber,
-            Distance::TeacherFeatures => Comparison::Teacher(Box::new(teacher.clone())),
+            Distance::TeacherFeatures => Comparison::Teacher(Box::new(teacher.clone()), training.clone()),
             Distance::Onnx(path) => {
                 let network = FeatureNetwork::load(Path::new(path))?;
                 // Black pictures show what it lacks before a run begins.
@@ -50,8 +50,8 @@ impl Comparison {
         match self {
             Comparison::L2 => l2(x, target),
             Comparison::PseudoHuber => pseudo_huber(x, target),
-            Comparison::Teacher(teacher) => {
-                let features = |images: &Tensor| teacher.features(&Eager, images, &[FEATURE_SIGMA], label);
+            Comparison::Teacher(teacher, training) => {
+                let features = |images: &Tensor| teacher.features(training, images, &[FEATURE_SIGMA], label);
                 perceptual(&features(x)?, &features(&target.detach())?)
             }
             Comparison::Onnx(network) => network.distance(x, &target.detach()),

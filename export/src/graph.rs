@@ -3,7 +3,7 @@
 
 use crate::{Error, Result};
 use candle_core::Tensor;
-use dmd_models::Activation;
+use dmd_models::{Activation, shapes};
 use std::collections::HashSet;
 
 /// A one-step network as a list of nodes, each after those it reads.
@@ -315,20 +315,7 @@ impl Op {
         match (self, inputs) {
             (Op::Constant(tensor), []) => Ok(tensor.dims().to_vec()),
             (Op::Lookup(table), []) => Ok([&[batch], &table.dims()[1..]].concat()),
-            (Op::Conv2d(Conv { weight, stride, pads, .. }), [[b, c, h, w]]) => {
-                let [output, input, kh, kw] = weight.dims() else {
-                    return Err(format!("the weight has shape {:?}, expected rank 4", weight.dims()));
-                };
-                let (h, w) = (h + pads[0] + pads[2], w + pads[1] + pads[3]);
-                if input != c || kh > &h || kw > &w || *stride == 0 {
-                    return Err(format!(
-                        "weight {:?} with stride {stride} does not fit {:?}",
-                        weight.dims(),
-                        inputs[0]
-                    ));
-                }
-                Ok(vec![*b, *output, (h - kh) / stride + 1, (w - kw) / stride + 1])
-            }
+            (Op::Conv2d(Conv { weight, stride, pads, .. }), [x]) => shapes::conv2d(x, weight.dims(), *stride, *pads),
             (Op::ConvTranspose2d(Conv { weight, stride, pads, .. }), [[b, c, h, w]]) => {
                 let side = |n: usize, kernel: usize, cut: usize| (n.checked_sub(1)? * stride + kernel).checked_sub(cut);
                 let sides = match *weight.dims() {
@@ -341,35 +328,19 @@ impl Op {
                     format!("weight {:?} with pads {pads:?} does not fit {:?}", weight.dims(), inputs[0])
                 })
             }
-            (Op::GroupNorm { groups, .. }, [x @ [_, c, _, _]]) if *groups > 0 && c.is_multiple_of(*groups) => {
-                Ok(x.to_vec())
-            }
+            (Op::GroupNorm { groups, .. }, [x]) => shapes::group_norm(x, *groups),
             (Op::Activation(_) | Op::Affine { .. }, [x]) => Ok(x.to_vec()),
-            (Op::Attention { heads, .. }, [q @ [b, c, ..], k @ [bk, ck, ..], v])
-                if k == v
-                    && b == bk
-                    && c == ck
-                    && q.len() == 4
-                    && k.len() == 4
-                    && *heads > 0
-                    && c.is_multiple_of(*heads) =>
-            {
-                Ok(q.to_vec())
-            }
+            (Op::Attention { heads, .. }, [q, k, v]) => shapes::attention(q, k, v, *heads),
             (Op::Attention { heads, .. }, [[b, c, h, w]]) if *heads > 0 && c.is_multiple_of(3 * heads) => {
                 Ok(vec![*b, c / 3, *h, *w])
             }
-            (Op::Add, [x, y]) => broadcast(x, y).ok_or_else(|| format!("cannot add {x:?} and {y:?}")),
-            (Op::AddPerChannel | Op::ScalePerChannel, [x @ [b, c, _, _], [bv, cv]])
-                if c == cv && (b == bv || *bv == 1) =>
-            {
-                Ok(x.to_vec())
-            }
+            (Op::Add, [x, y]) => shapes::add(x, y),
+            (Op::AddPerChannel | Op::ScalePerChannel, [x, v]) => shapes::per_channel(x, v),
             (Op::ScalePerPicture, [x @ [b, _, _, _], [bv, 1]]) if b == bv => Ok(x.to_vec()),
-            (Op::Concat, [[b, c, h, w], [b2, c2, h2, w2]]) if (b, h, w) == (b2, h2, w2) => Ok(vec![*b, c + c2, *h, *w]),
-            (Op::Upsample2x, [[b, c, h, w]]) => Ok(vec![*b, *c, 2 * h, 2 * w]),
-            (Op::AvgPool2x, [[b, c, h, w]]) if *h > 1 && *w > 1 => Ok(vec![*b, *c, h / 2, w / 2]),
-            (Op::PadRightBottom, [[b, c, h, w]]) => Ok(vec![*b, *c, h + 1, w + 1]),
+            (Op::Concat, [x, y]) => shapes::concat(x, y),
+            (Op::Upsample2x, [x]) => shapes::upsample_2x(x),
+            (Op::AvgPool2x, [x]) => shapes::avg_pool_2x(x),
+            (Op::PadRightBottom, [x]) => shapes::pad_right_bottom(x),
             (Op::ToU8, [[b, c, h, w]]) => Ok(vec![*b, *h, *w, *c]),
             _ => Err(format!("{} does not take {inputs:?}", self.kind())),
         }
@@ -383,19 +354,6 @@ fn activation_name(act: Activation) -> &'static str {
         Activation::Gelu => "gelu",
         Activation::Relu => "relu",
     }
-}
-
-/// The shape of a sum where axes of length 1 are repeated.
-fn broadcast(x: &[usize], y: &[usize]) -> Option<Vec<usize>> {
-    if x.len() != y.len() {
-        return None;
-    }
-    let axis = |(x, y): (&usize, &usize)| match (x, y) {
-        (x, y) if x == y => Some(*x),
-        (1, n) | (n, 1) => Some(*n),
-        _ => None,
-    };
-    x.iter().zip(y).map(axis).collect()
 }
 
 #[cfg(test)]

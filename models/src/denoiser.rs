@@ -2,7 +2,7 @@
 //! EDM, epsilon, v and x0 models differ only in four coefficients; nothing outside sees a timestep, an alpha or an
 //! epsilon.
 
-use crate::{Backend, Error, NoiseLevels, Precision, Result, UNet};
+use crate::{Backend, Error, NoiseLevels, Result, UNet};
 use candle_core::Tensor;
 
 /// What the network's output means.
@@ -77,11 +77,6 @@ pub struct Denoiser {
 }
 
 impl Denoiser {
-    /// The same model, computing in this precision on a GPU.
-    pub fn in_precision(self, precision: Precision) -> Self {
-        Denoiser { unet: self.unet.in_precision(precision), ..self }
-    }
-
     /// The clean picture behind x `(B, C, H, W)` = x0 + sigma·noise; `sigma`: one for all or one per sample.
     /// `label`: `(B,)` i64 for class-conditional models. Returns `(B, C, H, W)`, around [-1, 1], unclamped.
     pub fn denoise<B: Backend>(

@@ -40,6 +40,16 @@ pub enum Error {
     Unsupported(String),
 }
 
+/// For operations that candle calls back.
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Tensor(error) => error,
+            error => candle_core::Error::Msg(error.to_string()),
+        }
+    }
+}
+
 impl Error {
     /// Puts a path before a message.
     pub fn file(path: impl AsRef<Path>, message: impl std::fmt::Display) -> Self {

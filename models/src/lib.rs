@@ -6,23 +6,21 @@ mod error;
 mod weights;
 
 pub mod backend;
-pub mod cost;
 pub mod cuda;
 pub mod denoiser;
 pub mod folder;
+pub mod interpret;
 pub mod layers;
 pub mod noise_levels;
 pub mod ops;
-pub mod recompute;
-pub mod tape;
+pub mod shapes;
 pub mod unet;
 
-pub use backend::{Activation, Backend, Block, Eager, Network};
+pub use backend::{Activation, Backend, Block, Network};
 pub use denoiser::{Denoiser, Generator, Prediction};
 pub use error::{Error, Result};
 pub use folder::{About, ModelFolder};
+pub use interpret::{Eager, Precision, Training, cost};
 pub use noise_levels::NoiseLevels;
-pub use recompute::Recompute;
-pub use tape::Precision;
 pub use unet::{UNet, UNetConfig};
 pub use weights::{Weights, read_metadata, write_whole};

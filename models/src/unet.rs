@@ -2,9 +2,9 @@
 //! name with the reason. Tensor names and the order of operations are diffusers' (0.42), so that its weights load here
 //! and ours load there with equal outputs.
 
-use crate::backend::{Activation, Backend, Block, Eager, Network};
+use crate::backend::{Activation, Backend, Block, Network};
 use crate::layers::{Conv2d, Draws, Embedding, GroupNorm, Init, Linear, Loader, Random, Scope, Source};
-use crate::{Error, Precision, Result, Weights};
+use crate::{Error, Result, Weights, ops};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,6 @@ pub use config::{ClassEmbedding, Resampling, SampleSize, TimeEmbedding, TimeScal
 #[derive(Clone, Debug)]
 pub struct UNet {
     config: UNetConfig,
-    precision: Precision,
     conv_in: Conv2d,
     time_proj: TimeProjection,
     time_embedding: [Linear; 2],
@@ -45,11 +44,6 @@ impl UNet {
         let mut random = Random::new(draw);
         Self::build(config, &mut random)?;
         Ok(random.weights)
-    }
-
-    /// The same network, computing in this precision on a GPU.
-    pub fn in_precision(self, precision: Precision) -> Self {
-        UNet { precision, ..self }
     }
 
     /// The configuration this network was built from.
@@ -179,7 +173,6 @@ impl UNet {
             conv_norm_out: root.group_norm("conv_norm_out", first, config.norm_num_groups, config.norm_eps)?,
             conv_out: root.conv2d("conv_out", [first, config.out_channels], 3, 1, true)?,
             config: config.clone(),
-            precision: Precision::default(),
             time_proj,
             time_embedding,
             class_embedding,
@@ -205,14 +198,6 @@ enum What {
 }
 
 impl Network for Run<'_> {
-    fn precision(&self) -> Precision {
-        self.unet.precision
-    }
-
-    fn trainable(&self) -> bool {
-        self.unet.conv_in.weight.is_variable()
-    }
-
     fn run<B: Backend>(&self, b: &B, x: &B::Value, label: Option<&B::Value>) -> Result<Vec<B::Value>> {
         match self.what {
             What::Output => Ok(vec![self.unet.decode(b, x, self.t, label)?]),
@@ -287,7 +272,7 @@ impl TimeProjection {
             TimeProjection::Positional { frequencies, flip, odd: false } if !device.is_cpu() => {
                 let t = Tensor::from_vec(t.iter().map(|&t| t as f32).collect(), t.len(), device)?;
                 let frequencies = Tensor::new(frequencies.as_slice(), device)?;
-                return Eager.sinusoid(&t, &frequencies, *flip);
+                return Ok(ops::sinusoid(&t, &frequencies, *flip)?);
             }
             TimeProjection::Positional { frequencies, flip, odd } => t
                 .iter()
@@ -405,7 +390,9 @@ impl ResnetBlock {
 }
 
 impl Block for ResnetBlock {
-    fn forward<B: Backend>(&self, b: &B, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
+    /// Reads the embedding of time and class beside x.
+    fn forward<B: Backend>(&self, b: &B, x: &B::Value, beside: &[&B::Value]) -> Result<B::Value> {
+        let [emb] = beside else { return Err(Error::Unsupported("a resnet reads one vector beside x".into())) };
         let mut h = b.group_norm(x, &self.norm1, Some(self.act))?;
         let mut x = x.clone();
         match self.resample {
@@ -475,7 +462,7 @@ impl AttentionBlock {
 }
 
 impl Block for AttentionBlock {
-    fn forward<B: Backend>(&self, b: &B, x: &B::Value, _: &B::Value) -> Result<B::Value> {
+    fn forward<B: Backend>(&self, b: &B, x: &B::Value, _: &[&B::Value]) -> Result<B::Value> {
         let h = match &self.group_norm {
             Some(norm) => b.group_norm(x, norm, None)?,
             None => x.clone(),
@@ -507,9 +494,9 @@ impl Stage {
     }
 
     fn layer<B: Backend>(&self, b: &B, i: usize, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
-        let h = b.block(&self.resnets[i], x, emb)?;
+        let h = b.block(&self.resnets[i], x, &[emb])?;
         match self.attentions.get(i) {
-            Some(attention) => b.block(attention, &h, emb),
+            Some(attention) => b.block(attention, &h, &[]),
             None => Ok(h),
         }
     }
@@ -533,7 +520,7 @@ impl Resampler {
             Resampler::DownConv { conv, pad: true } => b.conv2d(&b.pad_right_bottom(x)?, conv),
             Resampler::DownConv { conv, pad: false } => b.conv2d(x, conv),
             Resampler::UpConv(conv) => b.conv2d(&b.upsample_2x(x)?, conv),
-            Resampler::Resnet(block) => b.block(&**block, x, emb),
+            Resampler::Resnet(block) => b.block(&**block, x, &[emb]),
         }
     }
 }
@@ -614,11 +601,11 @@ impl MidBlock {
     }
 
     fn forward<B: Backend>(&self, b: &B, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
-        let mut h = b.block(&self.resnets[0], x, emb)?;
+        let mut h = b.block(&self.resnets[0], x, &[emb])?;
         if let Some(attention) = &self.attention {
-            h = b.block(attention, &h, emb)?;
+            h = b.block(attention, &h, &[])?;
         }
-        b.block(&self.resnets[1], &h, emb)
+        b.block(&self.resnets[1], &h, &[emb])
     }
 }
 

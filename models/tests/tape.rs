@@ -4,7 +4,7 @@
 mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{ODD, PLAIN};
-use dmd_models::{Backend, Precision, Recompute, UNet, UNetConfig, Weights};
+use dmd_models::{Backend, Precision, Training, UNet, UNetConfig, Weights};
 use std::collections::BTreeMap;
 
 /// Numbers around zero that look random.
@@ -30,13 +30,13 @@ struct Found {
     of_weights: BTreeMap<String, Tensor>,
 }
 
-fn run(training: &Recompute, config: &UNetConfig, features: bool) -> Found {
-    run_on(&Device::Cpu, Precision::F32, training, config, features)
+fn run(training: &Training, config: &UNetConfig, features: bool) -> Found {
+    run_on(&Device::Cpu, training, config, features)
 }
 
-fn run_on(device: &Device, precision: Precision, training: &Recompute, config: &UNetConfig, features: bool) -> Found {
+fn run_on(device: &Device, training: &Training, config: &UNetConfig, features: bool) -> Found {
     let (view, vars) = weights(config).to(DType::F32, device).unwrap().trainable().unwrap();
-    let net = UNet::new(config, &view).unwrap().in_precision(precision);
+    let net = UNet::new(config, &view).unwrap();
     let x = values(&[2, config.in_channels, 8, 8], 0.1, 1.0).to_device(device).unwrap();
     let x = Var::from_tensor(&x).unwrap();
     let label = config.num_class_embeds.map(|_| Tensor::new(&[1i64, 0], device).unwrap());
@@ -66,9 +66,9 @@ fn close(what: &str, a: &Tensor, b: &Tensor) {
 
 fn check(config: &str, features: bool) {
     let config = UNetConfig::from_json(std::path::Path::new("config.json"), config).unwrap();
-    let plain = run(&Recompute::new(false), &config, features);
+    let plain = run(&Training::default(), &config, features);
     for checkpoint in [false, true] {
-        let tape = run(&Recompute::on_tape(checkpoint), &config, features);
+        let tape = run(&Training::new(Precision::F32, checkpoint).on_tape(), &config, features);
         close("result", &tape.y, &plain.y);
         close("picture", &tape.dx, &plain.dx);
         assert_eq!(tape.of_weights.keys().collect::<Vec<_>>(), plain.of_weights.keys().collect::<Vec<_>>());
@@ -94,12 +94,42 @@ fn a_tape_takes_what_no_kernel_takes() {
     check(ODD, false);
 }
 
+/// One bias of a norm is trained, and one kernel has an adapter of rank 1 added to it, made by candle; all else is frozen,
+/// the first layer too.
+#[test]
+fn what_is_trained_in_a_frozen_network_gets_its_gradients_everywhere() {
+    let config = UNetConfig::from_json(std::path::Path::new("config.json"), PLAIN).unwrap();
+    let mut view = weights(&config);
+    let beta = Var::from_tensor(view.get("mid_block.resnets.1.norm2.bias").unwrap()).unwrap();
+    view.insert("mid_block.resnets.1.norm2.bias", beta.as_tensor().clone());
+    let kernel = "down_blocks.1.resnets.0.conv1.weight";
+    let [out, rest] = [32, 16 * 9];
+    let adapter = [[out, 1], [1, rest]].map(|shape| Var::from_tensor(&values(&shape, 0.7, 0.2)).unwrap());
+    let product = adapter[0].matmul(&adapter[1]).unwrap().reshape((32, 16, 3, 3)).unwrap();
+    view.insert(kernel, (view.get(kernel).unwrap() + product).unwrap());
+    let net = UNet::new(&config, &view).unwrap();
+    let (x, label) = (values(&[2, 3, 8, 8], 0.1, 1.0), Tensor::new(&[1i64, 0], &Device::Cpu).unwrap());
+    let gradients = |training: &Training| {
+        let y = net.forward(training, &x, &[0.7], Some(&label)).unwrap();
+        let grads = training.backward(&(&y * values(y.dims(), 0.3, 1.0)).unwrap().sum_all().unwrap()).unwrap();
+        [&beta, &adapter[0], &adapter[1]].map(|var| grads.get(var).unwrap().clone())
+    };
+    let expected = gradients(&Training::default());
+    for training in [true, false].map(|checkpoint| Training::new(Precision::F32, checkpoint)) {
+        for training in [training.clone(), training.on_tape()] {
+            for (found, expected) in gradients(&training).iter().zip(&expected) {
+                close(&format!("{training:?}"), found, expected);
+            }
+        }
+    }
+}
+
 #[test]
 fn no_gradient_is_kept_where_none_is_wanted() {
     let config = UNetConfig::from_json(std::path::Path::new("config.json"), PLAIN).unwrap();
     let net = UNet::new(&config, &weights(&config)).unwrap();
     let label = Tensor::new(&[1i64, 0], &Device::Cpu).unwrap();
-    let training = Recompute::on_tape(false);
+    let training = Training::default().on_tape();
     let x = values(&[2, 3, 8, 8], 0.1, 1.0);
     let y = net.forward(&training, &x, &[0.7], Some(&label)).unwrap();
     assert!(!y.track_op());
@@ -119,7 +149,7 @@ fn a_gpu_gives_the_cpus_numbers() {
     let Some(gpu) = gpu else { return println!("skipped: no GPU") };
     for (config, features) in [(PLAIN, false), (PLAIN, true), (ODD, false)] {
         let config = UNetConfig::from_json(std::path::Path::new("config.json"), config).unwrap();
-        let plain = run(&Recompute::new(false), &config, features);
+        let plain = run(&Training::default(), &config, features);
         let all = |found: &Found| {
             let flat = |t: &Tensor| t.flatten_all().unwrap();
             Tensor::cat(&found.of_weights.values().map(flat).collect::<Vec<_>>(), 0).unwrap()
@@ -127,7 +157,7 @@ fn a_gpu_gives_the_cpus_numbers() {
         // TF32 has 10 bits of fraction, bf16 7, and a network of thirty layers adds up what they lose.
         for (precision, tolerance) in [(Precision::F32, 1e-2), (Precision::Bf16, 6e-2)] {
             for checkpoint in [false, true] {
-                let found = run_on(&gpu, precision, &Recompute::new(checkpoint), &config, features);
+                let found = run_on(&gpu, &Training::new(precision, checkpoint), &config, features);
                 let errors =
                     [error(&found.y, &plain.y), error(&found.dx, &plain.dx), error(&all(&found), &all(&plain))];
                 println!("{precision:?}, checkpoint {checkpoint}: {errors:?}");

@@ -108,7 +108,7 @@ fn detached_networks_see_updates_and_record_nothing() {
 /// Checkpointed blocks give the same output and, by their second forward pass, the same gradients.
 #[test]
 fn recomputed_blocks_have_the_gradients_of_kept_ones() {
-    use dmd_models::Recompute;
+    use dmd_models::{Precision, Training};
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/peers/unet-16.json");
     let config = UNetConfig::from_json(&path, &std::fs::read_to_string(&path).unwrap()).unwrap();
     let mut seed = 0;
@@ -127,12 +127,12 @@ fn recomputed_blocks_have_the_gradients_of_kept_ones() {
     let unet = UNet::new(&config, &view).unwrap();
     let x = Tensor::arange(0f32, 2.0 * 3.0 * 256.0, &Device::Cpu).unwrap();
     let x = (x.reshape((2, 3, 16, 16)).unwrap() * 0.01).unwrap().sin().unwrap();
-    let run = |b: &Recompute| {
+    let run = |b: &Training| {
         let y = unet.forward(b, &x, &[0.3, 1.2], None).unwrap();
         let grads = b.backward(&y.sqr().unwrap().sum_all().unwrap()).unwrap();
         (y, vars.values().map(|var| grads.get(var).unwrap().clone()).collect::<Vec<_>>())
     };
-    let (kept, recomputed) = (run(&Recompute::new(false)), run(&Recompute::new(true)));
+    let (kept, recomputed) = (run(&Training::default()), run(&Training::new(Precision::F32, true)));
     let max = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
     assert_eq!(max(&(&recomputed.0 - &kept.0).unwrap()), 0.0);
     let largest = kept.1.iter().map(max).fold(0.0, f32::max);

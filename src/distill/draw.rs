@@ -8,7 +8,7 @@ use crate::random::{Purpose, Random};
 use crate::sample::input_of_pass;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
-use dmd_models::{Eager, ModelFolder};
+use dmd_models::ModelFolder;
 
 /// Noise to inject: one level per sample, and unit noise `(B, C, H, W)`.
 pub struct Injection {
@@ -199,7 +199,7 @@ impl Networks {
         let pass = random.indices(Purpose::Pass, key, 1, [0, n_passes - 1])[0];
         let eps = |pass: usize| random.normal(Purpose::PassEps, key * n_passes as u64 + pass as u64, noise.dims());
         let generate = |input: &Tensor, sigma: f64| -> Result<Tensor> {
-            Ok(self.generator_still.denoise(&Eager, input, &[sigma], label)?)
+            Ok(self.generator_still.denoise(&self.training, input, &[sigma], label)?)
         };
         let input = input_of_pass(generate, &self.sigmas[..=pass], noise, eps)?;
         Ok((input, self.sigmas[pass]))

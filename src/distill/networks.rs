@@ -10,7 +10,7 @@ use crate::random::Random;
 use crate::regression::Comparison;
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
-use dmd_models::{Denoiser, Eager, ModelFolder, Precision, Prediction, Recompute, Weights};
+use dmd_models::{Denoiser, Eager, ModelFolder, Precision, Prediction, Training, Weights};
 use std::collections::BTreeMap;
 
 /// Generator, real score and fake score with what trains them.
@@ -28,7 +28,7 @@ pub struct Networks {
     /// The same weights outside the autograd graph.
     pub(super) fake_score_still: Denoiser,
     /// What the passes with gradient run on.
-    pub(super) training: Recompute,
+    pub(super) training: Training,
     /// Heads on the critic's encoder, for the adversarial term and the density ratio.
     pub discriminator: Option<Discriminator>,
     /// Mean density ratios, for divergences other than reverse KL.
@@ -105,9 +105,8 @@ impl Networks {
         };
         let [height, width] = teacher.size()?;
         let shape = [teacher.config.in_channels, height, width];
-        let denoiser = |weights: &Weights| -> Result<Denoiser> {
-            Ok(teacher.denoiser_on(weights)?.in_precision(config.precision))
-        };
+        let training = Training::new(config.precision, config.grad_checkpoint);
+        let denoiser = |weights: &Weights| teacher.denoiser_on(weights);
         // Nothing is lost: every pass rounds the kernels of convolutions, and they alone, which are nearly all weights.
         let frozen = match config.precision {
             Precision::F32 => start.detached(),
@@ -128,8 +127,12 @@ impl Networks {
         };
         let regression = match beginning.pairs {
             Some(pairs) => {
-                let comparison =
-                    Comparison::new(&config.loss.regression.distance, &real_score, config.batch / config.accumulate)?;
+                let comparison = Comparison::new(
+                    &config.loss.regression.distance,
+                    &real_score,
+                    &training,
+                    config.batch / config.accumulate,
+                )?;
                 Some((pairs, comparison))
             }
             None => None,
@@ -141,7 +144,7 @@ impl Networks {
             real_score,
             fake_score: denoiser(&fake_view)?,
             fake_score_still: denoiser(&fake_view.detached())?,
-            training: Recompute::new(config.grad_checkpoint),
+            training,
             discriminator,
             ratio_bins: RatioBins::new(RATIO_BINS, config.loss.ratio_memory),
             regression,

@@ -21,7 +21,6 @@ use crate::optim::{Gradients, average_into, ramped_decay, rate_at};
 use crate::random::Random;
 use anyhow::{Context, Result};
 use candle_core::Tensor;
-use dmd_models::Eager;
 
 impl Networks {
     /// One update of the generator and of its averages; nothing else changes.
@@ -110,8 +109,8 @@ impl Networks {
         let (mut ratios, mut levels) = (Vec::new(), Vec::new());
         for draw in parts {
             let (label, sigma) = (draw.label.as_ref(), &draw.injection.sigma);
-            let x = self.generator_still.denoise(&Eager, &draw.input, &[draw.level], label)?;
-            let maps = self.fake_score_still.features(&Eager, &draw.injection.add_to(&x)?, sigma, label)?;
+            let x = self.generator_still.denoise(&self.training, &draw.input, &[draw.level], label)?;
+            let maps = self.fake_score_still.features(&self.training, &draw.injection.add_to(&x)?, sigma, label)?;
             let logits: Vec<f32> = d.heads_still.logit(&maps)?.to_vec1()?;
             ratios.extend(logits.into_iter().map(|logit| density_ratio(f64::from(logit))));
             let index = |sigma: &f64| self.real_score.levels.index_of(*sigma);
@@ -157,7 +156,7 @@ impl Networks {
         // Stop: the generator's samples are data here.
         let x = match &draw.samples {
             Some(x) => x.clone(),
-            None => self.generator_still.denoise(&Eager, &draw.input, &[draw.level], label)?,
+            None => self.generator_still.denoise(&self.training, &draw.input, &[draw.level], label)?,
         };
         let denoised = self.fake_score.denoise(&self.training, &injection.add_to(&x)?, &injection.sigma, label)?;
         let weight = |&sigma: &f64| config.fake_score.weight.at(sigma, self.sigma_data());
@@ -188,7 +187,7 @@ impl Networks {
     /// The generator's samples without gradient, `(B, C, H, W)`, from the noise of the critic's first turn of a step.
     pub fn sample(&self, config: &Config, random: &Random, step: u64) -> Result<Tensor> {
         let draw = self.draw_for_fake_score(config, random, step, 0)?;
-        Ok(self.generator_still.denoise(&Eager, &draw.input, &[draw.level], draw.label.as_ref())?)
+        Ok(self.generator_still.denoise(&self.training, &draw.input, &[draw.level], draw.label.as_ref())?)
     }
 }
 

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
-use dmd_models::{Denoiser, ModelFolder, Recompute, UNet, UNetConfig, Weights};
+use dmd_models::{Denoiser, ModelFolder, Training, UNet, UNetConfig, Weights};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -117,7 +117,7 @@ struct Trainer<'a> {
     folder: ModelFolder,
     denoiser: Denoiser,
     /// What it is trained on.
-    training: Recompute,
+    training: Training,
     optimizer: Optimizer,
     /// Of the pictures and the network's description.
     data_sha256: String,
@@ -168,7 +168,7 @@ impl<'a> Trainer<'a> {
         let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
         let data_sha256 = fingerprint(pictures, &unet);
         let folder = ModelFolder { config: unet, scheduler, weights: averaged.detached(), about };
-        let denoiser = folder.denoiser_on(&weights)?.in_precision(settings.precision);
+        let denoiser = folder.denoiser_on(&weights)?;
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
         Ok(Trainer {
             settings,
@@ -182,14 +182,14 @@ impl<'a> Trainer<'a> {
             averaged,
             folder,
             denoiser,
-            training: Recompute::new(settings.grad_checkpoint),
+            training: Training::new(settings.precision, settings.grad_checkpoint),
             optimizer,
             data_sha256,
         })
     }
 
     fn averaged_denoiser(&self) -> Result<Denoiser> {
-        Ok(self.folder.denoiser_on(&self.averaged.detached())?.in_precision(self.settings.precision))
+        Ok(self.folder.denoiser_on(&self.averaged.detached())?)
     }
 
     /// Takes up the last checkpoint; returns the step to go on from.

@@ -15,6 +15,7 @@ mod optimizer;
 #[cfg(feature = "cuda")]
 mod philox;
 mod planes;
+mod pointwise;
 mod resample;
 mod simd;
 mod tile;
@@ -27,6 +28,7 @@ pub use group_norm::{group_norm, group_norm_composite};
 pub use optimizer::{Parameter, adamw_all, average_all};
 #[cfg(feature = "cuda")]
 pub use philox::philox_normal;
+pub use pointwise::{activation, add, add_per_channel, affine, modulate, pad_right_bottom, sinusoid};
 pub use resample::{avg_pool_2x, upsample_2x};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};

@@ -3,17 +3,16 @@
 //! its own; here a gradient is handed on as it is, added up within the kernel that makes the next one, and freed with the
 //! maps that it needed. To candle, the whole pass is one operation (`pass`).
 //!
-//! What no kernel takes (rare activations, odd numbers of channels) runs as [`Eager`] does it, and goes back by candle.
+//! What no kernel takes (rare activations, odd numbers of channels) runs by candle's operations, and goes back by candle.
 
-use crate::backend::{Activation, Backend, Block, Eager, Network};
+use super::checkpoint::{Replay, checkpoint};
+use super::node::{WeightGradients, node};
+use crate::backend::{Activation, Backend, Block, Network};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use crate::ops::nhwc::{self, Attention, Norm, NormInput, RUN, Steps};
-use crate::{Error, Result};
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, TensorId, Var, bail};
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use crate::{Error, Result, ops};
+use candle_core::{DType, Shape, Tensor, TensorId, Var};
+use std::cell::{Cell, RefCell};
 
 /// What a network computes in on a GPU. Weights, norms' statistics, losses and optimisers are f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -52,51 +51,60 @@ impl Precision {
     }
 }
 
-/// Gradients of weights, by the weight. Passes that are one loss's add up in it.
-pub(crate) type Leaves = Arc<Mutex<HashMap<TensorId, Tensor>>>;
+/// How a network's pass is to run.
+pub(super) struct Settings<'a> {
+    pub precision: Precision,
+    /// Whether blocks are computed again for their gradient.
+    pub checkpoint: bool,
+    /// On a tape on the CPU too.
+    pub anywhere: bool,
+    /// Where those of weights go; none where only candle's own graph could bring them.
+    pub gradients: Option<&'a WeightGradients>,
+}
 
-/// Runs `network` on a tape, x f32 `(B, C, H, W)`; results f32. They have candle's graph where `x` has, or where the
-/// network's weights are variables and there are `leaves` for their gradients.
-pub(crate) fn pass(
+/// Runs `network` on a tape, x f32 `(B, C, H, W)`; results f32, in candle's graph where there is a gradient to hand on.
+/// The one place that decides what a pass runs on: none where it is for candle, on the CPU, or because weights want
+/// gradients that have nowhere to go.
+pub(super) fn pass(
     network: &impl Network,
     x: &Tensor,
     label: Option<&Tensor>,
-    leaves: Option<&Leaves>,
-    checkpoint: bool,
-) -> Result<Vec<Tensor>> {
-    let trains = leaves.is_some() && network.trainable();
-    let tape = Tape::new(network.precision(), trains || x.track_op(), trains, checkpoint);
+    settings: Settings,
+) -> Result<Option<Vec<Tensor>>> {
+    if !(settings.anywhere || x.device().is_cuda()) {
+        return Ok(None);
+    }
+    let tape = Tape::new(&settings);
     let input = tape.input(&x.detach(), x.track_op())?;
     let label = label.map(|label| tape.constant(label)).transpose()?;
     let values = network.run(&tape, &input, label.as_ref())?;
     let outputs = values.iter().map(|value| tape.output(value)).collect::<Result<Vec<Value>>>()?;
-    let tensors: Vec<Tensor> = outputs.iter().map(|output| output.data.clone()).collect();
-    if !tape.recording {
-        return Ok(tensors);
+    if tape.trains.get() && tape.gradients.is_none() {
+        return Ok(None);
     }
-    let slots = outputs.iter().map(|output| output.slot.clone()).collect();
+    let tensors: Vec<Tensor> = outputs.iter().map(|output| output.data.clone()).collect();
+    let nodes = tape.nodes.into_inner();
+    if nodes.is_empty() {
+        return Ok(Some(tensors));
+    }
     let shapes: Vec<Shape> = tensors.iter().map(|t| t.shape().clone()).collect();
     // candle's operations have one result: several are joined to one, and taken apart by candle.
     let flat = tensors.iter().map(|t| t.flatten_all()).collect::<candle_core::Result<Vec<Tensor>>>()?;
-    let joined = Tensor::cat(&flat, 0)?;
-    let recorded = Recorded {
-        nodes: tape.nodes.into_inner(),
-        input: input.slot.filter(|_| x.track_op()),
-        outputs: slots,
-        shapes: shapes.clone(),
-        leaves: leaves.cloned().unwrap_or_default(),
-    };
-    let op = Pass { joined: Mutex::new(Some(joined)), recorded: Mutex::new(Some(recorded)) };
-    // A node of candle's graph hangs on an argument that has a gradient.
-    let argument = if x.track_op() { x.clone() } else { Var::zeros((), DType::F32, x.device())?.as_tensor().clone() };
-    let joined = argument.apply_op1(op)?;
+    let slots = outputs.into_iter().map(|output| output.slot).zip(shapes.clone()).collect();
+    let recorded = Recorded { nodes, input: input.slot, outputs: slots, gradients: tape.gradients.unwrap_or_default() };
+    let channels = x.dim(1)?;
+    let joined = node(Tensor::cat(&flat, 0)?, std::slice::from_ref(x), move |grad| {
+        // The picture as it came in: channels first, without padding.
+        let dx = recorded.back(&grad.contiguous()?)?;
+        Ok(vec![dx.map(|dx| nhwc::from_channels_last(&dx, None, channels)).transpose()?])
+    })?;
     let mut start = 0;
     let part = |shape: Shape| -> Result<Tensor> {
         let part = joined.narrow(0, start, shape.elem_count())?.reshape(&shape)?;
         start += shape.elem_count();
         Ok(part)
     };
-    shapes.into_iter().map(part).collect()
+    Ok(Some(shapes.into_iter().map(part).collect::<Result<_>>()?))
 }
 
 /// Where a gradient goes.
@@ -104,8 +112,8 @@ pub(crate) fn pass(
 enum Slot {
     /// To what the tape computed as its n-th.
     Node(usize),
-    /// To a weight of this shape.
-    Leaf(TensorId, Shape),
+    /// To a weight.
+    Leaf(Tensor),
 }
 
 /// A value of a pass. Cheap to clone.
@@ -172,7 +180,7 @@ struct Target {
 /// Gradients on their way back.
 struct Gradients {
     nodes: Vec<Option<Tensor>>,
-    leaves: HashMap<TensorId, Tensor>,
+    weights: WeightGradients,
 }
 
 impl Gradients {
@@ -188,9 +196,7 @@ impl Gradients {
         };
         match slot {
             Slot::Node(i) => self.nodes[*i] = Some(sum(self.nodes[*i].take(), grad)?),
-            Slot::Leaf(id, shape) => {
-                add_leaf(&mut self.leaves, *id, grad.reshape(shape)?)?;
-            }
+            Slot::Leaf(weight) => self.weights.add(weight, grad.reshape(weight.shape())?)?,
         }
         Ok(())
     }
@@ -229,9 +235,11 @@ type Backward = Box<dyn FnOnce(&mut Gradients, Tensor) -> Result<()> + Send>;
 pub struct Tape {
     dtype: DType,
     recording: bool,
-    /// Whether weights get gradients.
-    trains: bool,
     checkpoint: bool,
+    /// Where gradients of weights go.
+    gradients: Option<WeightGradients>,
+    /// Whether a weight was met that wants one.
+    trains: Cell<bool>,
     /// For each value how its gradient becomes those of what it was made of; none for an input.
     nodes: RefCell<Vec<Option<Backward>>>,
     /// Activations of vectors: every resnet wants the same one of the time embedding.
@@ -239,20 +247,29 @@ pub struct Tape {
 }
 
 impl Tape {
-    fn new(precision: Precision, recording: bool, trains: bool, checkpoint: bool) -> Self {
+    fn new(settings: &Settings) -> Self {
         Tape {
-            dtype: precision.dtype(),
-            recording,
-            trains,
-            checkpoint,
+            dtype: settings.precision.dtype(),
+            recording: true,
+            checkpoint: settings.checkpoint,
+            gradients: settings.gradients.cloned(),
+            trains: Cell::default(),
             nodes: RefCell::default(),
             activated: RefCell::default(),
         }
     }
 
-    /// A tape of the same kind that forgets.
-    fn forgetful(&self) -> Self {
-        Tape { nodes: RefCell::default(), activated: RefCell::default(), recording: false, ..*self }
+    /// A tape of the same kind, for a part of the pass.
+    fn inner(&self, recording: bool) -> Self {
+        Tape {
+            dtype: self.dtype,
+            recording,
+            checkpoint: false,
+            gradients: self.gradients.clone(),
+            trains: Cell::default(),
+            nodes: RefCell::default(),
+            activated: RefCell::default(),
+        }
     }
 
     /// Brings in a picture `(B, C, H, W)`.
@@ -284,11 +301,14 @@ impl Tape {
 
     /// A weight, f32.
     fn weight(&self, weight: &Tensor) -> Result<Value> {
-        Ok(Value::vector(weight.detach().to_dtype(DType::F32)?, self.leaf(weight)))
+        Ok(Value::vector(weight.detach().to_dtype(DType::F32)?.contiguous()?, self.leaf(weight)))
     }
 
+    /// Each weight is asked: a frozen network may have some that are trained.
     fn leaf(&self, weight: &Tensor) -> Option<Slot> {
-        (self.recording && self.trains && weight.is_variable()).then(|| Slot::Leaf(weight.id(), weight.shape().clone()))
+        let trains = weight.track_op();
+        self.trains.set(self.trains.get() || trains);
+        (trains && self.recording && self.gradients.is_some()).then(|| Slot::Leaf(weight.clone()))
     }
 
     fn node(&self, back: Option<Backward>) -> Slot {
@@ -317,7 +337,7 @@ impl Tape {
         Ok(Value::picture(data, channels, slot))
     }
 
-    /// An operation by candle, forward and back. `f` gets f32 values as [`Eager`] would, and may be called twice.
+    /// An operation by candle, forward and back. `f` gets f32 values, and may be called twice.
     fn composite(
         &self,
         inputs: &[&Value],
@@ -398,8 +418,8 @@ impl Tape {
     }
 
     /// A network's pass backwards, from the gradients of some of its values.
-    fn back(nodes: Vec<Option<Backward>>, seeds: Vec<(Slot, Tensor)>) -> Result<Gradients> {
-        let mut grads = Gradients { nodes: nodes.iter().map(|_| None).collect(), leaves: HashMap::new() };
+    fn back(nodes: Vec<Option<Backward>>, seeds: Vec<(Slot, Tensor)>, weights: WeightGradients) -> Result<Gradients> {
+        let mut grads = Gradients { nodes: nodes.iter().map(|_| None).collect(), weights };
         for (slot, grad) in seeds {
             grads.add(&slot, grad)?;
         }
@@ -414,35 +434,54 @@ impl Tape {
     }
 }
 
-impl Backend for Tape {
-    type Value = Value;
+impl Replay for Tape {
+    type Inner = Tape;
 
-    fn block(&self, block: &impl Block, x: &Value, emb: &Value) -> Result<Value> {
-        if !(self.checkpoint && self.recording) {
-            return block.forward(self, x, emb);
+    fn kept(&self, x: &Value) -> Result<Value> {
+        if x.wants_gradient() { self.settled(x) } else { Ok(x.clone()) }
+    }
+
+    fn forget(&self, inputs: &[Value], part: &impl Fn(&Tape, &[Value]) -> Result<Value>) -> Result<(Value, bool)> {
+        let inner = self.inner(false);
+        let still: Vec<Value> = inputs.iter().map(|x| Value { slot: None, ..x.clone() }).collect();
+        let y = part(&inner, &still)?;
+        let trains = inner.trains.get();
+        self.trains.set(self.trains.get() || trains);
+        match trains || inputs.iter().any(Value::wants_gradient) {
+            true => Ok((inner.settled(&y)?, true)),
+            false => Ok((y, false)),
         }
-        // What is within is forgotten, and computed again on the way back.
-        let x = self.settled(x)?;
-        let forgetful = self.forgetful();
-        let still = |v: &Value| Value { slot: None, ..v.clone() };
-        let y = forgetful.settled(&block.forward(&forgetful, &still(&x), &still(emb))?)?;
-        let (block, emb) = (block.clone(), emb.clone());
-        let inner = Tape { recording: true, checkpoint: false, ..self.forgetful() };
-        let wants = self.trains || x.slot.is_some() || emb.slot.is_some();
-        let slot = self.record(wants, move |grads, grad| {
-            let fresh = |v: &Value| Value { slot: v.slot.as_ref().map(|_| inner.node(None)), ..v.clone() };
-            let (x_again, emb_again) = (fresh(&x), fresh(&emb));
-            let y = inner.settled(&block.forward(&inner, &x_again, &emb_again)?)?;
+    }
+
+    fn recall(
+        &self,
+        y: Value,
+        inputs: Vec<Value>,
+        part: impl Fn(&Tape, &[Value]) -> Result<Value> + Send + 'static,
+    ) -> Result<Value> {
+        let inner = self.inner(true);
+        let slot = self.record(true, move |grads, grad| {
+            let fresh = |x: &Value| Value { slot: x.slot.as_ref().map(|_| inner.node(None)), ..x.clone() };
+            let again: Vec<Value> = inputs.iter().map(fresh).collect();
+            let y = inner.settled(&part(&inner, &again)?)?;
             let seed = y.slot.map(|slot| vec![(slot, grad)]).unwrap_or_default();
-            let mut within = Tape::back(inner.nodes.into_inner(), seed)?;
-            for (outer, inner) in [(&x, &x_again), (&emb, &emb_again)] {
+            let mut within = Tape::back(inner.nodes.into_inner(), seed, grads.weights.clone())?;
+            for (outer, inner) in inputs.iter().zip(&again) {
                 if let (Some(slot), Some(grad)) = (&outer.slot, within.take(inner.slot.as_ref())) {
                     grads.add(slot, grad)?;
                 }
             }
-            add_all(&mut grads.leaves, within.leaves)
+            Ok(())
         });
         Ok(Value { slot, ..y })
+    }
+}
+
+impl Backend for Tape {
+    type Value = Value;
+
+    fn block(&self, block: &impl Block, x: &Value, beside: &[&Value]) -> Result<Value> {
+        if self.checkpoint { checkpoint(self, block, x, beside) } else { block.forward(self, x, beside) }
     }
 
     fn constant(&self, tensor: &Tensor) -> Result<Value> {
@@ -498,7 +537,7 @@ impl Backend for Tape {
             let bias = x.bias.as_ref().map(|bias| bias.data.clone());
             let (y, stats) = nhwc::group_norm(&x.data, bias.as_ref(), &norm)?;
             let (input, target, leaves) = (x.data.clone(), x.target(), [weight.slot, beta.slot]);
-            let wants = x.wants_gradient() || leaves[0].is_some();
+            let wants = x.wants_gradient() || leaves.iter().any(Option::is_some);
             let back = move |grads: &mut Gradients, grad: Tensor| {
                 let existing = grads.take(target.slot.as_ref());
                 let input = NormInput { x: &input, bias: bias.as_ref(), stats: &stats };
@@ -517,7 +556,7 @@ impl Backend for Tape {
             Value::picture(y, x.data.dim(3)?, self.record(wants, back))
         } else {
             self.composite(&[x, &weight, &beta], move |t| {
-                crate::ops::group_norm_composite(&t[0], &t[1], &t[2], groups, eps, silu)
+                ops::group_norm_composite(&t[0], &t[1], &t[2], groups, eps, silu)
             })?
         };
         match act {
@@ -531,7 +570,7 @@ impl Backend for Tape {
         if let Some((_, _, y)) = activated.iter().find(|(id, of, _)| *id == x.data.id() && *of == act) {
             return Ok(y.clone());
         }
-        let y = self.composite(&[x], move |t| Eager.activation(&t[0], act).map_err(as_candle))?;
+        let y = self.composite(&[x], move |t| ops::activation(&t[0], act))?;
         if x.channels.is_none() {
             activated.push((x.data.id(), act, y.clone()));
         }
@@ -544,13 +583,13 @@ impl Backend for Tape {
     }
 
     fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Result<Value> {
-        Ok(Value::vector(Eager.sinusoid(&ids.data, frequencies, flip)?, None))
+        Ok(Value::vector(ops::sinusoid(&ids.data, frequencies, flip)?, None))
     }
 
     fn attention(&self, q: &Value, k: &Value, v: &Value, heads: usize) -> Result<Value> {
         let shared_bias = |x: &Value| x.bias.as_ref().is_none_or(|bias| bias.data.dims()[0] == 1);
         if !([q, k, v].into_iter().all(|x| x.whole_runs() && shared_bias(x)) && nhwc::attention_fits(&q.data, heads)) {
-            return self.composite(&[q, k, v], move |t| crate::ops::attention_composite(&t[0], &t[1], &t[2], heads));
+            return self.composite(&[q, k, v], move |t| ops::attention_composite(&t[0], &t[1], &t[2], heads));
         }
         let values = [q, k, v];
         let attention = Attention {
@@ -573,7 +612,7 @@ impl Backend for Tape {
 
     fn add(&self, x: &Value, y: &Value) -> Result<Value> {
         if !(x.whole_runs() && y.whole_runs() && x.data.dims() == y.data.dims()) {
-            return self.composite(&[x, y], |t| Eager.add(&t[0], &t[1]).map_err(as_candle));
+            return self.composite(&[x, y], |t| ops::add(&t[0], &t[1]));
         }
         let (data, targets) = (nhwc::add(x.biased(), y.biased())?, [x.target(), y.target()]);
         let slot = self.record(x.wants_gradient() || y.wants_gradient(), move |grads, grad| {
@@ -589,7 +628,7 @@ impl Backend for Tape {
     }
 
     fn modulate(&self, x: &Value, scale: &Value, shift: &Value) -> Result<Value> {
-        self.composite(&[x, scale, shift], |t| Eager.modulate(&t[0], &t[1], &t[2]).map_err(as_candle))
+        self.composite(&[x, scale, shift], |t| ops::modulate(&t[0], &t[1], &t[2]))
     }
 
     fn columns(&self, x: &Value, start: usize, len: usize) -> Result<Value> {
@@ -598,7 +637,7 @@ impl Backend for Tape {
 
     fn affine(&self, x: &Value, mul: &[f64], add: f64) -> Result<Value> {
         let mul = mul.to_vec();
-        self.composite(&[x], move |t| Eager.affine(&t[0], &mul, add).map_err(as_candle))
+        self.composite(&[x], move |t| ops::affine(&t[0], &mul, add))
     }
 
     fn concat(&self, x: &Value, y: &Value) -> Result<Value> {
@@ -617,7 +656,7 @@ impl Backend for Tape {
 
     fn upsample_2x(&self, x: &Value) -> Result<Value> {
         if !x.whole_runs() {
-            return self.composite(&[x], |t| crate::ops::upsample_2x(&t[0]));
+            return self.composite(&[x], |t| ops::upsample_2x(&t[0]));
         }
         let (data, target) = (nhwc::upsample(x.biased())?, x.target());
         let slot =
@@ -626,11 +665,11 @@ impl Backend for Tape {
     }
 
     fn avg_pool_2x(&self, x: &Value) -> Result<Value> {
-        self.composite(&[x], |t| crate::ops::avg_pool_2x(&t[0]))
+        self.composite(&[x], |t| ops::avg_pool_2x(&t[0]))
     }
 
     fn pad_right_bottom(&self, x: &Value) -> Result<Value> {
-        self.composite(&[x], |t| Eager.pad_right_bottom(&t[0]).map_err(as_candle))
+        self.composite(&[x], |t| ops::pad_right_bottom(&t[0]))
     }
 }
 
@@ -639,98 +678,20 @@ struct Recorded {
     nodes: Vec<Option<Backward>>,
     /// The input's, where candle wants its gradient.
     input: Option<Slot>,
-    outputs: Vec<Option<Slot>>,
-    shapes: Vec<Shape>,
-    leaves: Leaves,
+    outputs: Vec<(Option<Slot>, Shape)>,
+    gradients: WeightGradients,
 }
 
 impl Recorded {
-    /// The input's gradient; those of weights go to `leaves`.
+    /// The input's gradient, from those of all outputs; those of weights go where they are collected.
     fn back(self, joined: &Tensor) -> Result<Option<Tensor>> {
         let mut start = 0;
         let mut seeds = Vec::new();
-        for (slot, shape) in self.outputs.into_iter().zip(self.shapes) {
+        for (slot, shape) in self.outputs {
             let grad = joined.narrow(0, start, shape.elem_count())?.reshape(&shape)?;
             start += shape.elem_count();
             seeds.extend(slot.map(|slot| (slot, grad)));
         }
-        let mut grads = Tape::back(self.nodes, seeds)?;
-        let input = grads.take(self.input.as_ref());
-        add_all(&mut self.leaves.lock().unwrap_or_else(PoisonError::into_inner), grads.leaves)?;
-        Ok(input)
+        Ok(Tape::back(self.nodes, seeds, self.gradients)?.take(self.input.as_ref()))
     }
-}
-
-fn add_all(sum: &mut HashMap<TensorId, Tensor>, more: HashMap<TensorId, Tensor>) -> Result<()> {
-    more.into_iter().try_for_each(|(id, grad)| add_leaf(sum, id, grad))
-}
-
-fn add_leaf(sum: &mut HashMap<TensorId, Tensor>, id: TensorId, grad: Tensor) -> Result<()> {
-    let grad = match sum.remove(&id) {
-        Some(before) => (before + grad)?,
-        None => grad,
-    };
-    sum.insert(id, grad);
-    Ok(())
-}
-
-/// A whole pass as a node of candle's graph, whose value was computed before.
-struct Pass {
-    joined: Mutex<Option<Tensor>>,
-    recorded: Mutex<Option<Recorded>>,
-}
-
-fn take<T>(once: &Mutex<Option<T>>) -> candle_core::Result<T> {
-    let taken = once.lock().unwrap_or_else(PoisonError::into_inner).take();
-    taken.ok_or_else(|| candle_core::Error::Msg("a network's pass goes forward once and back once".into()))
-}
-
-/// The values of a node of candle's graph that were computed before it: a copy, since a node owns its own.
-pub(crate) fn cpu_values(y: &Tensor) -> candle_core::Result<(CpuStorage, Shape)> {
-    let (storage, layout) = y.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(cpu) => Ok((cpu.try_clone(layout)?, layout.shape().clone())),
-        _ => bail!("the result of a pass is not on the CPU"),
-    }
-}
-
-/// The same on a GPU.
-#[cfg(feature = "cuda")]
-pub(crate) fn cuda_values(y: &Tensor) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-    let (storage, layout) = y.storage_and_layout();
-    match &*storage {
-        Storage::Cuda(cuda) => Ok((cuda.try_clone(layout)?, layout.shape().clone())),
-        _ => bail!("the result of a pass is not on the GPU"),
-    }
-}
-
-impl CustomOp1 for Pass {
-    fn name(&self) -> &'static str {
-        "pass"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        cpu_values(&take(&self.joined)?)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
-        cuda_values(&take(&self.joined)?)
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let recorded = take(&self.recorded)?;
-        let channels = x.dims().get(1).copied();
-        let found = recorded.back(&grad.contiguous()?).map_err(as_candle)?;
-        // The picture as it came in: channels first, without padding.
-        found.zip(channels).map(|(dx, channels)| nhwc::from_channels_last(&dx, None, channels)).transpose()
-    }
-}
-
-fn as_candle(error: Error) -> candle_core::Error {
-    candle_core::Error::Msg(error.to_string())
 }

@@ -2,8 +2,9 @@
 
 use crate::backend::{Activation, Backend, Block};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::shapes::{self, Rule};
 use crate::unet::ClassEmbedding;
-use crate::{Result, UNet};
+use crate::{Error, Result, UNet};
 use candle_core::Tensor;
 use std::cell::Cell;
 
@@ -15,7 +16,7 @@ pub struct Cost {
     pub flops: f64,
     /// Values of all intermediate results, which a backward pass finds in memory.
     pub activations: usize,
-    /// Of these, the ones that [`crate::Recompute`] keeps: what lies between the blocks.
+    /// Of these, the ones that checkpointing keeps: what lies between the blocks.
     pub between: usize,
     /// The inside of the largest block, which it computes again.
     pub largest_block: usize,
@@ -57,9 +58,9 @@ impl Counter {
         Ok(dims)
     }
 
-    /// A result like `x`.
-    fn like(&self, x: &[usize]) -> Result<Vec<usize>> {
-        self.gives(x.to_vec(), 0)
+    /// A result of this shape, without arithmetic.
+    fn shaped(&self, rule: Rule) -> Result<Vec<usize>> {
+        self.gives(rule.map_err(Error::Unsupported)?, 0)
     }
 }
 
@@ -67,9 +68,9 @@ impl Backend for Counter {
     /// The shape.
     type Value = Vec<usize>;
 
-    fn block(&self, block: &impl Block, x: &Vec<usize>, emb: &Vec<usize>) -> Result<Vec<usize>> {
+    fn block(&self, block: &impl Block, x: &Vec<usize>, beside: &[&Vec<usize>]) -> Result<Vec<usize>> {
         let (activations, between) = (self.activations.get(), self.between.get());
-        let y = block.forward(self, x, emb)?;
+        let y = block.forward(self, x, beside)?;
         let inside = self.activations.get() - activations;
         self.largest_block.set(self.largest_block.get().max(inside));
         self.between.set(between + y.iter().product::<usize>());
@@ -85,83 +86,85 @@ impl Backend for Counter {
     }
 
     fn conv2d(&self, x: &Vec<usize>, layer: &Conv2d) -> Result<Vec<usize>> {
-        let (output, kernel) = match layer.weight.dims() {
-            [output, _, kernel, _] => (*output, *kernel),
-            other => (other[0], 1),
-        };
-        let side = |n: usize| (n + 2 * layer.padding - kernel) / layer.stride + 1;
-        let dims = vec![x[0], output, side(x[2]), side(x[3])];
-        let flops = 2 * dims.iter().product::<usize>() * x[1] * kernel * kernel;
+        let dims =
+            shapes::conv2d(x, layer.weight.dims(), layer.stride, [layer.padding; 4]).map_err(refused(&layer.name))?;
+        let flops = 2 * dims.iter().product::<usize>() * layer.weight.elem_count() / dims[1].max(1);
         self.gives(dims, flops)
     }
 
-    fn conv2d_add_per_channel(&self, x: &Vec<usize>, layer: &Conv2d, _: &Vec<usize>) -> Result<Vec<usize>> {
-        self.conv2d(x, layer)
+    fn conv2d_add_per_channel(&self, x: &Vec<usize>, layer: &Conv2d, v: &Vec<usize>) -> Result<Vec<usize>> {
+        let y = self.conv2d(x, layer)?;
+        shapes::per_channel(&y, v).map_err(refused(&layer.name))
     }
 
     fn linear(&self, x: &Vec<usize>, layer: &Linear) -> Result<Vec<usize>> {
-        let dims = vec![x[0], layer.weight.dims()[0]];
-        let flops = 2 * x[0] * layer.weight.elem_count();
-        self.gives(dims, flops)
+        let dims = shapes::linear(x, layer.weight.dims()).map_err(refused(&layer.name))?;
+        self.gives(dims, 2 * x[0] * layer.weight.elem_count())
     }
 
-    fn group_norm(&self, x: &Vec<usize>, _: &GroupNorm, act: Option<Activation>) -> Result<Vec<usize>> {
-        let normal = self.like(x)?;
+    fn group_norm(&self, x: &Vec<usize>, layer: &GroupNorm, act: Option<Activation>) -> Result<Vec<usize>> {
+        let normal = self.shaped(shapes::group_norm(x, layer.groups))?;
         // SiLU is part of the norm; other activations keep a result of their own.
-        if matches!(act, None | Some(Activation::Silu)) { Ok(normal) } else { self.like(x) }
+        if matches!(act, None | Some(Activation::Silu)) { Ok(normal) } else { self.shaped(Ok(normal)) }
     }
 
     fn activation(&self, x: &Vec<usize>, _: Activation) -> Result<Vec<usize>> {
-        self.like(x)
+        self.shaped(Ok(x.clone()))
     }
 
     fn embedding(&self, ids: &Vec<usize>, layer: &Embedding) -> Result<Vec<usize>> {
-        self.gives(vec![ids[0], layer.weight.dims()[1]], 0)
+        self.shaped(shapes::embedding(ids, layer.weight.dims()))
     }
 
     fn sinusoid(&self, ids: &Vec<usize>, frequencies: &Tensor, _: bool) -> Result<Vec<usize>> {
-        self.gives(vec![ids[0], 2 * frequencies.elem_count()], 0)
+        self.shaped(shapes::sinusoid(ids, frequencies.elem_count()))
     }
 
-    fn attention(&self, q: &Vec<usize>, _: &Vec<usize>, _: &Vec<usize>, _: usize) -> Result<Vec<usize>> {
-        let pixels = q[2] * q[3];
-        self.gives(q.clone(), 4 * q[0] * q[1] * pixels * pixels)
+    fn attention(&self, q: &Vec<usize>, k: &Vec<usize>, v: &Vec<usize>, heads: usize) -> Result<Vec<usize>> {
+        let dims = shapes::attention(q, k, v, heads).map_err(Error::Unsupported)?;
+        let flops = 4 * q.iter().product::<usize>() * k[2] * k[3];
+        self.gives(dims, flops)
     }
 
-    fn add(&self, x: &Vec<usize>, _: &Vec<usize>) -> Result<Vec<usize>> {
-        self.like(x)
+    fn add(&self, x: &Vec<usize>, y: &Vec<usize>) -> Result<Vec<usize>> {
+        self.shaped(shapes::add(x, y))
     }
 
-    fn add_per_channel(&self, x: &Vec<usize>, _: &Vec<usize>) -> Result<Vec<usize>> {
-        self.like(x)
+    fn add_per_channel(&self, x: &Vec<usize>, v: &Vec<usize>) -> Result<Vec<usize>> {
+        self.shaped(shapes::per_channel(x, v))
     }
 
-    fn modulate(&self, x: &Vec<usize>, _: &Vec<usize>, _: &Vec<usize>) -> Result<Vec<usize>> {
-        self.like(x)?;
-        self.like(x)
+    fn modulate(&self, x: &Vec<usize>, scale: &Vec<usize>, shift: &Vec<usize>) -> Result<Vec<usize>> {
+        let scaled = self.shaped(shapes::per_channel(x, scale))?;
+        self.shaped(shapes::per_channel(&scaled, shift))
     }
 
-    fn columns(&self, x: &Vec<usize>, _: usize, len: usize) -> Result<Vec<usize>> {
-        Ok(vec![x[0], len])
+    fn columns(&self, x: &Vec<usize>, start: usize, len: usize) -> Result<Vec<usize>> {
+        shapes::columns(x, start, len).map_err(Error::Unsupported)
     }
 
     fn affine(&self, x: &Vec<usize>, _: &[f64], _: f64) -> Result<Vec<usize>> {
-        self.like(x)
+        self.shaped(Ok(x.clone()))
     }
 
     fn concat(&self, x: &Vec<usize>, y: &Vec<usize>) -> Result<Vec<usize>> {
-        self.gives(vec![x[0], x[1] + y[1], x[2], x[3]], 0)
+        self.shaped(shapes::concat(x, y))
     }
 
     fn upsample_2x(&self, x: &Vec<usize>) -> Result<Vec<usize>> {
-        self.gives(vec![x[0], x[1], 2 * x[2], 2 * x[3]], 0)
+        self.shaped(shapes::upsample_2x(x))
     }
 
     fn avg_pool_2x(&self, x: &Vec<usize>) -> Result<Vec<usize>> {
-        self.gives(vec![x[0], x[1], x[2] / 2, x[3] / 2], 0)
+        self.shaped(shapes::avg_pool_2x(x))
     }
 
     fn pad_right_bottom(&self, x: &Vec<usize>) -> Result<Vec<usize>> {
-        self.gives(vec![x[0], x[1], x[2] + 1, x[3] + 1], 0)
+        self.shaped(shapes::pad_right_bottom(x))
     }
+}
+
+/// Names the layer.
+fn refused(layer: &str) -> impl Fn(String) -> Error {
+    move |message| Error::Unsupported(format!("{layer}: {message}"))
 }

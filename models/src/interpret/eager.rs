@@ -1,0 +1,123 @@
+//! Every operation at once, on candle tensors.
+
+use super::tape;
+use crate::backend::{Activation, Backend, Network};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::{Precision, Result, ops};
+use candle_core::Tensor;
+
+/// Runs every operation at once on candle tensors; gradients flow wherever candle tracks them. On a GPU, a network whose
+/// weights need none runs on a [`Tape`](super::Tape) in f32.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Eager;
+
+impl Backend for Eager {
+    type Value = Tensor;
+
+    fn network(&self, network: &impl Network, x: &Tensor, label: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        let settings =
+            tape::Settings { precision: Precision::F32, checkpoint: false, anywhere: false, gradients: None };
+        match tape::pass(network, x, label, settings)? {
+            Some(maps) => Ok(maps),
+            None => network.run(self, x, label),
+        }
+    }
+
+    fn constant(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(tensor.clone())
+    }
+
+    fn dims(&self, x: &Tensor) -> Vec<usize> {
+        x.dims().to_vec()
+    }
+
+    fn conv2d(&self, x: &Tensor, layer: &Conv2d) -> Result<Tensor> {
+        Ok(ops::conv2d(x, &kernel(layer)?, layer.bias.as_ref(), layer.stride, layer.padding)?)
+    }
+
+    fn conv2d_add_per_channel(&self, x: &Tensor, layer: &Conv2d, v: &Tensor) -> Result<Tensor> {
+        // A bias per sample, which costs nothing.
+        let bias = match &layer.bias {
+            Some(bias) => v.broadcast_add(bias)?,
+            None => v.clone(),
+        };
+        Ok(ops::conv2d(x, &kernel(layer)?, Some(&bias), layer.stride, layer.padding)?)
+    }
+
+    fn linear(&self, x: &Tensor, layer: &Linear) -> Result<Tensor> {
+        let y = x.matmul(&layer.weight.t()?)?;
+        Ok(match &layer.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+
+    fn group_norm(&self, x: &Tensor, layer: &GroupNorm, act: Option<Activation>) -> Result<Tensor> {
+        let silu = act == Some(Activation::Silu);
+        let y = ops::group_norm(x, &layer.weight, &layer.bias, layer.groups, layer.eps, silu)?;
+        match act {
+            Some(act) if !silu => self.activation(&y, act),
+            _ => Ok(y),
+        }
+    }
+
+    fn activation(&self, x: &Tensor, act: Activation) -> Result<Tensor> {
+        Ok(ops::activation(x, act)?)
+    }
+
+    fn embedding(&self, ids: &Tensor, layer: &Embedding) -> Result<Tensor> {
+        Ok(layer.weight.index_select(ids, 0)?)
+    }
+
+    fn sinusoid(&self, ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {
+        Ok(ops::sinusoid(ids, frequencies, flip)?)
+    }
+
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+        Ok(ops::attention(q, k, v, heads)?)
+    }
+
+    fn add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok(ops::add(x, y)?)
+    }
+
+    fn add_per_channel(&self, x: &Tensor, v: &Tensor) -> Result<Tensor> {
+        Ok(ops::add_per_channel(x, v)?)
+    }
+
+    fn modulate(&self, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        Ok(ops::modulate(x, scale, shift)?)
+    }
+
+    fn columns(&self, x: &Tensor, start: usize, len: usize) -> Result<Tensor> {
+        Ok(x.narrow(1, start, len)?)
+    }
+
+    fn affine(&self, x: &Tensor, mul: &[f64], add: f64) -> Result<Tensor> {
+        Ok(ops::affine(x, mul, add)?)
+    }
+
+    fn concat(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok(ops::concat(x, y)?)
+    }
+
+    fn upsample_2x(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(ops::upsample_2x(x)?)
+    }
+
+    fn avg_pool_2x(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(ops::avg_pool_2x(x)?)
+    }
+
+    fn pad_right_bottom(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(ops::pad_right_bottom(x)?)
+    }
+}
+
+/// The weight with four axes; a linear map over channels is a 1×1 convolution.
+fn kernel(layer: &Conv2d) -> Result<Tensor> {
+    Ok(match layer.weight.dims() {
+        [output, input] => layer.weight.reshape((*output, *input, 1, 1))?,
+        _ => layer.weight.clone(),
+    })
+}
