@@ -50,6 +50,10 @@ pub struct AdamwStep {
 
 /// Updates `var` and its moments. `moments` is `(2, n)` for a variable of `n` values: means, then mean squares.
 pub fn adamw(var: &Var, moments: &Var, grad: &Tensor, step: AdamwStep) -> Result<()> {
+    let n = var.elem_count();
+    if grad.dims() != var.dims() || moments.dims() != [2, n] {
+        bail!("adamw: a gradient {:?} and moments {:?} for {:?}", grad.dims(), moments.dims(), var.dims());
+    }
     let grad = grad.contiguous()?;
     if on_cpu_f32(&[var, &grad]) {
         let update_moments = |moments: &mut [f32], grad: &[f32]| {
@@ -60,9 +64,6 @@ pub fn adamw(var: &Var, moments: &Var, grad: &Tensor, step: AdamwStep) -> Result
             let (mean, square) = moments.split_at(weights.len());
             weights_pass(weights, mean, square, step);
         };
-        if moments.elem_count() != 2 * grad.elem_count() {
-            bail!("adamw: {} moments for {} values", moments.elem_count(), grad.elem_count());
-        }
         moments.inplace_op2(&grad, &InPlace(update_moments))?;
         return var.inplace_op2(moments, &InPlace(update_weights));
     }
@@ -82,6 +83,9 @@ pub fn adamw_composite(var: &Var, moments: &Var, grad: &Tensor, step: AdamwStep)
 
 /// `average ← average + (value − average)·(1 − decay)`, the exponential moving average.
 pub fn average_into(average: &Var, value: &Tensor, decay: f64) -> Result<()> {
+    if average.dims() != value.dims() {
+        bail!("average_into: {:?} into {:?}", value.dims(), average.dims());
+    }
     if on_cpu_f32(&[average, value]) {
         let update = |average: &mut [f32], value: &[f32]| average_pass(average, value, (1.0 - decay) as f32);
         return average.inplace_op2(value, &InPlace(update));

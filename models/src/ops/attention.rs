@@ -18,6 +18,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Ten
 /// The same by candle's own operations.
 pub fn attention_composite(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, c, h, w) = q.dims4()?;
+    if heads == 0 || !c.is_multiple_of(heads) {
+        bail!("attention: shape {:?} with {heads} heads", q.dims());
+    }
     let split = |t: &Tensor| t.contiguous()?.reshape((b * heads, c / heads, h * w));
     let (q, k, v) = (split(q)?, split(k)?, split(v)?);
     let scale = 1.0 / ((c / heads) as f64).sqrt();

@@ -28,6 +28,9 @@ pub fn group_norm_composite(
     silu: bool,
 ) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
+    if groups == 0 || !c.is_multiple_of(groups) {
+        bail!("group_norm: input {:?} with {groups} groups", x.dims());
+    }
     let dtype = x.dtype();
     let internal = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let grouped = x.to_dtype(internal)?.reshape((b, groups, (c / groups) * h * w))?;

@@ -110,8 +110,8 @@ mod cuda {
         let len = tensors[0].elem_count();
         let mut addresses = [0; 3];
         for ((tensor, times), to) in tensors.iter().zip(times).zip(&mut addresses) {
-            if tensor.elem_count() != times * len {
-                bail!("optimizer: {} values beside a variable of {len}", tensor.elem_count());
+            if tensor.elem_count() != times * len || !tensor.device().same_device(tensors[0].device()) {
+                bail!("optimizer: {} values beside a variable of {len}, or on another GPU", tensor.elem_count());
             }
             match address(tensor)? {
                 Arg::Address(address) => *to = address,
