@@ -68,6 +68,7 @@ pub use file::{
 pub use network::Network;
 pub use verify::{EngineVerdict, Status, missing_operator};
 
+mod limits;
 pub mod lint;
 mod ort_format;
 pub use ort_format::{OperatorSet, OrtReport, required_operators_config, to_ort};

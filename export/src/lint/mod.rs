@@ -6,6 +6,8 @@
 //! tool lists as "caveats that have not been checked" ([`Kind::Form`]).
 
 mod facts;
+mod folding;
+mod functions;
 mod partition;
 mod report;
 mod rules;
@@ -15,11 +17,14 @@ mod units;
 pub use report::{Kind, Refusal, Report};
 
 use crate::{Dialect, Error, Precision};
-use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto};
-use facts::Facts;
+use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto, ValueInfoProto};
+use dmd_runtime::printable;
+use facts::{Facts, Typed, is_constant};
+use functions::{Name, label, written_out};
 use prost::Message;
 use rules::{Qdq, Rules, Takes};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::path::Path;
 use std::str::FromStr;
 use std::{fmt, fs};
@@ -148,7 +153,11 @@ pub fn lint(model: &ModelProto, target: Target) -> Report {
         note: &rules.note,
     };
     if let Some(graph) = &model.graph {
-        judge_graph(graph, &Facts::outside(model), target, &mut report);
+        let functions = model.functions.iter().map(functions::name_of).collect();
+        let judge = Judge { target, rules, functions };
+        let written = written_out(model);
+        let nodes: Vec<(usize, &NodeProto)> = written.iter().map(|placed| (placed.place, &*placed.node)).collect();
+        judge.graph(graph, &nodes, &mut Facts::outside(model)).0.write(&mut report);
     }
     report
 }
@@ -166,86 +175,124 @@ pub fn read(path: &Path) -> crate::Result<ModelProto> {
     }
 }
 
-/// Judges a graph, and those inside its nodes, each of which is cut into pieces by itself.
-fn judge_graph<'a>(graph: &'a GraphProto, outer: &Facts<'a>, target: Target, report: &mut Report) {
-    let facts = Facts::of(graph, outer);
-    let mut taken = vec![false; graph.node.len()];
-    for (i, refusal) in refusals(graph, &facts, target).into_iter().enumerate() {
-        let node = &graph.node[i];
-        if facts::constant_of(node).is_some() {
-            continue;
-        }
-        report.nodes += 1;
-        match refusal {
-            None => taken[i] = true,
-            Some(refusal) => {
-                let node = if node.name.is_empty() { format!("#{i}") } else { node.name.clone() };
-                report.refused.push(Refusal { node, ..refusal });
+/// What becomes of a graph, and of those in its nodes, each of which is cut into pieces by itself.
+struct Verdict {
+    nodes: usize,
+    taken: usize,
+    partitions: Vec<usize>,
+    refused: Vec<Refusal>,
+    inner: Vec<Verdict>,
+}
+
+impl Verdict {
+    fn write(self, report: &mut Report) {
+        report.nodes += self.nodes;
+        report.taken += self.taken;
+        report.partitions.extend(self.partitions);
+        report.refused.extend(self.refused);
+        self.inner.into_iter().for_each(|inner| inner.write(report));
+    }
+}
+
+/// A target, and the names of the file's own functions.
+struct Judge<'m> {
+    target: Target,
+    rules: &'static Rules,
+    functions: HashSet<Name<'m>>,
+}
+
+impl Judge<'_> {
+    /// Judges the nodes of a graph, each with its place; and what is known of the graph's outputs.
+    fn graph<'a>(
+        &self,
+        graph: &'a GraphProto,
+        placed: &[(usize, &'a NodeProto)],
+        facts: &mut Facts<'a>,
+    ) -> (Verdict, Vec<Typed>) {
+        let nodes: Vec<&NodeProto> = placed.iter().map(|(_, node)| *node).collect();
+        let mut inner = Vec::new();
+        let open = facts.read(graph, &nodes, &mut |facts, graph| {
+            let (verdict, ends) = self.graph(graph, &graph.node.iter().enumerate().collect::<Vec<_>>(), facts);
+            inner.push(verdict);
+            ends
+        });
+        let folded = |node: &NodeProto| node.output.first().is_some_and(|name| facts.is_folded(name));
+        let is_there: Vec<bool> = nodes.iter().map(|node| !is_constant(node) && !folded(node)).collect();
+        let mut taken = vec![false; nodes.len()];
+        let mut refused = Vec::new();
+        for (i, refusal) in self.refusals(&nodes, &graph.output, facts).into_iter().enumerate() {
+            match refusal {
+                _ if !is_there[i] => {}
+                None => taken[i] = true,
+                Some(refusal) => {
+                    refused.push(Refusal { node: printable(&label(nodes[i], placed[i].0)).into_owned(), ..refusal })
+                }
             }
         }
+        let partitions = partition::partitions(&nodes, &is_there, &taken).iter().map(Vec::len).collect();
+        let [n_nodes, taken] = [is_there, taken].map(|all| all.into_iter().filter(|is| *is).count());
+        (Verdict { nodes: n_nodes, taken, partitions, refused, inner }, facts.leave(graph, open))
     }
-    let partitions = partition::partitions(graph, &taken);
-    report.taken += taken.iter().filter(|taken| **taken).count();
-    report.partitions.extend(partitions.iter().map(Vec::len));
-    for inner in graph.node.iter().flat_map(|node| &node.attribute).filter_map(|attribute| attribute.g.as_ref()) {
-        judge_graph(inner, &facts, target, report);
-    }
-}
 
-/// Why each node is refused, those of a unit together; `None` where it is taken.
-fn refusals(graph: &GraphProto, facts: &Facts, target: Target) -> Vec<Option<Refusal>> {
-    let rules = rules::of(target);
-    if rules.qdq == Qdq::Nodes {
-        return graph.node.iter().map(|node| refusal(node, facts, target, rules)).collect();
-    }
-    let (units, alone) = units::of(graph, facts, rules::quantised());
-    let by_itself = |(node, alone): (&NodeProto, &bool)| alone.then(|| refusal(node, facts, target, rules)).flatten();
-    let mut refusals: Vec<Option<Refusal>> = graph.node.iter().zip(&alone).map(by_itself).collect();
-    for unit in &units {
-        let Some(refusal) = refusal_of_unit(&unit.as_one, facts, target, rules) else { continue };
-        for i in &unit.around {
-            let operator = operator(&graph.node[*i]);
-            let reason = format!("it goes with {} {}", refusal.operator, refusal.reason);
-            // The target may well have the nodes around an operator that it has not.
-            let kind = if refusal.kind == Kind::Operator { Kind::Form } else { refusal.kind };
-            let source = rules::quantised_source();
-            refusals[*i].get_or_insert_with(|| Refusal { operator, kind, reason, source, ..refusal.clone() });
+    /// Why each node is refused, those of a unit together; `None` where it is taken.
+    fn refusals(&self, nodes: &[&NodeProto], ends: &[ValueInfoProto], facts: &Facts) -> Vec<Option<Refusal>> {
+        if self.rules.qdq == Qdq::Nodes {
+            return nodes.iter().map(|node| self.refusal(node, facts)).collect();
         }
-        refusals[unit.node] = Some(refusal);
+        let (units, alone) = units::of(nodes, ends, facts, rules::quantised());
+        let by_itself = |(node, alone): (&&NodeProto, &bool)| alone.then(|| self.refusal(node, facts)).flatten();
+        let mut refusals: Vec<Option<Refusal>> = nodes.iter().zip(&alone).map(by_itself).collect();
+        for unit in &units {
+            let Some(refusal) = self.refusal_of_unit(&unit.as_one, facts) else { continue };
+            for i in &unit.around {
+                let operator = operator(nodes[*i]);
+                let reason = format!("it goes with {} {}", refusal.operator, refusal.reason);
+                // The target may well have the nodes around an operator that it has not.
+                let kind = if refusal.kind == Kind::Operator { Kind::Form } else { refusal.kind };
+                let source = rules::quantised_source();
+                refusals[*i].get_or_insert_with(|| Refusal { operator, kind, reason, source, ..refusal.clone() });
+            }
+            refusals[unit.node] = Some(refusal);
+        }
+        refusals
     }
-    refusals
-}
 
-/// The first rule that an operator in a unit breaks.
-fn refusal_of_unit(node: &NodeProto, facts: &Facts, target: Target, rules: &'static Rules) -> Option<Refusal> {
-    let in_unit = || match rules.takes_in_unit(&operator(node)) {
-        Some(entry) => broken(node, facts, entry),
-        None => refuse(node, Kind::Form, format!("{target} has it in floats alone"), None, rules.units_source()),
-    };
-    let found = refusal(node, facts, target, rules).or_else(in_unit)?;
-    Some(Refusal { reason: format!("in integers: {}", found.reason), ..found })
-}
+    /// The first rule that an operator in a unit breaks.
+    fn refusal_of_unit(&self, node: &NodeProto, facts: &Facts) -> Option<Refusal> {
+        let (target, rules) = (self.target, self.rules);
+        let in_unit = || match rules.takes_in_unit(&operator(node)) {
+            Some(entry) => broken(node, facts, entry),
+            None => refuse(node, Kind::Form, format!("{target} has it in floats alone"), None, rules.units_source()),
+        };
+        let found = self.refusal(node, facts).or_else(in_unit)?;
+        Some(Refusal { reason: format!("in integers: {}", found.reason), ..found })
+    }
 
-/// The first rule that a node breaks.
-fn refusal(node: &NodeProto, facts: &Facts, target: Target, rules: &'static Rules) -> Option<Refusal> {
-    let operator = operator(node);
-    let Some(entry) = rules.takes(&operator) else {
-        let (remedy, source) = rules.refuses(&operator);
-        return refuse(node, Kind::Operator, format!("{target} has no operator {operator}"), remedy, source);
-    };
-    if rules.static_shapes
-        && let Some((reason, remedy)) = shape_problem(node, facts, rules)
-    {
-        return refuse(node, Kind::Shape, reason, Some(remedy), rules.source());
+    /// The first rule that a node breaks.
+    fn refusal(&self, node: &NodeProto, facts: &Facts) -> Option<Refusal> {
+        let (target, rules, operator) = (self.target, self.rules, operator(node));
+        if self.functions.contains(&functions::called(node)) {
+            let reason = "a function of the file that calls itself, or comes to more nodes than are looked at";
+            return refuse(node, Kind::Operator, reason.into(), None, rules.source());
+        }
+        let Some(entry) = rules.takes(&operator) else {
+            let (remedy, source) = rules.refuses(&operator);
+            return refuse(node, Kind::Operator, format!("{target} has no operator {operator}"), remedy, source);
+        };
+        if rules.static_shapes
+            && let Some((reason, remedy)) = shape_problem(node, facts, rules)
+        {
+            return refuse(node, Kind::Shape, reason, Some(remedy), rules.source());
+        }
+        if let Some(reason) = rank_problem(node, facts, rules) {
+            return refuse(node, Kind::Rank, reason, None, rules.source());
+        }
+        let kinds = node.input.iter().filter_map(|name| facts.kind(name)).map(rules::type_name);
+        if let Some(kind) = kinds.into_iter().find(|kind| rules.refused_types.contains(kind)) {
+            return refuse(node, Kind::Form, format!("{target} has it, but not for {kind}"), None, rules.source());
+        }
+        broken(node, facts, entry)
     }
-    if let Some(reason) = rank_problem(node, facts, rules) {
-        return refuse(node, Kind::Rank, reason, None, rules.source());
-    }
-    let kinds = node.input.iter().filter_map(|name| facts.kind(name)).map(rules::type_name);
-    if let Some(kind) = kinds.into_iter().find(|kind| rules.refused_types.contains(kind)) {
-        return refuse(node, Kind::Form, format!("{target} has it, but not for {kind}"), None, rules.source());
-    }
-    broken(node, facts, entry)
 }
 
 /// The first condition of an entry that a node breaks.
@@ -261,19 +308,21 @@ fn refuse(
     remedy: Option<&'static str>,
     source: &'static str,
 ) -> Option<Refusal> {
+    let reason = printable(&reason).into_owned();
     Some(Refusal { node: String::new(), operator: operator(node), kind, reason, remedy, source })
 }
 
 /// The operator of a node, with a domain other than ai.onnx before it.
 fn operator(node: &NodeProto) -> String {
-    match node.domain.as_str() {
-        "" | "ai.onnx" => node.op_type.clone(),
-        domain => format!("{domain}:{}", node.op_type),
-    }
+    let name = match functions::called(node) {
+        ("", name) => name.to_string(),
+        (domain, name) => format!("{domain}:{name}"),
+    };
+    printable(&name).into_owned()
 }
 
-const FIX_SHAPES: &str = "fix the dimensions of the inputs, and run ONNX's shape inference on the file";
-const STATE_SHAPES: &str = "state the shape in the file: ONNX's inference knows none, as behind GroupNormalization";
+const FIX_SHAPES: &str = "fix the dimensions of the inputs: python -m onnxruntime.tools.make_dynamic_shape_fixed";
+const STATE_SHAPES: &str = "state the shape in the file: nothing here infers it, as behind GroupNormalization";
 const FILL_IN: &str = "give the input as a constant without elements";
 
 fn shape_problem(node: &NodeProto, facts: &Facts, rules: &Rules) -> Option<(String, &'static str)> {

@@ -2,15 +2,14 @@
 //! `CreateSupportedPartitionNodeGroups`, as its usability checker has it too: nodes are visited as their inputs become
 //! ready, a group grows until only nodes that are not taken are left, and these close it.
 
-use super::facts::constant_of;
-use candle_onnx::onnx::GraphProto;
+use candle_onnx::onnx::{GraphProto, NodeProto};
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
-/// Groups of nodes, by their places in the graph, each of which would run on the accelerator in one go.
-pub(super) fn partitions(graph: &GraphProto, taken: &[bool]) -> Vec<Vec<usize>> {
-    let (mut waits_for, consumers) = edges(graph);
-    let mut ready: VecDeque<usize> =
-        (0..graph.node.len()).filter(|i| constant_of(&graph.node[*i]).is_none() && waits_for[*i] == 0).collect();
+/// Groups of nodes, by their places in the graph, each of which would run on the accelerator in one go. What is not
+/// there are the nodes of constants.
+pub(super) fn partitions(nodes: &[&NodeProto], is_there: &[bool], taken: &[bool]) -> Vec<Vec<usize>> {
+    let (mut waits_for, consumers) = edges(nodes, is_there);
+    let mut ready: VecDeque<usize> = (0..nodes.len()).filter(|i| is_there[*i] && waits_for[*i] == 0).collect();
     let mut after_this_group = VecDeque::new();
     let (mut groups, mut group, mut border) = (Vec::new(), Vec::new(), HashSet::<usize>::new());
     loop {
@@ -45,12 +44,12 @@ pub(super) fn partitions(graph: &GraphProto, taken: &[bool]) -> Vec<Vec<usize>> 
 }
 
 /// How many nodes each one waits for, and which wait for it. A graph inside a node reads for that node.
-fn edges(graph: &GraphProto) -> (Vec<usize>, Vec<BTreeSet<usize>>) {
+fn edges(nodes: &[&NodeProto], is_there: &[bool]) -> (Vec<usize>, Vec<BTreeSet<usize>>) {
     let mut producers: HashMap<&str, usize> = HashMap::new();
-    let mut waits_for = vec![0; graph.node.len()];
-    let mut consumers = vec![BTreeSet::new(); graph.node.len()];
-    for (i, node) in graph.node.iter().enumerate() {
-        if constant_of(node).is_some() {
+    let mut waits_for = vec![0; nodes.len()];
+    let mut consumers = vec![BTreeSet::new(); nodes.len()];
+    for (i, node) in nodes.iter().enumerate() {
+        if !is_there[i] {
             continue;
         }
         let inner = node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()).flat_map(reads);
@@ -80,7 +79,6 @@ fn reads(graph: &GraphProto) -> Vec<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_onnx::onnx::NodeProto;
 
     /// A graph from lines `name: inputs`, where a name in capitals is taken; the groups as their names.
     fn groups(lines: &[&str]) -> Vec<String> {
@@ -89,10 +87,11 @@ mod tests {
             let input = inputs.split_whitespace().map(String::from).collect();
             NodeProto { name: name.into(), input, output: vec![name.into()], ..Default::default() }
         };
-        let graph = GraphProto { node: lines.iter().map(node).collect(), ..Default::default() };
-        let taken: Vec<bool> = graph.node.iter().map(|node| node.name.chars().all(char::is_uppercase)).collect();
-        let names = |group: Vec<usize>| group.into_iter().map(|i| graph.node[i].name.as_str()).collect();
-        partitions(&graph, &taken).into_iter().map(names).collect()
+        let nodes: Vec<NodeProto> = lines.iter().map(node).collect();
+        let nodes: Vec<&NodeProto> = nodes.iter().collect();
+        let taken: Vec<bool> = nodes.iter().map(|node| node.name.chars().all(char::is_uppercase)).collect();
+        let names = |group: Vec<usize>| group.into_iter().map(|i| nodes[i].name.as_str()).collect();
+        partitions(&nodes, &vec![true; nodes.len()], &taken).into_iter().map(names).collect()
     }
 
     #[test]

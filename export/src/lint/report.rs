@@ -13,7 +13,7 @@ pub struct Report {
     pub target: Target,
     /// What is meant by it.
     pub about: &'static str,
-    /// Nodes of the file, those of inner graphs included, constants apart.
+    /// Nodes of the file, those of inner graphs and functions included; constants and what follows from shapes apart.
     pub nodes: usize,
     /// Nodes that the accelerator takes.
     pub taken: usize,

@@ -2,6 +2,7 @@
 
 use super::Target;
 use super::facts::{Facts, Shape};
+use super::functions::shortened;
 use super::shapes::{attribute, ints};
 use super::units::Quantised;
 use candle_onnx::onnx::NodeProto;
@@ -184,7 +185,8 @@ impl Condition {
             Condition::Constant(inputs) => {
                 let variable = inputs.iter().find(|i| input(**i).is_some_and(|name| !facts.is_constant(name)))?;
                 let origin = input(*variable).and_then(|name| facts.producer(name));
-                let origin = origin.map_or(String::new(), |node| format!(", and comes from {}", node.op_type));
+                let origin =
+                    origin.map_or(String::new(), |node| format!(", and comes from {}", shortened(&node.op_type)));
                 Some(format!("input {variable} must be constant{origin}"))
             }
             Condition::Rank(i, ranks) => {
@@ -215,7 +217,7 @@ impl Condition {
             }
             Condition::OnlyZeros(name) => {
                 let numbers = ints(node, name)?;
-                numbers.iter().any(|n| *n != 0).then(|| format!("{name} is {numbers:?}, expected none"))
+                numbers.iter().any(|n| *n != 0).then(|| format!("{name} is {}, expected none", few(&numbers)))
             }
             Condition::LastAxis => {
                 let rank = shape(0)?.len() as i64;
@@ -247,7 +249,7 @@ impl Condition {
             Condition::EvenSplit => {
                 let lengths = facts.integers(input(1)?)?;
                 let uneven = lengths.windows(2).any(|pair| pair[0] != pair[1]);
-                uneven.then(|| format!("the parts have lengths {lengths:?}, expected equal ones"))
+                uneven.then(|| format!("the parts have lengths {}, expected equal ones", few(&lengths)))
             }
             Condition::ConstantUnlessInt32(i) => {
                 let name = input(*i)?;
@@ -263,11 +265,20 @@ impl Condition {
     }
 }
 
+/// The first of many numbers.
+fn few(numbers: &[i64]) -> String {
+    const FEW: usize = 16;
+    match numbers {
+        [first @ .., _] if first.len() >= FEW => format!("{:?} and {} more", &numbers[..FEW], numbers.len() - FEW),
+        all => format!("{all:?}"),
+    }
+}
+
 fn setting(node: &NodeProto, name: &str) -> Option<Setting> {
     let attribute = attribute(node, name)?;
     Some(match attribute.s.as_slice() {
         [] => Setting::Integer(attribute.i),
-        word => Setting::Word(String::from_utf8_lossy(word).into_owned()),
+        word => Setting::Word(shortened(&String::from_utf8_lossy(word))),
     })
 }
 

@@ -2,38 +2,119 @@
 //! of unknown shape, as it would be for ONNX's own inference without propagation of data, GroupNormalization among
 //! them: ONNX defines it as a function, whose shape neither onnx 1.23 nor ONNX Runtime 1.31 infers.
 
-use super::facts::{Facts, Shape, stated_shape};
+use super::facts::{Facts, Shape, Typed};
+use crate::limits::Limit;
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{AttributeProto, NodeProto};
+use std::collections::HashMap;
 
-/// The element type of the first output, where it follows from the inputs.
-pub(super) fn output_type(node: &NodeProto, facts: &Facts) -> Option<i32> {
-    let kind = |i: usize| node.input.get(i).and_then(|name| facts.kind(name));
-    match node.op_type.as_str() {
-        "Cast" => int(node, "to").map(|to| to as i32),
-        "Shape" | "Size" | "ArgMax" | "ArgMin" | "NonZero" => Some(DataType::Int64 as i32),
-        "Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" | "Not" | "And" | "Or" | "IsNaN" => {
-            Some(DataType::Bool as i32)
-        }
-        "Where" => kind(1),
-        "QuantizeLinear" => Some(kind(2).unwrap_or(DataType::Uint8 as i32)),
-        "DequantizeLinear" => kind(1),
-        "ConstantOfShape" => {
+/// What a node gives, as far as it follows from what it reads and from the ends of the graphs in it.
+pub(super) fn outputs(node: &NodeProto, facts: &Facts, branches: &[Vec<Typed>]) -> Vec<Typed> {
+    let own = matches!(node.domain.as_str(), "" | "ai.onnx");
+    if node.op_type == "If" && own {
+        return match branches {
+            [then, other] => then.iter().zip(other).map(|(a, b)| either(a, b)).collect(),
+            _ => vec![],
+        };
+    }
+    let shapes = match node.domain.as_str() {
+        "com.microsoft" => vec![contributed(node, facts)],
+        _ if own => output_shapes(node, facts),
+        _ => vec![],
+    };
+    let kind = |i: usize| if own { output_kind(node, facts, i) } else { None };
+    let shapes = shapes.into_iter().chain(std::iter::repeat(None));
+    shapes.take(node.output.len()).enumerate().map(|(i, shape)| Typed { kind: kind(i), shape }).collect()
+}
+
+/// What holds of a value that is the one or the other.
+fn either(a: &Typed, b: &Typed) -> Typed {
+    let shape = a.shape.as_ref().zip(b.shape.as_ref()).filter(|(a, b)| a.len() == b.len());
+    let shape = shape.map(|(a, b)| a.iter().zip(b).map(|(a, b)| (*a).filter(|_| a == b)).collect());
+    Typed { kind: a.kind.filter(|_| a.kind == b.kind), shape }
+}
+
+/// The element type of an output.
+fn output_kind(node: &NodeProto, facts: &Facts, output: usize) -> Option<i32> {
+    use DataType::*;
+    let input = |i: usize| node.input.get(i).and_then(|name| facts.kind(name));
+    let stated = |name: &str| int(node, name).map(|kind| kind as i32);
+    match (node.op_type.as_str(), output) {
+        ("Cast", _) => stated("to"),
+        ("CastLike", _) => input(1),
+        ("Shape" | "Size" | "ArgMax" | "ArgMin" | "NonZero" | "NonMaxSuppression", _) => Some(Int64 as i32),
+        ("MaxPool" | "TopK", 1) => Some(Int64 as i32),
+        ("Dropout", 1) => Some(Bool as i32),
+        (
+            "Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" | "Not" | "And" | "Or" | "Xor" | "IsNaN"
+            | "IsInf",
+            _,
+        ) => Some(Bool as i32),
+        ("Where", _) => input(1),
+        ("OneHot", _) => input(2),
+        ("QuantizeLinear", _) => Some(input(2).unwrap_or(Uint8 as i32)),
+        ("DequantizeLinear", _) => input(1),
+        ("DynamicQuantizeLinear", 1) => Some(Float as i32),
+        ("DynamicQuantizeLinear", _) => Some(Uint8 as i32),
+        ("ConvInteger" | "MatMulInteger", _) => Some(Int32 as i32),
+        ("QLinearConv" | "QLinearMatMul", _) => input(7),
+        ("RandomNormal" | "RandomUniform", _) => stated("dtype").or(Some(Float as i32)),
+        ("RandomNormalLike" | "RandomUniformLike" | "EyeLike", _) => stated("dtype").or_else(|| input(0)),
+        ("ConstantOfShape", _) => {
             let value = node.attribute.iter().find_map(|attribute| attribute.t.as_ref());
-            Some(value.map_or(DataType::Float as i32, |tensor| tensor.data_type))
+            Some(value.map_or(Float as i32, |tensor| tensor.data_type))
         }
-        _ => kind(0),
+        _ => input(0),
     }
 }
 
-/// The shapes of the outputs in turn, as far as they follow from the inputs.
-pub(super) fn output_shapes(node: &NodeProto, facts: &Facts) -> Vec<Option<Shape>> {
-    let n = node.output.len();
+/// The shapes of the outputs in turn.
+fn output_shapes(node: &NodeProto, facts: &Facts) -> Vec<Option<Shape>> {
+    let x = || node.input.first().and_then(|name| facts.shape(name)).cloned();
     match node.op_type.as_str() {
-        "Split" => split(node, facts).unwrap_or_else(|| vec![None; n]),
-        "If" => (0..n).map(|i| of_either_branch(node, i)).collect(),
+        "Split" => split(node, facts).unwrap_or_default(),
+        "DynamicQuantizeLinear" => vec![x(), Some(vec![]), Some(vec![])],
+        "Dropout" => vec![x(); 2],
+        "MaxPool" => vec![first_output(node, facts); 2],
+        "TopK" => vec![top_k(node, facts); 2],
+        "LSTM" | "GRU" | "RNN" => recurrent(node, facts).unwrap_or_default(),
         _ => vec![first_output(node, facts)],
     }
+}
+
+/// Operators of ONNX Runtime's own that have the shape of what they read, or of its product.
+fn contributed(node: &NodeProto, facts: &Facts) -> Option<Shape> {
+    let shape = |i: usize| node.input.get(i).and_then(|name| facts.shape(name));
+    match node.op_type.as_str() {
+        "BiasGelu" | "DequantizeLinear" | "FastGelu" | "Gelu" | "QLinearLeakyRelu" | "QLinearSigmoid"
+        | "QLinearSoftmax" | "QuantizeLinear" | "QuickGelu" => shape(0).cloned(),
+        "QLinearAdd" | "QLinearMul" => Some(broadcast(shape(0)?, shape(3)?)),
+        "DynamicQuantizeMatMul" | "MatMulIntegerToFloat" => matmul(shape(0)?, shape(1)?),
+        _ => None,
+    }
+}
+
+/// The last states and the outputs of a recurrent network: X is (steps, batch, inputs), with `layout` 1 the batch first.
+fn recurrent(node: &NodeProto, facts: &Facts) -> Option<Vec<Option<Shape>>> {
+    let [first, second, _] = facts.shape(node.input.first()?)?[..] else { return None };
+    let hidden = int(node, "hidden_size").and_then(|n| u64::try_from(n).ok());
+    let directions = Some(if word(node, "direction").is_some_and(|word| word == "bidirectional") { 2 } else { 1 });
+    let (all, last) = match int(node, "layout") {
+        Some(1) => (vec![first, second, directions, hidden], vec![first, directions, hidden]),
+        _ => (vec![first, directions, second, hidden], vec![directions, second, hidden]),
+    };
+    Some(vec![Some(all), Some(last.clone()), Some(last)])
+}
+
+fn top_k(node: &NodeProto, facts: &Facts) -> Option<Shape> {
+    let mut x = facts.shape(node.input.first()?)?.clone();
+    let axis = place(int(node, "axis").unwrap_or(-1), x.len())?;
+    let k = match node.input.get(1) {
+        Some(name) => facts.integers(name)?.first().copied(),
+        None => int(node, "k"),
+    };
+    x[axis] = u64::try_from(k?).ok();
+    Some(x)
 }
 
 fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
@@ -41,49 +122,81 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
     let x = || shape(0).cloned();
     match node.op_type.as_str() {
         "Abs"
+        | "Acos"
+        | "Acosh"
+        | "Asin"
+        | "Asinh"
+        | "Atan"
+        | "Atanh"
         | "BatchNormalization"
+        | "Bernoulli"
+        | "BitwiseNot"
         | "Cast"
+        | "CastLike"
         | "Ceil"
+        | "Celu"
         | "Clip"
         | "Cos"
+        | "Cosh"
+        | "CumSum"
         | "DequantizeLinear"
-        | "Dropout"
         | "Elu"
         | "Erf"
         | "Exp"
+        | "EyeLike"
         | "Floor"
         | "Gelu"
         | "HardSigmoid"
         | "HardSwish"
+        | "Hardmax"
         | "Identity"
         | "InstanceNormalization"
+        | "IsInf"
+        | "IsNaN"
+        | "LRN"
         | "LayerNormalization"
         | "LeakyRelu"
         | "Log"
         | "LogSoftmax"
+        | "LpNormalization"
+        | "MeanVarianceNormalization"
         | "Mish"
         | "Neg"
         | "Not"
         | "PRelu"
         | "QuantizeLinear"
-        | "QuickGelu"
+        | "RandomNormalLike"
+        | "RandomUniformLike"
         | "Reciprocal"
         | "Relu"
+        | "ReverseSequence"
         | "Round"
+        | "Scatter"
+        | "ScatterElements"
+        | "ScatterND"
+        | "Selu"
+        | "Shrink"
         | "Sigmoid"
         | "Sign"
         | "Sin"
+        | "Sinh"
         | "Softmax"
         | "Softplus"
+        | "Softsign"
         | "Sqrt"
         | "Swish"
-        | "Tanh" => x(),
-        "Add" | "And" | "Div" | "Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" | "Max" | "Mean"
-        | "Min" | "Mod" | "Mul" | "Or" | "Pow" | "Sub" | "Sum" | "Where" => {
+        | "Tan"
+        | "Tanh"
+        | "ThresholdedRelu"
+        | "Trilu" => x(),
+        "Add" | "And" | "BitShift" | "BitwiseAnd" | "BitwiseOr" | "BitwiseXor" | "Div" | "Equal" | "Greater"
+        | "GreaterOrEqual" | "Less" | "LessOrEqual" | "Max" | "Mean" | "Min" | "Mod" | "Mul" | "Or" | "Pow" | "Sub"
+        | "Sum" | "Where" | "Xor" => {
             let shapes: Option<Vec<&Shape>> = (0..node.input.len()).map(shape).collect();
             shapes?.into_iter().cloned().reduce(|a, b| broadcast(&a, &b))
         }
-        "Conv" => windows(node, x()?, shape(1)?.first().copied()?, shape(1)?.get(2..)?),
+        "Conv" | "ConvInteger" => windows(node, x()?, shape(1)?.first().copied()?, shape(1)?.get(2..)?),
+        "QLinearConv" => windows(node, x()?, shape(3)?.first().copied()?, shape(3)?.get(2..)?),
         "ConvTranspose" => transposed_windows(node, x()?, shape(1)?),
         "AveragePool" | "MaxPool" | "LpPool" => {
             let x = x()?;
@@ -91,10 +204,12 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
             let channels = *x.get(1)?;
             windows(node, x, channels, &kernel)
         }
-        "GlobalAveragePool" | "GlobalMaxPool" => {
+        "GlobalAveragePool" | "GlobalLpPool" | "GlobalMaxPool" => {
             Some(x()?.into_iter().enumerate().map(|(i, n)| if i < 2 { n } else { Some(1) }).collect())
         }
-        "MatMul" => matmul(shape(0)?, shape(1)?),
+        "MatMul" | "MatMulInteger" => matmul(shape(0)?, shape(1)?),
+        "QLinearMatMul" => matmul(shape(0)?, shape(3)?),
+        "Einsum" => einsum(&word(node, "equation")?, &(0..node.input.len()).map(shape).collect::<Option<Vec<_>>>()?),
         "Gemm" => {
             let side = |shape: &Shape, transposed: &str, i: usize| {
                 let flipped = int(node, transposed) == Some(1);
@@ -105,7 +220,7 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
         "Reshape" => match facts.integers(node.input.get(1)?) {
             Some(wanted) => reshape(shape(0)?, &wanted, int(node, "allowzero") == Some(1)),
             // How many dimensions there are is the length of the shape that is computed.
-            None => Some(vec![None; shape(1)?.first().copied()??.try_into().ok().filter(|n| *n <= MAX_RANK)?]),
+            None => Some(vec![None; shape(1)?.first().copied()??.try_into().ok().filter(|n| Limit::Rank.allows(*n))?]),
         },
         "Flatten" => {
             let x = x()?;
@@ -125,6 +240,26 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
             joined[axis] = lengths?.into_iter().try_fold(0u64, |all, n| all.checked_add(n?));
             Some(joined)
         }
+        "GatherElements" => shape(1).cloned(),
+        "GatherND" => {
+            let (x, ids, batch) = (x()?, shape(1)?, usize::try_from(int(node, "batch_dims").unwrap_or(0)).ok()?);
+            let (last, rest) = ids.split_last()?;
+            let taken = batch.checked_add(usize::try_from((*last)?).ok()?)?;
+            Some([rest, x.get(taken..)?].concat())
+        }
+        "GridSample" => {
+            let ([n, c, ..], [_, sides @ .., _]) = (shape(0)?.as_slice(), shape(1)?.as_slice()) else { return None };
+            Some([&[*n, *c], sides].concat())
+        }
+        "OneHot" => {
+            let mut shape = x()?;
+            let axis = place(int(node, "axis").unwrap_or(-1), shape.len() + 1)?;
+            let depth = facts.integers(node.input.get(1)?).and_then(|depth| u64::try_from(*depth.first()?).ok());
+            shape.insert(axis, depth);
+            Some(shape)
+        }
+        "NonZero" => Some(vec![Some(x()?.len() as u64), None]),
+        "RandomNormal" | "RandomUniform" => Some(ints(node, "shape")?.iter().map(|n| u64::try_from(*n).ok()).collect()),
         "Gather" => {
             let (x, ids) = (x()?, shape(1)?);
             let axis = place(int(node, "axis").unwrap_or(0), x.len())?;
@@ -137,7 +272,7 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
         }
         "Unsqueeze" => {
             let (mut x, axes) = (x()?.into_iter(), axes(node, facts, 1)?);
-            let rank = x.len() + axes.len();
+            let rank = Some(x.len() + axes.len()).filter(|rank| Limit::Rank.allows(*rank))?;
             let axes = places(&axes, rank)?;
             (0..rank).map(|i| if axes.contains(&i) { Some(Some(1)) } else { x.next() }).collect()
         }
@@ -187,8 +322,13 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
             let axis = place(int(node, "axis").unwrap_or(0), x.len())?;
             reduced(&x, &[axis], int(node, "keepdims") != Some(0))
         }
-        "Shape" if int(node, "start").is_none() && int(node, "end").is_none() => {
-            Some(vec![Some(shape(0)?.len() as u64)])
+        "Shape" => {
+            let rank = shape(0)?.len() as i64;
+            let at = |name: &str, open: i64| {
+                let place = int(node, name).unwrap_or(open);
+                (if place < 0 { place.saturating_add(rank) } else { place }).clamp(0, rank)
+            };
+            Some(vec![u64::try_from((at("end", rank) - at("start", 0)).max(0)).ok()])
         }
         "Size" => Some(vec![]),
         "ConstantOfShape" => {
@@ -197,12 +337,6 @@ fn first_output(node: &NodeProto, facts: &Facts) -> Option<Shape> {
         }
         _ => None,
     }
-}
-
-/// What both branches state of an output.
-fn of_either_branch(node: &NodeProto, i: usize) -> Option<Shape> {
-    let stated = |name| stated_shape(attribute(node, name)?.g.as_ref()?.output.get(i)?);
-    stated("then_branch").filter(|shape| stated("else_branch").as_ref() == Some(shape))
 }
 
 /// Shapes aligned at their last dimensions; a 1 stretches.
@@ -271,15 +405,30 @@ fn transposed_windows(node: &NodeProto, x: Shape, weight: &Shape) -> Option<Shap
     Some([x[0], channels].into_iter().chain((0..sides).map(side)).collect())
 }
 
+/// An equation like `bij,bjk->bik`: a letter is a length. What it leaves implicit or gathers in an ellipsis is not
+/// looked at.
+fn einsum(equation: &str, inputs: &[&Shape]) -> Option<Shape> {
+    let equation: String = equation.split_whitespace().collect();
+    let (read, given) = equation.split_once("->").filter(|_| !equation.contains('.'))?;
+    let mut lengths: HashMap<char, Option<u64>> = HashMap::new();
+    for (letters, shape) in read.split(',').zip(inputs) {
+        if letters.chars().count() != shape.len() {
+            return None;
+        }
+        for (letter, n) in letters.chars().zip(shape.iter()) {
+            let known = lengths.entry(letter).or_default();
+            *known = known.filter(|n| *n != 1).or(*n);
+        }
+    }
+    given.chars().map(|letter| lengths.get(&letter).copied()).collect()
+}
+
 fn matmul(a: &Shape, b: &Shape) -> Option<Shape> {
     let ([.., rows, _], [.., _, columns]) = (a.as_slice(), b.as_slice()) else { return None };
     let mut shape = broadcast(&a[..a.len() - 2].to_vec(), &b[..b.len() - 2].to_vec());
     shape.extend([*rows, *columns]);
     Some(shape)
 }
-
-/// No real value has more dimensions.
-const MAX_RANK: usize = 64;
 
 /// A 0 copies a dimension, a -1 is what is left.
 fn reshape(x: &Shape, wanted: &[i64], allow_zero: bool) -> Option<Shape> {
@@ -304,7 +453,7 @@ fn split(node: &NodeProto, facts: &Facts) -> Option<Vec<Option<Shape>>> {
         Some(name) => facts.integers(name)?.iter().map(|n| u64::try_from(*n).ok()).collect(),
         None => match ints(node, "split") {
             Some(lengths) => lengths.iter().map(|n| u64::try_from(*n).ok()).collect(),
-            None => vec![x[axis].and_then(|all| all.checked_div(n)); node.output.len()],
+            None => vec![x[axis].filter(|all| n > 0 && all % n == 0).map(|all| all / n); node.output.len()],
         },
     };
     let part = |length: &Option<u64>| {
@@ -312,7 +461,7 @@ fn split(node: &NodeProto, facts: &Facts) -> Option<Vec<Option<Shape>>> {
         shape[axis] = *length;
         Some(shape)
     };
-    Some(lengths.iter().map(part).collect())
+    Some(lengths.iter().take(node.output.len()).map(part).collect())
 }
 
 fn slice(node: &NodeProto, facts: &Facts) -> Option<Shape> {
@@ -382,7 +531,7 @@ pub(super) fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a Attri
     node.attribute.iter().find(|attribute| attribute.name == name)
 }
 
-fn int(node: &NodeProto, name: &str) -> Option<i64> {
+pub(super) fn int(node: &NodeProto, name: &str) -> Option<i64> {
     attribute(node, name).map(|attribute| attribute.i)
 }
 

@@ -5,7 +5,7 @@
 
 use super::facts::Facts;
 use super::rules::lists;
-use candle_onnx::onnx::{GraphProto, NodeProto};
+use candle_onnx::onnx::{NodeProto, ValueInfoProto};
 use serde::Deserialize;
 use std::collections::HashMap;
 
@@ -35,8 +35,13 @@ pub(super) struct Unit {
 }
 
 /// All units of a graph, and whether each node stands for itself (also) outside of them.
-pub(super) fn of(graph: &GraphProto, facts: &Facts, table: &Quantised) -> (Vec<Unit>, Vec<bool>) {
-    let graph = Linked::new(graph);
+pub(super) fn of(
+    nodes: &[&NodeProto],
+    ends: &[ValueInfoProto],
+    facts: &Facts,
+    table: &Quantised,
+) -> (Vec<Unit>, Vec<bool>) {
+    let graph = Linked::new(nodes, ends);
     let units: Vec<Unit> = (0..graph.nodes.len()).filter_map(|i| unit(i, &graph, facts, table)).collect();
     let mut uses = vec![0; graph.nodes.len()];
     units.iter().flat_map(|unit| &unit.around).for_each(|i| uses[*i] += 1);
@@ -52,7 +57,7 @@ const Q: &str = "QuantizeLinear";
 
 /// The unit around an operator, where it is one.
 fn unit(i: usize, graph: &Linked, facts: &Facts, table: &Quantised) -> Option<Unit> {
-    let node = &graph.nodes[i];
+    let node = graph.nodes[i];
     let listed = |operators: &str| node.domain.is_empty() && lists(operators, &node.op_type);
     let before: Vec<Option<usize>> = node.input.iter().map(|name| graph.giver(name, DQ)).collect();
     let dequantized: Vec<usize> = before.iter().copied().flatten().collect();
@@ -69,10 +74,10 @@ fn unit(i: usize, graph: &Linked, facts: &Facts, table: &Quantised) -> Option<Un
     let quantized = quantized.filter(|nodes| !nodes.is_empty())?;
 
     let kinds = |nodes: &[usize], value: fn(&NodeProto) -> &[String]| -> Vec<Option<i32>> {
-        nodes.iter().map(|i| facts.kind(value(&graph.nodes[*i]).first()?)).collect()
+        nodes.iter().map(|i| facts.kind(value(graph.nodes[*i]).first()?)).collect()
     };
     let (read, given) = (kinds(&dequantized, |node| &node.input), kinds(&quantized, |node| &node.output));
-    let scales_stay = || quantized.iter().all(|q| same_scale(&graph.nodes[dequantized[0]], &graph.nodes[*q], facts));
+    let scales_stay = || quantized.iter().all(|q| same_scale(graph.nodes[dequantized[0]], graph.nodes[*q], facts));
     let fits = given.iter().all(|kind| *kind == read[0])
         && (!listed(&table.alike) || read.iter().all(|kind| *kind == read[0]))
         && (!listed(&table.weighted) || read[0] != Some(INT8) || read.get(1).is_none_or(|kind| *kind == read[0]))
@@ -101,23 +106,23 @@ fn same_scale(dequantize: &NodeProto, quantize: &NodeProto, facts: &Facts) -> bo
 
 /// A graph with its edges.
 struct Linked<'a> {
-    nodes: &'a [NodeProto],
+    nodes: &'a [&'a NodeProto],
     givers: HashMap<&'a str, usize>,
     /// Who reads a value; the graph itself, where it is an output, stands as `None`.
     readers: HashMap<&'a str, Vec<Option<usize>>>,
 }
 
 impl<'a> Linked<'a> {
-    fn new(graph: &'a GraphProto) -> Self {
+    fn new(nodes: &'a [&'a NodeProto], ends: &'a [ValueInfoProto]) -> Self {
         let named = |names: &'a [String], i| names.iter().filter(|name| !name.is_empty()).map(move |n| (n.as_str(), i));
-        let nodes = graph.node.iter().enumerate();
-        let givers = nodes.clone().flat_map(|(i, node)| named(&node.output, i)).collect();
+        let places = nodes.iter().enumerate();
+        let givers = places.clone().flat_map(|(i, node)| named(&node.output, i)).collect();
         let mut readers: HashMap<&str, Vec<Option<usize>>> = HashMap::new();
-        for (name, i) in nodes.flat_map(|(i, node)| named(&node.input, i)) {
+        for (name, i) in places.flat_map(|(i, node)| named(&node.input, i)) {
             readers.entry(name).or_default().push(Some(i));
         }
-        graph.output.iter().for_each(|info| readers.entry(&info.name).or_default().push(None));
-        Linked { nodes: &graph.node, givers, readers }
+        ends.iter().for_each(|info| readers.entry(&info.name).or_default().push(None));
+        Linked { nodes, givers, readers }
     }
 
     /// The node of this operator that gives a value.
@@ -143,7 +148,7 @@ impl<'a> Linked<'a> {
 mod tests {
     use super::*;
     use candle_onnx::onnx::tensor_proto::DataType;
-    use candle_onnx::onnx::{TensorProto, ValueInfoProto};
+    use candle_onnx::onnx::{GraphProto, TensorProto};
 
     /// A graph from lines `name operator: inputs`, where `w…` are constants of int8, `b` of int32, `s…` scales, and `y`
     /// the output; each unit as its names, and the nodes that stand for themselves.
@@ -179,7 +184,9 @@ mod tests {
         ];
         let output = vec![ValueInfoProto { name: "y".into(), ..Default::default() }];
         let graph = GraphProto { node: lines.iter().map(node).collect(), initializer, output, ..Default::default() };
-        let (units, alone) = of(&graph, &Facts::of(&graph, &Facts::default()), &table);
+        let (nodes, mut facts) = (graph.node.iter().collect::<Vec<_>>(), Facts::default());
+        facts.read(&graph, &nodes, &mut |_, _| vec![]);
+        let (units, alone) = of(&nodes, &graph.output, &facts, &table);
         let name = |i: usize| graph.node[i].name.as_str();
         let names = |unit: Unit| [unit.node].into_iter().chain(unit.around).map(name).collect::<Vec<_>>().join(" ");
         let alone = (0..graph.node.len()).filter(|i| alone[*i]).map(name).collect::<Vec<_>>().join(" ");
