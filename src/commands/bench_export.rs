@@ -3,7 +3,7 @@
 use super::engine_options;
 use super::export::{info, passes, reference};
 use crate::cli::{BenchExportArgs, Engine};
-use crate::output::say;
+use crate::output::result;
 use crate::report::table;
 use anyhow::{Context, Result};
 use candle_core::Device;
@@ -22,6 +22,7 @@ pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
     let scratch = scratch()?;
     let mut rows = Vec::new();
     let mut body = format!("{HEAD}\n");
+    result(HEAD)?;
     for dialect in Dialect::ALL {
         let mut fp32_bytes = None;
         for precision in Precision::ALL {
@@ -41,7 +42,7 @@ pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
                 measured.distance,
                 measured.latency_ms
             );
-            say(&line);
+            result(&line)?;
             body += &format!("{line}\n");
             rows.push(json!({ "dialect": dialect, "precision": precision, "bytes": report.bytes, "nodes": report.nodes, "taken_whole_by": whole, "measured": measured }));
         }

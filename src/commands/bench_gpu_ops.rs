@@ -4,7 +4,7 @@
 use super::bench_ops::{fastest, per_1e9};
 use crate::cli::BenchOpsArgs;
 use crate::eval::median;
-use crate::output::say;
+use crate::output::result;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::Precision;
@@ -31,8 +31,8 @@ struct Case {
 pub fn run(args: &BenchOpsArgs, device: &Device) -> Result<Value> {
     let bench = Bench { device, dtype: dtype(args.precision), batch: args.batch, steps: args.steps };
     let (peak_tflops, peak_gbytes) = (bench.peak_gflops()? / 1e3, bench.peak_gbytes()?);
-    say(&format!("matrix product of 8192: {peak_tflops:.0} TFLOP/s; copy of 256 MiB: {peak_gbytes:.0} GB/s"));
-    say(HEAD);
+    result(&format!("matrix product of 8192: {peak_tflops:.0} TFLOP/s; copy of 256 MiB: {peak_gbytes:.0} GB/s"))?;
+    result(HEAD)?;
     let mut rows = Vec::new();
     for case in bench.cases()? {
         let forward = bench.milliseconds(args.steps, &case.forward)?;
@@ -41,12 +41,12 @@ pub fn run(args: &BenchOpsArgs, device: &Device) -> Result<Value> {
         let composite = bench.milliseconds(1, &case.composite)?;
         let (tflops, gbytes) = (case.flops / per_1e9(forward) / 1e3, case.bytes / per_1e9(forward));
         let share = (tflops / peak_tflops).max(gbytes / peak_gbytes);
-        say(&format!(
+        result(&format!(
             "| {} | {forward:.3} | {both:.3} | {composite:.2} | {:.1}× | {tflops:.0} | {gbytes:.0} | {:.0} % |",
             case.name,
             composite / both,
             100.0 * share
-        ));
+        ))?;
         rows.push(json!({
             "what": case.name,
             "forward_ms": forward,

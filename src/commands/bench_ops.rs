@@ -6,7 +6,7 @@ use crate::cli::BenchOpsArgs;
 use crate::config::at_least_one;
 use crate::device::check_precision;
 use crate::eval::median;
-use crate::output::say;
+use crate::output::result;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::ops::{self, AdamwStep, Parameter};
@@ -25,13 +25,13 @@ pub fn run(args: &BenchOpsArgs) -> Result<Value> {
     }
     let bench =
         Bench { steps: args.steps, peak_gflops: peak_gflops(args.steps)?, peak_gbytes: peak_gbytes(args.steps)? };
-    say(&format!(
+    result(&format!(
         "{} threads; matrix product of 1024: {:.0} GFLOP/s; copy of 64 MiB: {:.1} GB/s",
         rayon::current_num_threads(),
         bench.peak_gflops,
         bench.peak_gbytes
-    ));
-    say(HEAD);
+    ))?;
+    result(HEAD)?;
     let rows: Vec<Value> = cases(args.batch)?.iter().map(|case| bench.row(case)).collect::<Result<_>>()?;
     Ok(json!({
         "threads": rayon::current_num_threads(),
@@ -105,14 +105,14 @@ impl Bench {
         let share = self.share(forward, case.flops, case.bytes);
         let ms = with_backward.map(|(ms, _)| ms);
         let share_with_backward = with_backward.map(|(ms, back)| self.share(ms, 3.0 * case.flops, case.bytes + back));
-        say(&format!(
+        result(&format!(
             "| {} | {forward:.3} | {} | {composite:.3} | {:.1}× | {gflops:.0} | {gbytes:.1} | {:.0} % | {} |",
             case.name,
             ms.map_or_else(String::new, |ms| format!("{ms:.3}")),
             composite / ms.unwrap_or(forward),
             100.0 * share,
             share_with_backward.map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share))
-        ));
+        ))?;
         Ok(json!({
             "what": case.name,
             "forward_ms": forward,

@@ -7,7 +7,7 @@ use crate::cli::{BenchRecipesArgs, PairsArgs, SettingsArgs};
 use crate::config::{self, Config, Recipe};
 use crate::distill::distill;
 use crate::eval::{distance, kernel_distance};
-use crate::output::say;
+use crate::output::{result, say};
 use crate::picture::{columns, grid, labelled_panel, save_png};
 use crate::random::picture_noise;
 use crate::regression::Features;
@@ -174,10 +174,10 @@ impl Judge {
             Ok(Score { sliced: distance(images, reference)?, kernel })
         };
         let row = Row { name: name.into(), to_data: score(&self.data)?, to_teacher: score(&self.samples)?, seconds };
-        say(&format!(
+        result(&format!(
             "{name}: to the data {:.4} and {:.5}, to the teacher {:.4} and {:.5}",
             row.to_data.sliced, row.to_data.kernel, row.to_teacher.sliced, row.to_teacher.kernel
-        ));
+        ))?;
         Ok(row)
     }
 

@@ -4,7 +4,7 @@ use super::engine_options;
 use crate::cli::BenchRunArgs;
 use crate::eval::{median, percentile};
 use crate::memory;
-use crate::output::say;
+use crate::output::result;
 use anyhow::Result;
 use dmd_runtime::{Generator, Request};
 use serde_json::{Value, json};
@@ -33,10 +33,10 @@ pub fn run(args: &BenchRunArgs, threads: Option<usize>) -> Result<Value> {
     let (median_ms, p95_ms, engine_ms) = (median(&mut whole), percentile(&mut whole, 0.95), median(&mut bare));
     let peak = memory::peak_bytes(&candle_core::Device::Cpu);
     let engine = format!("{} {}", generator.engine().kind, generator.engine().version);
-    say(&format!(
+    result(&format!(
         "{engine}: {median_ms:.3} ms median, {p95_ms:.3} ms p95 for {batch} (engine alone {engine_ms:.3} ms), loaded in {load_ms:.1} ms, peak memory {}",
         memory::readable(peak)
-    ));
+    ))?;
     Ok(
         json!({ "engine": engine, "batch": batch, "runs": args.runs, "median_ms": median_ms, "p95_ms": p95_ms, "engine_ms": engine_ms, "load_ms": load_ms, "peak_memory_bytes": peak }),
     )

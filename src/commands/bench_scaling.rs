@@ -5,7 +5,7 @@ use crate::cli::BenchScalingArgs;
 use crate::config::{Config, at_least_one};
 use crate::distill::{Beginning, Networks};
 use crate::eval::median;
-use crate::output::say;
+use crate::output::{result, say};
 use crate::picture::{labelled_panel, save_png};
 use crate::random::Random;
 use anyhow::Result;
@@ -36,7 +36,7 @@ pub fn run(args: &BenchScalingArgs) -> Result<Value> {
     let (batch, area) = (time(&by_batch)?, time(&by_area)?);
     for (what, points) in [("batch", &batch), ("pixels", &area)] {
         for (x, ms) in points {
-            say(&format!("{what:<7} {x:>6}  {ms:>9.2} ms  {:>8.4} ms each", ms / x));
+            result(&format!("{what:<7} {x:>6}  {ms:>9.2} ms  {:>8.4} ms each", ms / x))?;
         }
     }
     super::make_parent(&args.out)?;

@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::distill::{Beginning, Networks, check_memory};
 use crate::eval::median;
 use crate::memory::Work;
-use crate::output::say;
+use crate::output::result;
 use crate::random::{Purpose, Random};
 use crate::{device, memory};
 use anyhow::{Context, Result};
@@ -66,9 +66,9 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
         true => bench_ops::peak_gflops(args.steps)?,
         false => bench_gpu_ops::peak_gflops(&on, args.precision, args.steps)?,
     };
-    say(&format!("floor: the arithmetic alone, at the {gflops:.0} GFLOP/s of a large matrix product"));
-    let mut rows: Vec<Value> = timer.laps.iter().map(|lap| timer.row(lap, gflop, gflops)).collect();
-    say(&format!("{:<20} {}", "peak_memory", memory::readable(peak)));
+    result(&format!("floor: the arithmetic alone, at the {gflops:.0} GFLOP/s of a large matrix product"))?;
+    let mut rows: Vec<Value> = timer.laps.iter().map(|lap| timer.row(lap, gflop, gflops)).collect::<Result<_>>()?;
+    result(&format!("{:<20} {}", "peak_memory", memory::readable(peak)))?;
     rows.push(json!({ "what": "peak_memory", "mib": peak.map(|bytes| bytes >> 20) }));
     Ok(json!({ "results": rows, "peak_gflops": gflops }))
 }
@@ -116,16 +116,16 @@ impl Timer<'_> {
     }
 
     /// The figure beside its floor, for people and for programs: `gflop` of a pass, at so many a second.
-    fn row(&self, lap: &Lap, gflop: f64, gflops: f64) -> Value {
+    fn row(&self, lap: &Lap, gflop: f64, gflops: f64) -> Result<Value> {
         let Lap { what, passes, ms } = lap;
         let gflop = gflop * *passes as f64;
         let (floor_ms, images_per_s) = (gflop / gflops * 1e3, self.args.batch as f64 / ms * 1e3);
         let share = floor_ms / ms;
-        say(&format!(
+        result(&format!(
             "{what:<20} {ms:>9.2} ms {images_per_s:>9.1} images/s  floor {floor_ms:>8.2} ms ({gflop:.1} GFLOP), {:.0} % of it",
             100.0 * share
-        ));
-        json!({
+        ))?;
+        Ok(json!({
             "peer": format!("dmd {}", crate::VERSION),
             "what": what,
             "unet": self.args.unet,
@@ -138,7 +138,7 @@ impl Timer<'_> {
             "gflop": gflop,
             "floor_ms": floor_ms,
             "share_of_peak": share,
-        })
+        }))
     }
 }
 

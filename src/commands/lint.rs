@@ -1,7 +1,7 @@
 //! `dmd lint`: which nodes of an ONNX file an accelerator takes.
 
 use crate::cli::LintArgs;
-use crate::output::say;
+use crate::output::result;
 use anyhow::Result;
 use dmd_export::lint;
 use serde_json::Value;
@@ -9,6 +9,6 @@ use serde_json::Value;
 /// Judges a file.
 pub fn run(args: &LintArgs) -> Result<Value> {
     let report = lint::lint(&lint::read(&args.onnx)?, args.target);
-    say(&report.to_string());
+    result(&report.to_string())?;
     Ok(serde_json::to_value(&report)?)
 }
