@@ -11,6 +11,9 @@ export function describe(bytes) {
     return value;
   };
   if (number("dmd.format") > 2) throw new Error("this file is newer than the page; update the page");
+  if (weightsLieOutside(bytes)) {
+    throw new Error("its weights lie in a file beside it, which a page is not given; export it without --external-data");
+  }
   return {
     batch: number("dmd.batch"),
     channels: number("dmd.channels"),
@@ -22,6 +25,13 @@ export function describe(bytes) {
     /** The noise level of each pass; files of one pass have no list. */
     steps: JSON.parse(metadata.get("dmd.steps") ?? `[${metadata.get("dmd.sigma")}]`),
   };
+}
+
+/** Whether a weight (`ModelProto.graph`, 7, `GraphProto.initializer`, 5) has `TensorProto.external_data`, 13. */
+function weightsLieOutside(bytes) {
+  const inside = (message, number) => Array.from(fields(message)).filter(([field, value]) => field === number && value);
+  const weights = inside(bytes, 7).flatMap(([, graph]) => inside(graph, 5));
+  return weights.some(([, weight]) => inside(weight, 13).length > 0);
 }
 
 /** The key and value of every entry of `ModelProto.metadata_props`, field 14. */

@@ -3,7 +3,10 @@
 // The integers are exact, and so is everything up to the logarithm, the sine and the cosine. Those are the browser's
 // own; they differ from the runtime's in the last bit of a double, which the rounding to f32 hides nearly always.
 
-/** The unit normal noise of picture `index` of a seed, for `n` values. Seeds may be numbers or BigInts below 2^64. */
+/**
+ * The unit normal noise of picture `index` of a seed, for `n` values. Seeds are whole numbers below 2^64, as BigInts
+ * where a number does not hold them exactly.
+ */
 export function pictureNoise(seed, index, n) {
   return normals(seed, PICTURE_NOISE, index, n);
 }
@@ -66,8 +69,11 @@ function unit(low, high) {
   return (high * 0x200000 + (low >>> 11)) / 2 ** 53;
 }
 
-/** A whole number below 2^64 as [low, high]. */
+/** A whole number below 2^64 as [low, high]. Another one is refused: its bits would be those of another seed. */
 function halves(value) {
+  if (!(typeof value === "bigint" || Number.isSafeInteger(value)) || value < 0 || value >= 2n ** 64n) {
+    throw new RangeError(`${value} is no seed: expected a whole number from 0 to 2^64 - 1, from 2^53 on as a BigInt`);
+  }
   const bits = BigInt(value);
   return [Number(bits & 0xffffffffn), Number((bits >> 32n) & 0xffffffffn)];
 }

@@ -9,12 +9,16 @@ const [grid, status, error, file] = ["grid", "status", "error", "file"].map(at);
 /** The file that is open: { info, session }. */
 let generator;
 
-/** Counts the drawings that were begun, so that an older one stops when a newer one begins. */
-let drawings = 0;
+/** Count what was begun, so that an older drawing or opening stops when a newer one begins. */
+let [drawings, openings] = [0, 0];
+
+/** The end of the last drawing. */
+let drawn = Promise.resolve();
 
 controls.addEventListener("submit", (event) => {
   event.preventDefault();
-  seed.value = BigInt.asUintN(64, BigInt(seed.value) + 1n);
+  if (!controls.reportValidity()) return;
+  seed.value = BigInt(seed.value) + 1n;
   redraw();
 });
 for (const control of [classes, seed, count]) control.addEventListener("change", redraw);
@@ -25,12 +29,15 @@ open(url, () => download(url));
 
 /** Opens a file, shows what it is and draws its first pictures. */
 async function open(name, read) {
+  const opening = ++openings;
   await attempt(async () => {
     status.textContent = `Loading ${name}…`;
     const bytes = new Uint8Array(await read());
-    generator = await load(bytes).catch((reason) => {
+    const next = await load(bytes).catch((reason) => {
       throw new Error(`${name}: ${reason.message}`);
     });
+    if (opening !== openings) return next.session.release();
+    await replace(next);
     const { width, height, classes: names, steps } = generator.info;
     const passes = steps.length > 1 ? `${steps.length} passes` : "one pass";
     const kinds = names.length > 0 ? `, ${names.length} classes` : "";
@@ -43,6 +50,18 @@ async function open(name, read) {
   });
 }
 
+/** Takes another file. The memory of the one before is the page's until its session is released, which nothing may be using. */
+async function replace(next) {
+  for (let last; last !== drawn; ) {
+    drawings++;
+    last = drawn;
+    await last;
+  }
+  const before = generator;
+  generator = next;
+  await before?.session.release();
+}
+
 async function download(url) {
   const response = await fetch(url);
   if (!response.ok) throw new Error(`${url}: not found; README.md says how to export it, or open a file below`);
@@ -53,7 +72,7 @@ async function download(url) {
 async function redraw() {
   if (!controls.reportValidity()) return;
   const drawing = ++drawings;
-  await attempt(async () => {
+  await (drawn = attempt(async () => {
     const n = Number(count.value);
     const label = classes.value === "" ? undefined : Number(classes.value);
     const canvases = lay(n);
@@ -68,7 +87,7 @@ async function redraw() {
     if (drawing !== drawings) return;
     const each = (total / n).toFixed(1);
     status.textContent = `${each} ms per picture, ${total.toFixed(0)} ms for ${n === 1 ? "one" : `all ${n}`}`;
-  });
+  }));
 }
 
 /** Empty canvases, as nearly a square as their number allows. */

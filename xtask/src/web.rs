@@ -17,10 +17,11 @@ use crate::venv::succeed;
 const NODE: (u32, u32) = (20, 11);
 
 /// How the folder is filled, line by line. Two steps: the pictures need not be good, only the same.
-const PREPARE: [&str; 10] = [
+const PREPARE: [&str; 11] = [
     "distill --teacher TEACHER --out run --steps 2 --batch 4 --device cpu --force",
     "export run/generator --onnx f32.onnx --force",
     "export run/generator --onnx u8.onnx --output u8 --batch 2 --force",
+    "export run/generator --onnx external.onnx --external-data --force",
     "sample f32.onnx --npy f32-7.npy -n 16 --seed 7 --force",
     "sample f32.onnx --npy f32-8.npy -n 16 --seed 8 --force",
     "sample f32.onnx --npy f32-7-class.npy -n 16 --seed 7 --class 1 --force",

@@ -5,6 +5,7 @@
 //   f32-7.npy, f32-8.npy     16 pictures of seeds 7 and 8, all classes in turn
 //   f32-7-class.npy          16 pictures of seed 7, all of class 1
 //   u8-7.npy                 16 pictures of seed 7 from u8.onnx
+//   external.onnx            the generator with its weights in a file beside it
 //   steps.onnx, steps-7.npy  a generator of three passes, and 16 pictures of seed 7 from it
 
 import assert from "node:assert/strict";
@@ -25,7 +26,7 @@ const TOLERANCE = 1e-4;
 let [server, browser, origin] = [];
 
 before(async () => {
-  const models = { "/f32.onnx": file("f32.onnx"), "/u8.onnx": file("u8.onnx"), "/steps.onnx": file("steps.onnx"), "/none.onnx": file("f32-7.npy") };
+  const models = { "/f32.onnx": file("f32.onnx"), "/u8.onnx": file("u8.onnx"), "/steps.onnx": file("steps.onnx"), "/external.onnx": file("external.onnx"), "/none.onnx": file("f32-7.npy") };
   server = await serve(0, models);
   origin = `http://127.0.0.1:${server.address().port}`;
   browser = await launch();
@@ -138,6 +139,47 @@ test("bytes in batches of two show the runtime's pictures", async () => {
   assertSame(await canvases(), (await expected("u8-7.npy")).slice(0, 1));
 });
 
+/** Opens a file of the server as a user does, by the control for files. */
+async function openFile(name) {
+  await browser.evaluate(`(async () => {
+    const files = new DataTransfer();
+    files.items.add(new File([await (await fetch(${JSON.stringify(name)})).arrayBuffer()], ${JSON.stringify(name)}));
+    document.getElementById("status").textContent = "";
+    document.getElementById("file").files = files.files;
+    document.getElementById("file").dispatchEvent(new Event("change"));
+  })()`);
+  await browser.until(DRAWN);
+}
+
+test("a file that is replaced gives its memory back", async () => {
+  await openPage("f32.onnx");
+  await browser.evaluate(`(async () => {
+    const { InferenceSession } = await import("onnxruntime-web/wasm");
+    const { release } = InferenceSession.prototype;
+    globalThis.released = 0;
+    InferenceSession.prototype.release = function () {
+      globalThis.released++;
+      return release.call(this);
+    };
+  })()`);
+  for (const name of ["u8.onnx", "steps.onnx", "f32.onnx"]) await openFile(name);
+  assert.equal(await browser.evaluate("globalThis.released"), 3);
+  await set("seed", "7");
+  assertSame(await canvases(), await expected("f32-7.npy"));
+});
+
+test("a seed that is too large is refused, not changed", async () => {
+  await openPage("f32.onnx");
+  await browser.evaluate(`{
+    const seed = document.getElementById("seed");
+    seed.value = (2n ** 64n).toString();
+    seed.dispatchEvent(new Event("change", { bubbles: true }));
+  }`);
+  const alert = `!document.getElementById("error").hidden && document.getElementById("error").textContent`;
+  await browser.until(alert);
+  assert.match(await browser.evaluate(alert), /^18446744073709551616 is no seed/);
+});
+
 test("the page can be used without sight or mouse", async () => {
   await openPage("f32.onnx");
   const { nodes } = await browser.call("Accessibility.getFullAXTree");
@@ -153,7 +195,7 @@ test("the page can be used without sight or mouse", async () => {
 
 test("a missing and a foreign file are named", async () => {
   const alert = `!document.getElementById("error").hidden && document.getElementById("error").textContent`;
-  for (const [model, message] of [["missing.onnx", /missing\.onnx: not found; README\.md says/], ["none.onnx", /none\.onnx: not/]]) {
+  for (const [model, message] of [["missing.onnx", /missing\.onnx: not found; README\.md says/], ["none.onnx", /none\.onnx: not/], ["external.onnx", /external\.onnx: its weights lie in a file beside it/]]) {
     await browser.open(`${origin}/?model=${model}`);
     await browser.until(alert);
     assert.match(await browser.evaluate(alert), message);

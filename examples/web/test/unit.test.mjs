@@ -25,6 +25,14 @@ test("an odd number of values is a prefix", () => {
   assert.deepEqual(pictureNoise(7, 0, 5), pictureNoise(7n, 0n, 8).slice(0, 5));
 });
 
+test("a seed that a number does not hold is refused, not changed", () => {
+  const largest = 2n ** 64n - 1n;
+  assert.notDeepEqual(pictureNoise(largest, 0, 4), pictureNoise(largest - 1n, 0, 4));
+  for (const seed of [2 ** 53, largest + 1n, -1, -1n, 0.5, NaN, "7"]) {
+    assert.throws(() => pictureNoise(seed, 0, 4), /is no seed: expected a whole number from 0 to 2\^64 - 1/);
+  }
+});
+
 test("a pass reads the picture before it, noised by its own stream", () => {
   // runtime/tests/fixtures/noise.py: normals(*philox([0, 0x101, 5, 0], [7, 0])), added to [0.25, -0.25].
   const found = refine(7, 1, 5, Float32Array.of(0.5, -0.5), 2);
@@ -36,6 +44,13 @@ test("a file says what it is", async () => {
   assert.deepEqual(info, { batch: 2, channels: 3, height: 8, width: 6, output: "u8", version: info.version, steps: [2.5] });
   assert.equal(classes.length, 3);
   assert.deepEqual(describe(await readFile(new URL("steps-f32.onnx", FIXTURES))).steps, [8, 2, 0.5]);
+});
+
+test("a file whose weights lie beside it says so", async () => {
+  const ours = await readFile(new URL("plain-f32.onnx", FIXTURES));
+  // One more weight in its graph, with an empty entry of `external_data`.
+  const outside = Uint8Array.of(...ours, (7 << 3) | 2, 4, (5 << 3) | 2, 2, (13 << 3) | 2, 0);
+  assert.throws(() => describe(outside), /its weights lie in a file beside it.*export it without --external-data/);
 });
 
 test("what is no file of ours is refused", async () => {
