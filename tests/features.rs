@@ -62,7 +62,12 @@ fn tensor(values: &[f32]) -> Tensor {
 
 fn comparison(path: &Path) -> anyhow::Result<Comparison> {
     let teacher = ModelFolder::load(Path::new("models/tests/fixtures/edm-tiny"), &Device::Cpu)?;
-    Comparison::new(&Distance::Onnx(path.display().to_string()), &teacher.denoiser(&Device::Cpu)?, 1)
+    Comparison::new(
+        &Distance::Onnx(path.display().to_string()),
+        &teacher.denoiser(&Device::Cpu)?,
+        &dmd_models::Training::default(),
+        1,
+    )
 }
 
 #[test]

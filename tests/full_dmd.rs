@@ -339,7 +339,9 @@ fn a_student_that_is_the_teacher_has_nothing_to_regress() {
     let x = denoiser.denoise(&Eager, &(noise * 2.5).unwrap(), &[2.5], Some(&label)).unwrap();
     for distance in ["\"l2\"", "\"pseudo-huber\"", "\"teacher-features\""] {
         let config = config(&format!("[loss.regression]\nweight = 1.0\ndistance = {distance}\n"));
-        let comparison = dmd::regression::Comparison::new(&config.loss.regression.distance, &denoiser, 2).unwrap();
+        let comparison =
+            dmd::regression::Comparison::new(&config.loss.regression.distance, &denoiser, &Default::default(), 2)
+                .unwrap();
         let number =
             |a: &Tensor, b: &Tensor| -> f32 { comparison.distance(a, b, Some(&label)).unwrap().to_scalar().unwrap() };
         assert!(number(&x, &x).abs() < 1e-9, "{distance}");
