@@ -4,7 +4,7 @@
 use candle_core::cpu::erf::{erf_f64, erf_inv};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd::config::CriticWeight;
-use dmd::loss::{DistributionMatching, Divergence, denoising, density_ratio, distribution_matching};
+use dmd::loss::{Divergence, Matching, denoising, density_ratio, distribution_matching};
 use dmd::random::{Purpose, Random};
 use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use dmd_models::noise_levels::Betas;
@@ -91,7 +91,7 @@ fn number(tensor: &Tensor) -> f64 {
 }
 
 /// The loss, and its gradient for x.
-fn matching(x: &Tensor, real: &Tensor, fake: &Tensor, h: Option<&[f64]>) -> (DistributionMatching, Vec<f64>) {
+fn matching(x: &Tensor, real: &Tensor, fake: &Tensor, h: Option<&[f64]>) -> (Matching, Vec<f64>) {
     let x = Var::from_tensor(x).unwrap();
     let matching = distribution_matching(&x, real, fake, h).unwrap();
     let grads = matching.loss.backward().unwrap();
@@ -100,7 +100,7 @@ fn matching(x: &Tensor, real: &Tensor, fake: &Tensor, h: Option<&[f64]>) -> (Dis
 }
 
 /// The same for one sample of the student at one noise level.
-fn of_student(student: Gaussian, sigma: f64, [z, eps]: &[Vec<f64>; 2]) -> (DistributionMatching, Vec<f64>) {
+fn of_student(student: Gaussian, sigma: f64, [z, eps]: &[Vec<f64>; 2]) -> (Matching, Vec<f64>) {
     let x: Vec<f64> = z.iter().map(|z| student.mean + student.spread * z).collect();
     let x_t = map(&x, eps, |x, eps| x + sigma * eps);
     let of = |gaussian: Gaussian| tensor(&x_t.iter().map(|x| gaussian.denoise(*x, sigma)).collect::<Vec<_>>(), 1);

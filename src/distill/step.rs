@@ -14,7 +14,7 @@ use super::health::{Health, mean_probability};
 use super::networks::{Networks, Samples};
 use crate::config::{Config, ScoreLoss};
 use crate::loss::{
-    approximate_r1, denoising, density_ratio, discriminator, distribution_matching, generator_adversarial,
+    Matching, approximate_r1, denoising, density_ratio, discriminator, distribution_matching, generator_adversarial,
     score_identity,
 };
 use crate::optim::{Gradients, average_into, ramped_decay, rate_at};
@@ -65,14 +65,13 @@ impl Networks {
         let scale = config.real_score.guidance_scale;
         let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, label, scale)?;
         let x0_fake = self.fake_score_still.denoise(&self.training, &x_t, sigma, label)?;
-        let matching = distribution_matching(&x, &x0_real, &x0_fake, h)?;
-        let mut loss = match terms.scores {
-            ScoreLoss::DistributionMatching => matching.loss,
+        let Matching { mut loss, real_error, score_gap } = match terms.scores {
+            ScoreLoss::DistributionMatching => distribution_matching(&x, &x0_real, &x0_fake, h)?,
             ScoreLoss::ScoreIdentity { alpha } => score_identity(&x, &x0_real, &x0_fake, alpha)?,
         };
         health.pend_loss("loss_dm", &loss);
-        health.pend("real_error", &matching.real_error);
-        health.pend("score_gap", &matching.score_gap);
+        health.pend("real_error", &real_error);
+        health.pend("score_gap", &score_gap);
         if let Some(h) = h {
             health.set("h_max", h.iter().copied().fold(0.0, f64::max));
         }

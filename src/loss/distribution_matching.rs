@@ -1,31 +1,18 @@
 //! Distribution matching (Yin et al. 2024, "One-step Diffusion with Distribution Matching Distillation", equations 7
 //! and 8, in the form of its algorithm 2: without α_t, which is 1 for variance-exploding models anyway).
 
+use super::Matching;
 use anyhow::Result;
 use candle_core::Tensor;
 
 /// Floor of the teacher's mean error: zero when the generator already matches the teacher.
 const EPS: f64 = 1e-6;
 
-/// The loss, and the two means that tell whether training is healthy.
-pub struct DistributionMatching {
-    /// ½·mean(grad²); its gradient with respect to x is grad over the number of elements.
-    pub loss: Tensor,
-    /// mean|x − x0_real|, a scalar.
-    pub real_error: Tensor,
-    /// mean|x0_fake − x0_real|, a scalar.
-    pub score_gap: Tensor,
-}
-
 /// Distribution-matching loss in x0 space. All inputs f32 `(B, C, H, W)` around [-1, 1]: the generator's sample x and
 /// what the two scores make of its noised version. `h`: a weight per sample, for divergences other than reverse KL
-/// (Xu et al. 2025, theorem 1); none means 1. The gradient reaches `x` only.
-pub fn distribution_matching(
-    x: &Tensor,
-    x0_real: &Tensor,
-    x0_fake: &Tensor,
-    h: Option<&[f64]>,
-) -> Result<DistributionMatching> {
+/// (Xu et al. 2025, theorem 1); none means 1. The loss is ½·mean(grad²), whose gradient reaches `x` only and is grad over
+/// the number of elements.
+pub fn distribution_matching(x: &Tensor, x0_real: &Tensor, x0_fake: &Tensor, h: Option<&[f64]>) -> Result<Matching> {
     // The target is a constant: the KL gradient has been taken by hand and enters through it.
     let (still, x0_real, x0_fake) = (x.detach(), x0_real.detach(), x0_fake.detach());
     // Mean error of the teacher per sample, so that every noise level pulls equally hard.
@@ -37,7 +24,7 @@ pub fn distribution_matching(
         grad = grad.broadcast_mul(&Tensor::from_vec(h, (x.dim(0)?, 1, 1, 1), x.device())?)?;
     }
     let target = (&still - &grad)?;
-    Ok(DistributionMatching {
+    Ok(Matching {
         loss: ((x - target)?.sqr()?.mean_all()? * 0.5)?,
         real_error: error.mean_all()?,
         score_gap: gap.abs()?.mean_all()?,

@@ -1,5 +1,6 @@
 //! The score-identity loss (Zhou et al. 2024, "Score identity Distillation", equations 22 and 23).
 
+use super::Matching;
 use anyhow::Result;
 use candle_core::Tensor;
 
@@ -9,11 +10,15 @@ const EPS: f64 = 1e-5;
 /// mean of (x0_real − x0_fake)·[(x0_real − x) − alpha·(x0_real − x0_fake)] / mean|x − x0_real|, the divisor per sample
 /// and a constant. All f32 `(B, C, H, W)`. Unlike distribution matching, the gradient also flows through both scores
 /// (whose weights are frozen) to the noised sample. The paper's alpha is 1.2 for one step at low resolution, 1 elsewhere.
-pub fn score_identity(x: &Tensor, x0_real: &Tensor, x0_fake: &Tensor, alpha: f64) -> Result<Tensor> {
-    let error = (x.detach() - x0_real.detach())?.abs()?.mean_keepdim((1, 2, 3))?.maximum(EPS)?;
+pub fn score_identity(x: &Tensor, x0_real: &Tensor, x0_fake: &Tensor, alpha: f64) -> Result<Matching> {
+    let error = (x.detach() - x0_real.detach())?.abs()?.mean_keepdim((1, 2, 3))?;
     let gap = (x0_real - x0_fake)?;
     let identity = ((x0_real - x)? - (&gap * alpha)?)?;
-    Ok((gap * identity)?.broadcast_div(&error)?.mean_all()?)
+    Ok(Matching {
+        real_error: error.mean_all()?,
+        score_gap: gap.detach().abs()?.mean_all()?,
+        loss: (gap * identity)?.broadcast_div(&error.maximum(EPS)?)?.mean_all()?,
+    })
 }
 
 #[cfg(test)]
@@ -35,7 +40,9 @@ mod tests {
         let x_t = (x.as_tensor() - 1.0).unwrap();
         let real = x_t.affine(0.2, 0.24).unwrap();
         let fake = x_t.affine(0.64 / 1.64, -0.2 / 1.64).unwrap();
-        let loss = score_identity(&x, &real, &fake, 1.2).unwrap();
+        let Matching { loss, real_error, score_gap } = score_identity(&x, &real, &fake, 1.2).unwrap();
+        assert!((real_error.to_scalar::<f32>().unwrap() - 0.12).abs() < 1e-6);
+        assert!((score_gap.to_scalar::<f32>().unwrap() - 0.514_146_34).abs() < 1e-6);
         let found = f64::from(loss.to_scalar::<f32>().unwrap());
         assert!((found + 3.157_610).abs() < 1e-4 && (found - value(0.2, 0.12)).abs() < 1e-4, "{found}");
         let grads = loss.backward().unwrap();
@@ -48,7 +55,7 @@ mod tests {
     fn equal_scores_lose_nothing() {
         let x = Tensor::full(0.3f32, (2, 1, 1, 2), &Device::Cpu).unwrap();
         let score = Tensor::full(0.1f32, (2, 1, 1, 2), &Device::Cpu).unwrap();
-        assert_eq!(score_identity(&x, &score, &score, 1.2).unwrap().to_scalar::<f32>().unwrap(), 0.0);
-        assert_eq!(score_identity(&x, &x, &x, 1.2).unwrap().to_scalar::<f32>().unwrap(), 0.0);
+        assert_eq!(score_identity(&x, &score, &score, 1.2).unwrap().loss.to_scalar::<f32>().unwrap(), 0.0);
+        assert_eq!(score_identity(&x, &x, &x, 1.2).unwrap().loss.to_scalar::<f32>().unwrap(), 0.0);
     }
 }
