@@ -636,10 +636,7 @@ pub struct DemoArgs {
     pub steps: u64,
 }
 
-/// An error of the caller's, found after parsing: exit code 2.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct WrongUsage(pub String);
+pub use crate::config::WrongUsage;
 
 fn parse_size(text: &str) -> Result<[usize; 2], String> {
     let side = |text: &str| text.parse::<usize>().map_err(|_| format!("size \"{text}\", expected N or HEIGHTxWIDTH"));

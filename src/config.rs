@@ -5,11 +5,13 @@ pub use meanings::explained;
 
 use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
+use crate::run::Settings;
 use anyhow::{Context, Result, bail, ensure};
 use dmd_models::{Precision, UNetConfig};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::fmt::{self, Display};
 use std::path::Path;
 
 /// A distillation, whole: what `--config` may hold and what `config.toml` in the run records. The defaults are plain
@@ -260,6 +262,28 @@ pub enum Distance {
     Onnx(String),
 }
 
+impl Settings for Config {
+    const OF_NO_WEIGHT: &'static [&'static str] = &[
+        "data",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "loss.regression.pairs",
+        "loss.regression.distance.onnx",
+    ];
+    const ON_THE_WAY: &'static [&'static str] = &[
+        "steps",
+        "accumulate",
+        "grad_checkpoint",
+        "generator.rate",
+        "generator.decay",
+        "fake_score.rate",
+        "fake_score.decay",
+        "guards.skip",
+        "guards.returns",
+    ];
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -347,10 +371,14 @@ impl Default for GuardSettings {
 impl Config {
     /// Checks every field that can be checked without the teacher; the error names it, its value and what is allowed.
     pub fn validate(&self) -> Result<()> {
-        at_least_one("steps", self.steps)?;
-        at_least_one("batch", self.batch as u64)?;
+        self.check().map_err(WrongUsage::of)
+    }
+
+    fn check(&self) -> Result<()> {
+        count("steps", self.steps)?;
+        count("batch", self.batch as u64)?;
         parts_of_batch(self.accumulate, self.batch)?;
-        at_least_one("ratio", self.ratio)?;
+        count("ratio", self.ratio)?;
         at_least_one("log_every", self.log_every)?;
         at_least_one("sample_every", self.sample_every)?;
         at_least_one("checkpoint_every", self.checkpoint_every)?;
@@ -484,35 +512,57 @@ pub fn optimizer(settings: &AdamW) -> Result<()> {
     not_negative("optimizer.weight_decay", settings.weight_decay)
 }
 
-/// A count that must not be zero.
-pub fn at_least_one(field: &str, value: u64) -> Result<()> {
-    ensure!(value > 0, "{field} is 0, expected at least 1");
+/// A setting, or an option that is looked at after parsing, that cannot be: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct WrongUsage(pub String);
+
+impl WrongUsage {
+    /// This error, as the caller's.
+    pub fn of(error: anyhow::Error) -> anyhow::Error {
+        WrongUsage(format!("{error:#}")).into()
+    }
+}
+
+fn require(condition: bool, message: impl FnOnce() -> String) -> Result<()> {
+    ensure!(condition, WrongUsage(message()));
     Ok(())
 }
+
+/// A count that must not be zero.
+pub fn at_least_one(field: &str, value: u64) -> Result<()> {
+    require(value > 0, || format!("{field} is 0, expected at least 1"))
+}
+
+/// A count from one up to what can be counted with: products of two of them are no overflow.
+pub fn count(field: &str, value: u64) -> Result<()> {
+    at_least_one(field, value)?;
+    require(value <= MOST, || format!("{field} is {value}, expected at most {MOST}"))
+}
+
+const MOST: u64 = 1_000_000_000;
 
 /// `accumulate`: as many parts as a batch can be divided into.
 pub fn parts_of_batch(accumulate: usize, batch: usize) -> Result<()> {
     at_least_one("accumulate", accumulate as u64)?;
-    ensure!(batch.is_multiple_of(accumulate), "accumulate is {accumulate}, expected a divisor of batch ({batch})");
-    Ok(())
+    require(batch.is_multiple_of(accumulate), || {
+        format!("accumulate is {accumulate}, expected a divisor of batch ({batch})")
+    })
 }
 
 /// A positive, finite number.
 pub fn positive(field: &str, value: f64) -> Result<()> {
-    ensure!(value > 0.0 && value.is_finite(), "{field} is {value}, expected a positive number");
-    Ok(())
+    require(value > 0.0 && value.is_finite(), || format!("{field} is {value}, expected a positive number"))
 }
 
 /// Zero or a positive, finite number.
 pub fn not_negative(field: &str, value: f64) -> Result<()> {
-    ensure!(value >= 0.0 && value.is_finite(), "{field} is {value}, expected 0 or more");
-    Ok(())
+    require(value >= 0.0 && value.is_finite(), || format!("{field} is {value}, expected 0 or more"))
 }
 
 /// A number from 0 up to, but not including, 1.
 pub fn fraction(field: &str, value: f64) -> Result<()> {
-    ensure!((0.0..1.0).contains(&value), "{field} is {value}, expected 0 or more and below 1");
-    Ok(())
+    require((0.0..1.0).contains(&value), || format!("{field} is {value}, expected 0 or more and below 1"))
 }
 
 fn t_range(field: &str, [low, high]: [f64; 2]) -> Result<()> {
@@ -523,7 +573,7 @@ fn t_range(field: &str, [low, high]: [f64; 2]) -> Result<()> {
 /// Reads a TOML file on top of the defaults. An unknown key is refused with the nearest known one.
 pub fn read<T: Default + Serialize + DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    parse(&text).with_context(|| path.display().to_string())
+    parse(&text).with_context(|| path.display().to_string()).map_err(WrongUsage::of)
 }
 
 /// The same from a text.
@@ -535,8 +585,11 @@ pub fn parse<T: Default + Serialize + DeserializeOwned>(text: &str) -> Result<T>
 pub fn layered<T: Default + Serialize + DeserializeOwned>(texts: &[(String, String)]) -> Result<T> {
     let mut whole = toml::Table::new();
     for (name, text) in texts {
-        overlay(&mut whole, table::<T>(text).with_context(|| name.clone())?);
-        from_table::<T>(whole.clone()).with_context(|| name.clone())?;
+        let mut lay = || -> Result<()> {
+            overlay(&mut whole, table::<T>(text)?);
+            from_table::<T>(whole.clone()).map(drop)
+        };
+        lay().with_context(|| name.clone()).map_err(WrongUsage::of)?;
     }
     from_table(whole)
 }
@@ -565,7 +618,7 @@ fn overlay(below: &mut toml::Table, above: toml::Table) {
 
 /// `loss.gan.weight=1e-3`, as `--set` takes it, as a line of TOML. What is no TOML value is taken as a string.
 pub fn assignment(text: &str) -> Result<String> {
-    let (key, value) = text.split_once('=').with_context(|| format!("--set {text}: expected KEY=VALUE"))?;
+    let (key, value) = text.split_once('=').ok_or_else(|| WrongUsage(format!("--set {text}: expected KEY=VALUE")))?;
     let line = format!("{} = {}", key.trim(), value.trim());
     Ok(match toml::from_str::<toml::Table>(&line) {
         Ok(_) => line,
@@ -593,14 +646,30 @@ fn check_keys(found: &Value, known: &Value, prefix: &str) -> Result<()> {
     Ok(())
 }
 
-/// The fields in which two settings differ, as `name is A, was B`.
-pub fn differences<T: Serialize>(now: &T, before: &T) -> Result<Vec<String>> {
+/// A field in which two settings differ.
+pub struct Difference {
+    /// Its name, with those of its tables.
+    pub name: String,
+    /// What it is.
+    pub now: Value,
+    /// What it was.
+    pub before: Value,
+}
+
+impl Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{} is {}, was {}", self.name, self.now, self.before)
+    }
+}
+
+/// The fields in which two settings differ.
+pub fn differences<T: Serialize>(now: &T, before: &T) -> Result<Vec<Difference>> {
     let mut found = Vec::new();
     collect_differences(&serde_json::to_value(now)?, &serde_json::to_value(before)?, "", &mut found);
     Ok(found)
 }
 
-fn collect_differences(now: &Value, before: &Value, name: &str, found: &mut Vec<String>) {
+fn collect_differences(now: &Value, before: &Value, name: &str, found: &mut Vec<Difference>) {
     match (now.as_object(), before.as_object()) {
         (Some(now), Some(before)) => {
             for (key, value) in now {
@@ -608,7 +677,9 @@ fn collect_differences(now: &Value, before: &Value, name: &str, found: &mut Vec<
                 collect_differences(value, before.get(key).unwrap_or(&Value::Null), &name, found);
             }
         }
-        _ if now != before => found.push(format!("{name} is {now}, was {before}")),
+        _ if now != before => {
+            found.push(Difference { name: name.into(), now: now.clone(), before: before.clone() });
+        }
         _ => {}
     }
 }
@@ -649,6 +720,8 @@ mod tests {
     #[test]
     fn differences_name_the_fields() {
         let other = Config { seed: 3, ..Config::default() };
-        assert_eq!(differences(&other, &Config::default()).unwrap(), ["seed is 3, was 0"]);
+        let found: Vec<String> =
+            differences(&other, &Config::default()).unwrap().iter().map(Difference::to_string).collect();
+        assert_eq!(found, ["seed is 3, was 0"]);
     }
 }

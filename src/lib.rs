@@ -8,6 +8,8 @@ pub mod commands;
 pub mod ablate;
 pub mod config;
 pub mod distill;
+pub mod fingerprint;
+pub mod lock;
 pub mod loss;
 pub mod optim;
 pub mod pairs;

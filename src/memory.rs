@@ -73,6 +73,20 @@ pub fn check(needs: &Needs, on: &Device) -> Result<()> {
 
 const REMEDY: &str = "lower --batch, give --grad-checkpoint (on a GPU, --precision bf16 too), or raise a run's accumulate, which goes through a batch in parts";
 
+/// Refuses, before any memory is taken, numbers of f32 that the machine has no room for: `what` an option or a file asks
+/// for, whose sizes multiply.
+pub fn room(what: &str, sizes: &[usize]) -> Result<()> {
+    let bytes = sizes.iter().try_fold(size_of::<f32>() as u64, |product, size| product.checked_mul(*size as u64));
+    let available = available_bytes(&Device::Cpu).unwrap_or(isize::MAX as u64);
+    ensure!(
+        bytes.is_some_and(|bytes| bytes <= available),
+        "{what} take {}, and {} MiB are free",
+        bytes.map_or("more than can be counted".into(), |bytes| format!("{} MiB", bytes >> 20)),
+        available >> 20
+    );
+    Ok(())
+}
+
 /// What a GPU may have too little memory for.
 #[derive(Clone, Copy, Debug)]
 pub enum Work {
@@ -179,6 +193,16 @@ mod tests {
         let error = check(1 << 40).unwrap_err().to_string();
         assert!(error.starts_with("1099511627776 samples at a time take about 5497558138928 MiB, and "), "{error}");
         assert!(error.contains("lower --batch"), "{error}");
+    }
+
+    #[test]
+    fn what_no_machine_has_room_for_is_refused_however_large() {
+        assert!(room("16 pictures", &[16, 3, 8, 8]).is_ok());
+        assert!(room("no pictures", &[0, usize::MAX, usize::MAX]).is_ok());
+        for sizes in [&[1 << 40, 3, 1024, 1024][..], &[usize::MAX; 4]] {
+            let error = room("-n pictures", sizes).unwrap_err().to_string();
+            assert!(error.starts_with("-n pictures take ") && error.ends_with(" MiB are free"), "{error}");
+        }
     }
 
     /// Peaks of two updates with batches of 64 on a CPU, in MiB: `dmd bench train` with unet-32 and unet-16, `dmd distill`

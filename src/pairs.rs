@@ -2,7 +2,9 @@
 //! sampler makes of a noise. A folder with `pairs.json` and safetensors shards, each with `noise` and `image` (f32
 //! `(n, C, H, W)`) and, for a teacher with classes, `label` (i64 `(n,)`). Made once, checked against the run's teacher.
 
-use crate::distill::fingerprint;
+use crate::config::{self, Difference};
+use crate::fingerprint;
+use crate::lock::{self, Lock};
 use crate::random::{Purpose, Random, picture_noise};
 use crate::run;
 use crate::sample::{Model, Sampler};
@@ -34,28 +36,43 @@ pub struct Manifest {
     pub n: usize,
 }
 
-/// Makes `manifest.n` pairs in `out`, going on where an earlier call stopped; returns how many were there already.
-/// `step` is told how many are done.
+/// Makes `manifest.n` pairs in `out`, which no other process may hold, going on where an earlier call stopped, or anew
+/// with `force`; returns how many were there already. `step` is told how many are done.
 pub fn make(
     teacher: &ModelFolder,
-    manifest: &Manifest,
+    mut manifest: Manifest,
     out: &Path,
+    force: bool,
     batch: usize,
     device: &Device,
     mut step: impl FnMut(usize),
 ) -> Result<usize> {
     let path = out.join(MANIFEST);
+    ensure!(
+        force || path.exists() || lock::is_free(out)?,
+        "{}: exists and holds no pairs; give another --out, or --force to write into it",
+        out.display()
+    );
+    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+    let _lock = Lock::take(out)?;
+    if force {
+        remove_pairs(out)?;
+    }
     if path.exists() {
         let before = read_manifest(out)?;
+        if fingerprint::teacher(teacher)?.is(&before.teacher_sha256) {
+            manifest.teacher_sha256.clone_from(&before.teacher_sha256);
+        }
+        let differences = config::differences(&manifest, &before)?;
+        let differences: Vec<String> = differences.iter().map(Difference::to_string).collect();
         ensure!(
-            before == *manifest,
+            differences.is_empty(),
             "{}: holds pairs made otherwise ({}); give the same options to go on, another --out, or --force to begin anew",
             out.display(),
-            crate::config::differences(manifest, &before)?.join("; ")
+            differences.join("; ")
         );
     } else {
-        std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-        write_whole(&path, format!("{:#}\n", serde_json::to_value(manifest)?).as_bytes())?;
+        write_whole(&path, format!("{:#}\n", serde_json::to_value(&manifest)?).as_bytes())?;
     }
     let denoiser = teacher.denoiser(device)?;
     let n_classes = denoiser.n_classes();
@@ -70,7 +87,7 @@ pub fn make(
     for (i, first) in (0..manifest.n).step_by(manifest.per_shard).enumerate() {
         let len = manifest.per_shard.min(manifest.n - first);
         let path = shard_path(out, i);
-        if path.exists() && read_shard(&path, manifest, len).is_ok() {
+        if path.exists() && read_shard(&path, &manifest, len).is_ok() {
             found += len;
             step(first + len);
             continue;
@@ -121,7 +138,7 @@ impl Pairs {
         let shape = [teacher.config.in_channels, height, width];
         let manifest = manifest_for(folder, shape, guidance_scale)?;
         ensure!(
-            manifest.teacher_sha256 == fingerprint(teacher)?,
+            fingerprint::teacher(teacher)?.is(&manifest.teacher_sha256),
             refusal(folder, "pairs were made by another teacher (its weights or its configuration differ)")
         );
         let n_classes = teacher.n_classes().unwrap_or(0);
@@ -143,6 +160,11 @@ impl Pairs {
             pairs.labels.extend(labels);
         }
         Ok(pairs)
+    }
+
+    /// By what they are known again, wherever they lie.
+    pub fn sha256(&self) -> String {
+        fingerprint::numbers(&[&self.noise, &self.image], &self.labels)
     }
 
     /// How many there are.
@@ -171,6 +193,17 @@ impl Pairs {
 }
 
 const MANIFEST: &str = "pairs.json";
+
+fn remove_pairs(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name == MANIFEST || name.starts_with("shard-") {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
 
 fn read_manifest(folder: &Path) -> Result<Manifest> {
     let path = folder.join(MANIFEST);

@@ -1,28 +1,45 @@
 //! What a training run leaves on the disk, and how it is interrupted and taken up again. A checkpoint is written aside,
-//! flushed and renamed, and the one before it stays until the new one stands: `kill -9` and a full disk cost at most
-//! the steps since the last one.
+//! flushed and renamed, and the one before it stays beside it: `kill -9` and a full disk cost at most the steps since the
+//! last one, and damage to that one those since the one before.
 
-use crate::config;
+use crate::config::{self, Difference};
+use crate::lock::{self, Lock};
 use crate::optim::{self, NotFinite};
-use anyhow::{Context, Result, ensure};
+use crate::output;
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use dmd_models::Weights;
 use dmd_models::folder::replace_dir;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// The folder of one run.
-pub struct Run {
-    folder: PathBuf,
+/// Settings that a run is begun with, and what of them may be other when it is taken up again.
+pub trait Settings: Serialize + DeserializeOwned + Default {
+    /// What changes no weight: how often something is written, and paths, whose content is compared where it matters.
+    const OF_NO_WEIGHT: &'static [&'static str];
+    /// What may be changed on the way, such as rates: a change is said, and written into `changes.jsonl`.
+    const ON_THE_WAY: &'static [&'static str];
 }
 
-/// A checkpoint as it was read.
+/// The folder of one run, which is this process's.
+pub struct Run {
+    folder: PathBuf,
+    /// The settings as TOML, and how they differ from those that the run was last given.
+    settings: String,
+    changes: Vec<Difference>,
+    /// Seconds of training before this process, and since when it trains.
+    seconds_before: f64,
+    since: Instant,
+    _lock: Lock,
+}
+
+/// A checkpoint as it was read, whole.
 pub struct Checkpoint {
     /// Updates made so far.
     pub step: u64,
@@ -31,55 +48,106 @@ pub struct Checkpoint {
     folder: PathBuf,
 }
 
-/// Checkpoints kept; more than one so that a bad disk does not take the only one.
+/// Checkpoints kept; more than one so that damage to the last does not take the only one.
 const KEPT: usize = 2;
 
 impl Run {
-    /// Opens or begins the run in `folder`. A folder that holds a run with the same settings is taken up again; one with
-    /// other settings, or with something else in it, is refused unless `force`, which removes the old run.
-    pub fn open<T: Serialize + DeserializeOwned + Default>(folder: &Path, settings: &T, force: bool) -> Result<Self> {
+    /// Opens or begins the run in `folder`, which no other process may hold. A folder that holds a run with the same
+    /// settings, but for those that may change, is taken up again; one with other settings, or with something else in
+    /// it, is refused unless `force`, which removes the old run.
+    pub fn open<T: Settings>(folder: &Path, settings: &T, force: bool) -> Result<Self> {
         let config_path = folder.join("config.toml");
+        ensure!(
+            force || config_path.exists() || lock::is_free(folder)?,
+            "{}: exists and is not a run of this kind; give another --out, or --force to write into it",
+            folder.display()
+        );
+        fs::create_dir_all(folder).with_context(|| format!("{}: cannot be written", folder.display()))?;
+        let lock = Lock::take(folder)?;
         if force {
-            for old in ["config.toml", "metrics.jsonl"] {
+            for old in ["config.toml", "metrics.jsonl", "changes.jsonl"] {
                 _ = fs::remove_file(folder.join(old));
             }
             for old in ["checkpoints", "samples"] {
                 _ = fs::remove_dir_all(folder.join(old));
             }
         }
+        let mut run = Run {
+            folder: folder.to_path_buf(),
+            settings: config::to_toml(settings)?,
+            changes: Vec::new(),
+            seconds_before: 0.0,
+            since: Instant::now(),
+            _lock: lock,
+        };
         if config_path.exists() {
-            let before: T =
-                config::read(&config_path).context("the run's own settings cannot be read; --force begins anew")?;
-            let differences = config::differences(settings, &before)?;
-            ensure!(
-                differences.is_empty(),
-                "{}: holds a run with other settings ({}); give the same settings to continue it, another --out, or --force to begin anew",
-                folder.display(),
-                differences.join("; ")
-            );
-        } else {
-            let occupied = folder.exists() && (!folder.is_dir() || fs::read_dir(folder)?.next().is_some());
-            ensure!(
-                !occupied || force,
-                "{}: exists and is not a run of this kind; give another --out, or --force to write into it",
-                folder.display()
-            );
-            let create = || -> Result<()> {
-                fs::create_dir_all(folder)?;
-                Ok(dmd_models::write_whole(&config_path, config::to_toml(settings)?.as_bytes())?)
+            let before: T = config::read(&config_path)
+                .map_err(|error| anyhow!("{error:#}: the run's own settings; --force begins anew"))?;
+            run.changes = config::differences(settings, &before)?;
+            let fixed = |change: &&Difference| {
+                !T::OF_NO_WEIGHT.contains(&&*change.name) && !T::ON_THE_WAY.contains(&&*change.name)
             };
-            create().with_context(|| format!("{}: cannot be written", folder.display()))?;
+            let refused: Vec<String> = run.changes.iter().filter(fixed).map(Difference::to_string).collect();
+            ensure!(
+                refused.is_empty(),
+                "{}: holds a run with other settings ({}); give the same settings to continue it (other {} may be given on the way), another --out, or --force to begin anew",
+                folder.display(),
+                refused.join("; "),
+                T::ON_THE_WAY.join(", ")
+            );
+            run.changes.retain(|change| !T::OF_NO_WEIGHT.contains(&&*change.name));
+        } else {
+            run.write_settings()?;
         }
         for part in ["checkpoints", "samples"] {
             let part = folder.join(part);
             fs::create_dir_all(&part).with_context(|| part.display().to_string())?;
         }
-        Ok(Run { folder: folder.to_path_buf() })
+        Ok(run)
+    }
+
+    fn write_settings(&self) -> Result<()> {
+        let path = self.path("config.toml");
+        Ok(dmd_models::write_whole(&path, self.settings.as_bytes())?)
+    }
+
+    /// Whether the run in a folder has something to go on from.
+    pub fn has_begun(folder: &Path) -> bool {
+        checkpoints(&folder.join("checkpoints")).is_ok_and(|found| !found.is_empty())
+    }
+
+    /// After everything was found fit to go on from this checkpoint, or to begin where there is none: takes back what was
+    /// logged after it, and records and says what is other from here on.
+    pub fn go_on(&mut self, checkpoint: Option<&Checkpoint>, n_steps: u64) -> Result<u64> {
+        let step = checkpoint.map_or(0, |checkpoint| checkpoint.step);
+        ensure!(
+            step <= n_steps,
+            "{}: is at step {step}, beyond steps ({n_steps}); give {step} or more to go on",
+            self.folder.display()
+        );
+        let logged = self.rewind_log(step)?;
+        let saved = checkpoint.and_then(|checkpoint| checkpoint.state.get("elapsed_s")?.as_f64());
+        self.seconds_before = logged.max(saved.unwrap_or(0.0));
+        self.since = Instant::now();
+        if checkpoint.is_some() {
+            output::say(&format!("continuing from step {step}"));
+            for Difference { name, now, before } in &self.changes {
+                output::say(&format!("from here on {name} is {now}, was {before}"));
+                self.append("changes.jsonl", &json!({ "step": step, "setting": name, "is": now, "was": before }))?;
+            }
+        }
+        self.write_settings()?;
+        Ok(step)
     }
 
     /// A path inside the run.
     pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
         self.folder.join(name)
+    }
+
+    /// Seconds of training, those before an interruption with them.
+    pub fn elapsed_s(&self) -> f64 {
+        self.seconds_before + self.since.elapsed().as_secs_f64()
     }
 
     /// The newest checkpoint that can be read whole.
@@ -107,63 +175,131 @@ impl Run {
             .try_for_each(|(_, folder)| fs::remove_dir_all(&folder).with_context(|| folder.display().to_string()))
     }
 
-    /// Writes `checkpoints/step-N` with one safetensors file per part and `state.json`, then removes old ones.
-    pub fn checkpoint(&self, step: u64, parts: &[(impl AsRef<str>, Weights)], state: &Value) -> Result<()> {
+    /// Writes `checkpoints/step-N` with one safetensors file per part and `state.json`, then removes all but the one
+    /// before.
+    pub fn checkpoint(&self, step: u64, parts: &Parts, state: &Value) -> Result<()> {
         let folder = self.path(format!("checkpoints/step-{step:08}"));
         let aside = self.path(format!("checkpoints/.step-{step:08}.partial"));
         let write = || -> Result<()> {
             _ = fs::remove_dir_all(&aside);
             fs::create_dir_all(&aside)?;
+            let mut state = state.clone();
             for (name, weights) in parts {
-                weights.save(&aside.join(format!("{}.safetensors", name.as_ref())), &BTreeMap::new())?;
+                let path = aside.join(part_file(name));
+                weights.save(&path, &BTreeMap::new())?;
+                state["parts"][name] = json!(checksum(&path)?);
             }
+            state["elapsed_s"] = json!(self.elapsed_s());
             dmd_models::write_whole(&aside.join("state.json"), state.to_string().as_bytes())?;
             Ok(replace_dir(&aside, &folder)?)
         };
+        let mut others = checkpoints(&self.path("checkpoints"))?;
+        others.retain(|(other, _)| *other != step);
+        let (mut earlier, later): (Vec<_>, Vec<_>) = others.into_iter().partition(|(other, _)| *other < step);
         write().map_err(|error| {
             _ = fs::remove_dir_all(&aside);
-            error.context(format!("the checkpoint of step {step} could not be written; the one before it is whole"))
+            let left = match earlier.last() {
+                Some((earlier, _)) => format!("that of step {earlier} is whole"),
+                None => "there is none before it".into(),
+            };
+            error.context(format!("the checkpoint of step {step} could not be written; {left}"))
         })?;
-        let mut old = checkpoints(&self.path("checkpoints"))?;
-        old.truncate(old.len().saturating_sub(KEPT));
-        for (_, folder) in old {
+        // Later ones were damaged, or the run would have gone on from there.
+        earlier.truncate((earlier.len() + 1).saturating_sub(KEPT));
+        for (_, folder) in earlier.into_iter().chain(later) {
             _ = fs::remove_dir_all(folder);
         }
         Ok(())
     }
 
-    /// Appends to metrics.jsonl.
-    pub fn log(&self, line: &Value) -> Result<()> {
-        let path = self.path("metrics.jsonl");
-        let append = || -> std::io::Result<()> {
-            writeln!(fs::OpenOptions::new().create(true).append(true).open(&path)?, "{line}")
+    /// Refuses to begin a training whose checkpoint has no room on the disk: takes the room, and gives it back.
+    pub fn check_room(&self, parts: &Parts) -> Result<()> {
+        let aside = self.path("checkpoints/.room.partial");
+        let size = |weights: &Weights| -> u64 {
+            weights.iter().map(|(_, tensor)| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64).sum()
         };
+        let take = || -> std::io::Result<()> {
+            _ = fs::remove_dir_all(&aside);
+            fs::create_dir_all(&aside)?;
+            parts
+                .iter()
+                .try_for_each(|(name, weights)| take_room(&File::create(aside.join(part_file(name)))?, size(weights)))
+        };
+        let taken = take();
+        _ = fs::remove_dir_all(&aside);
+        match taken {
+            // Where room cannot be taken beforehand, the checkpoint itself will tell.
+            Err(error)
+                if [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge]
+                    .contains(&error.kind()) =>
+            {
+                let bytes: u64 = parts.iter().map(|(_, weights)| size(weights)).sum();
+                bail!(
+                    "{}: has no room for a checkpoint of {:.1} MB: {error}; make room, or give another --out",
+                    self.folder.display(),
+                    bytes as f64 / 1e6
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Appends to metrics.jsonl.
+    pub fn log(&self, step: u64, values: &[(&str, f64)]) -> Result<()> {
+        let mut line = json!({ "step": step, "elapsed_s": (self.elapsed_s() * 1e3).round() / 1e3 });
+        for (name, value) in values {
+            line[*name] = json!(value);
+        }
+        self.append("metrics.jsonl", &line)
+    }
+
+    fn append(&self, name: &str, line: &Value) -> Result<()> {
+        let path = self.path(name);
+        let append =
+            || fs::OpenOptions::new().create(true).append(true).open(&path)?.write_all(format!("{line}\n").as_bytes());
         append().with_context(|| path.display().to_string())
     }
 
-    /// Drops the lines after `step`, which a resumed run will write again.
-    pub fn rewind_log(&self, step: u64) -> Result<()> {
+    /// Drops the lines after `step`, which will be written again; returns the seconds of the last that stays.
+    pub fn rewind_log(&self, step: u64) -> Result<f64> {
         let path = self.path("metrics.jsonl");
-        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-        let early = |line: &&str| {
-            let value = serde_json::from_str::<Value>(line);
-            value.is_ok_and(|value| value.get("step").and_then(Value::as_u64).is_some_and(|s| s <= step))
-        };
-        let kept: String = text.lines().filter(early).flat_map(|line| [line, "\n"]).collect();
-        Ok(dmd_models::write_whole(&path, kept.as_bytes())?)
+        let Ok(text) = fs::read_to_string(&path) else { return Ok(0.0) };
+        let (mut kept, mut seconds) = (String::new(), 0.0);
+        for line in text.lines() {
+            let value = serde_json::from_str(line).unwrap_or(Value::Null);
+            if value["step"].as_u64().is_some_and(|of| of <= step) {
+                kept += line;
+                kept.push('\n');
+                seconds = value["elapsed_s"].as_f64().unwrap_or(seconds);
+            }
+        }
+        dmd_models::write_whole(&path, kept.as_bytes())?;
+        Ok(seconds)
     }
 }
 
-/// The last of these that is whole.
+/// What a checkpoint holds, by name.
+pub type Parts = Vec<(String, Weights)>;
+
+fn part_file(name: &str) -> String {
+    format!("{name}.safetensors")
+}
+
+/// The last of these that is whole; where there are some and none is, an error.
 fn newest(mut folders: Vec<(u64, PathBuf)>) -> Result<Option<Checkpoint>> {
+    let mut damage = None;
     while let Some((step, folder)) = folders.pop() {
-        // A folder under its final name was flushed before it was renamed; a missing state means somebody's hand.
-        if let Ok(text) = fs::read_to_string(folder.join("state.json")) {
-            let state = serde_json::from_str(&text).with_context(|| folder.join("state.json").display().to_string())?;
-            return Ok(Some(Checkpoint { step, state, folder }));
+        match Checkpoint::read(step, folder) {
+            Ok(checkpoint) => return Ok(Some(checkpoint)),
+            Err(error) => {
+                if folders.last().is_some() {
+                    output::warn(&format!("{error:#}: going back to the checkpoint before it"));
+                }
+                damage = Some(error);
+            }
         }
     }
-    Ok(None)
+    damage.map_or(Ok(None), |error| Err(error.context("no checkpoint is whole; --force begins anew")))
 }
 
 /// The checkpoints in a folder, oldest first.
@@ -180,7 +316,49 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
+/// Has the file system set bytes aside for a file, by its own measure: quotas and limits count.
+#[cfg(target_os = "linux")]
+fn take_room(file: &File, bytes: u64) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the descriptor is the file's, which is open.
+    match unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, bytes as libc::off_t) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Elsewhere the bytes are written.
+#[cfg(not(target_os = "linux"))]
+fn take_room(mut file: &File, bytes: u64) -> std::io::Result<()> {
+    std::io::copy(&mut std::io::repeat(0).take(bytes), &mut file).map(drop)
+}
+
+/// CRC-32 of a file.
+fn checksum(path: &Path) -> std::io::Result<u32> {
+    let (mut file, mut hash) = (File::open(path)?, crc32fast::Hasher::new());
+    let mut bytes = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut bytes)? {
+            0 => return Ok(hash.finalize()),
+            n => hash.update(&bytes[..n]),
+        }
+    }
+}
+
 impl Checkpoint {
+    /// Reads its state, and holds its parts to the checksums there. Earlier versions wrote none.
+    fn read(step: u64, folder: PathBuf) -> Result<Self> {
+        let path = folder.join("state.json");
+        let read = || -> Result<Value> { Ok(serde_json::from_slice(&fs::read(&path)?)?) };
+        let state = read().with_context(|| format!("{}: is damaged", path.display()))?;
+        for (name, written) in state["parts"].as_object().into_iter().flatten() {
+            let path = folder.join(part_file(name));
+            let found = checksum(&path).with_context(|| format!("{}: is damaged", path.display()))?;
+            ensure!(Some(found.into()) == written.as_u64(), "{}: is damaged (its checksum differs)", path.display());
+        }
+        Ok(Checkpoint { step, state, folder })
+    }
+
     /// A list of numbers from `state.json`.
     pub fn numbers(&self, name: &str) -> Result<Vec<f64>> {
         let list = self.state.get(name).and_then(Value::as_array);
@@ -190,7 +368,7 @@ impl Checkpoint {
 
     /// One of its parts, on the CPU.
     pub fn part(&self, name: &str) -> Result<Weights> {
-        Ok(Weights::load(&self.folder.join(format!("{name}.safetensors")), &candle_core::Device::Cpu)?)
+        Ok(Weights::load(&self.folder.join(part_file(name)), &candle_core::Device::Cpu)?)
     }
 
     /// A counter from `state.json`.
@@ -199,6 +377,11 @@ impl Checkpoint {
             .get(name)
             .and_then(Value::as_u64)
             .with_context(|| format!("{}: state.json lacks \"{name}\"", self.folder.display()))
+    }
+
+    /// What the run began with, by what it was known then; earlier versions did not write down everything.
+    pub fn known(&self, name: &str) -> Option<&str> {
+        self.state.get(name).and_then(Value::as_str)
     }
 }
 
@@ -285,7 +468,7 @@ pub fn finite(name: &'static str, loss: &candle_core::Tensor) -> Result<f64> {
 pub fn stopped(step: u64, error: anyhow::Error) -> anyhow::Error {
     match error.is::<NotFinite>() {
         true => anyhow::anyhow!(
-            "step {step}: {error:#}; the run stops here; lower the rate and run again, which goes on from the last checkpoint if there is one"
+            "step {step}: {error:#}; the run stops here; give lower rates and run again, which goes on from the last checkpoint, or begins anew where there is none; where that fails at once, remove the last folder of checkpoints/, to go on from the one before"
         ),
         false => error.context(format!("step {step}")),
     }
@@ -294,13 +477,4 @@ pub fn stopped(step: u64, error: anyhow::Error) -> anyhow::Error {
 /// The line of one step for people: name and value, four digits.
 pub fn readable(values: &[(&str, f64)]) -> String {
     values.iter().map(|(name, value)| format!("{name} {value:.4}")).collect::<Vec<_>>().join("  ")
-}
-
-/// The same for metrics.jsonl.
-pub fn as_json(step: u64, elapsed_s: f64, values: &[(&str, f64)]) -> Value {
-    let mut line = json!({ "step": step, "elapsed_s": (elapsed_s * 1e3).round() / 1e3 });
-    for (name, value) in values {
-        line[*name] = json!(value);
-    }
-    line
 }

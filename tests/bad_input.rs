@@ -134,11 +134,11 @@ fn a_diverging_run_stops_and_keeps_a_good_checkpoint() {
 fn wrong_settings_are_named_with_what_is_allowed() {
     let w = Workplace::new().with_fixture("edm-tiny").with_pictures();
     w.write("a.toml", "step = 3\n");
-    w.refuses(&format!("{DISTILL} --config a.toml"), 1, &["a.toml: unknown key \"step\", did you mean \"steps\"?"]);
+    w.refuses(&format!("{DISTILL} --config a.toml"), 2, &["a.toml: unknown key \"step\", did you mean \"steps\"?"]);
     w.write("a.toml", "[generator]\nsigmma = 3\n");
-    w.refuses(&format!("{DISTILL} --config a.toml"), 1, &["did you mean \"generator.sigma\"?"]);
+    w.refuses(&format!("{DISTILL} --config a.toml"), 2, &["did you mean \"generator.sigma\"?"]);
     w.write("a.toml", "batch = many\n");
-    w.refuses(&format!("{DISTILL} --config a.toml"), 1, &["a.toml: not TOML"]);
+    w.refuses(&format!("{DISTILL} --config a.toml"), 2, &["a.toml: not TOML"]);
     w.write("a.toml", "[generator]\nsigma = 500.0\n");
     w.refuses(
         &format!("{DISTILL} --config a.toml"),
@@ -149,14 +149,14 @@ fn wrong_settings_are_named_with_what_is_allowed() {
     w.write("a.toml", "[optimiser]\n");
     w.refuses(
         &format!("{TEACH} pictures --config a.toml").replace("--out teacher", "--out new"),
-        1,
+        2,
         &["unknown key \"optimiser\", did you mean \"optimizer\"?"],
     );
 
-    w.refuses("distill --teacher teacher --out run --batch 0", 1, &["batch is 0, expected at least 1"]);
-    w.refuses("teacher train --data pictures --out new --batch 0", 1, &["batch is 0, expected at least 1"]);
-    w.refuses("sample teacher --npy a.npy --batch 0", 1, &["batch is 0, expected at least 1"]);
-    w.refuses("distill --teacher teacher --out run --steps 0", 1, &["steps is 0, expected at least 1"]);
+    w.refuses("distill --teacher teacher --out run --batch 0", 2, &["batch is 0, expected at least 1"]);
+    w.refuses("teacher train --data pictures --out new --batch 0", 2, &["batch is 0, expected at least 1"]);
+    w.refuses("sample teacher --npy a.npy --batch 0", 2, &["batch is 0, expected at least 1"]);
+    w.refuses("distill --teacher teacher --out run --steps 0", 2, &["steps is 0, expected at least 1"]);
 
     w.edit_json("unet.json", |unet| unet["block_out_chanels"] = json!([8]));
     w.refuses(
@@ -395,7 +395,8 @@ fn an_error_is_an_object_too() {
 #[test]
 fn terms_without_what_they_need_are_refused() {
     let w = Workplace::new().with_fixture("edm-tiny").with_pictures();
-    let check = |options: &str, parts: &[&str]| _ = w.refuses(&format!("{DISTILL} {options}"), 1, parts);
+    let refuses = |options: &str, code, parts: &[&str]| _ = w.refuses(&format!("{DISTILL} {options}"), code, parts);
+    let check = |options: &str, parts: &[&str]| refuses(options, 2, parts);
     check("--recipe dmd2", &["loss.gan needs real pictures: give --data PATH"]);
     check("--recipe dmd", &["there are no pairs", "dmd pairs TEACHER"]);
     check(
@@ -405,7 +406,6 @@ fn terms_without_what_they_need_are_refused() {
     check("--set loss.divergence=forward-kl", &["not the score-identity loss: give --recipe plain"]);
     check("--set loss.gan.weight=1", &["loss.gan.weight is 1 without a discriminator"]);
     check("--set generator.steps=[1.0,2.0]", &["generator.steps is [1.0, 2.0], expected descending noise levels"]);
-    check("--set generator.steps=[90.0,2.0]", &["generator.steps is 90, expected within the teacher's noise levels"]);
     check(
         "--recipe dmd2 --data pictures --set loss.gan.start_step=1",
         &["loss.gan.start_step is 1, expected below steps (1)", "never join"],
@@ -414,19 +414,25 @@ fn terms_without_what_they_need_are_refused() {
     check("--set loss.gna.weight=1", &["--set loss.gna.weight=1", "did you mean \"loss.gan\"?"]);
     check("--set batch", &["--set batch: expected KEY=VALUE"]);
     check("--set loss.divergence=kl", &["unknown variant `kl`", "forward-kl"]);
+    // What the settings alone do not tell.
+    let check = |options: &str, parts: &[&str]| refuses(options, 1, parts);
+    check("--set generator.steps=[90.0,2.0]", &["generator.steps is 90, expected within the teacher's noise levels"]);
     check("--guidance 2", &["the teacher knows no pictures without a class", "--label-dropout"]);
     check("--start teacher/unet", &["generator.start", "not a diffusers folder"]);
     check("--recipe dmd --pairs nowhere", &["nowhere/pairs.json: no pairs (make them with `dmd pairs"]);
     check("--recipe dmd2 --data pictures", &["its class \"blue\" is none of the teacher's (0, 1, 2)"]);
     check("--recipe dmd2 --data nowhere", &["nowhere: cannot read"]);
     w.refuses(&format!("{DISTILL} --recipe best"), 2, &["dmd2", "f-js", "sid"]);
-    w.refuses("pairs teacher --out p -n 0", 1, &["-n is 0, expected at least 1"]);
+    w.refuses("pairs teacher --out p -n 0", 2, &["-n is 0, expected at least 1"]);
+    w.refuses("pairs teacher --out p -n 9000000000", 2, &["-n is 9000000000, expected at most 1000000000"]);
+    let line = "pairs teacher --out p -n 1000000000 --per-shard 1000000000";
+    w.refuses(line, 1, &["1000000000 pairs at a time (--per-shard) take 1464843 MiB"]);
     w.refuses("pairs teacher --out p --guidance 2", 1, &["--label-dropout"]);
     w.refuses("pairs teacher --out pictures", 1, &["pictures: exists and holds no pairs"]);
     w.refuses("sample teacher --npy a.npy --guidance 2", 1, &["train it with label dropout"]);
     w.refuses(
         &format!("{TEACH} pictures --unconditional --label-dropout 0.1"),
-        1,
+        2,
         &["--unconditional leaves no classes"],
     );
 }

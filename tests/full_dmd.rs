@@ -42,7 +42,7 @@ fn pictures() -> Pictures {
 fn pairs(teacher: &ModelFolder, guidance_scale: f64) -> Pairs {
     let folder = tempfile::tempdir().unwrap();
     let manifest = Manifest {
-        teacher_sha256: dmd::distill::fingerprint(teacher).unwrap(),
+        teacher_sha256: dmd::fingerprint::teacher(teacher).unwrap().now,
         shape: [3, 8, 8],
         guidance_scale,
         sampler_steps: 2,
@@ -51,8 +51,12 @@ fn pairs(teacher: &ModelFolder, guidance_scale: f64) -> Pairs {
         n: 6,
     };
     let out = folder.path().join("pairs");
-    assert_eq!(make(teacher, &manifest, &out, 3, &CPU, |_| ()).unwrap(), 0);
-    assert_eq!(make(teacher, &manifest, &out, 3, &CPU, |_| ()).unwrap(), 6, "all are found the second time");
+    assert_eq!(make(teacher, manifest.clone(), &out, false, 3, &CPU, |_| ()).unwrap(), 0);
+    assert_eq!(
+        make(teacher, manifest.clone(), &out, false, 3, &CPU, |_| ()).unwrap(),
+        6,
+        "all are found the second time"
+    );
     Pairs::load(&out, teacher, guidance_scale).unwrap()
 }
 

@@ -2,12 +2,11 @@
 
 use super::distill::small_files;
 use crate::cli::PairsArgs;
-use crate::config::{at_least_one, check_guidance, not_negative};
-use crate::distill::fingerprint;
+use crate::config::{check_guidance, count, not_negative};
 use crate::output::{progress, say};
 use crate::pairs::{self, Manifest};
-use crate::run;
-use anyhow::{Context, Result, ensure};
+use crate::{fingerprint, memory, run};
+use anyhow::{Result, ensure};
 use candle_core::Device;
 use dmd_models::ModelFolder;
 use dmd_models::folder::Kind;
@@ -16,10 +15,10 @@ use std::time::Instant;
 
 /// Makes pairs.
 pub fn run(args: &PairsArgs) -> Result<Value> {
-    at_least_one("-n", args.n as u64)?;
-    at_least_one("--steps", args.steps as u64)?;
-    at_least_one("--batch", args.batch as u64)?;
-    at_least_one("--per-shard", args.per_shard as u64)?;
+    count("-n", args.n as u64)?;
+    count("--steps", args.steps as u64)?;
+    count("--batch", args.batch as u64)?;
+    count("--per-shard", args.per_shard as u64)?;
     not_negative("--guidance", args.guidance)?;
     if let Some((unet, null_class)) = small_files(&args.teacher) {
         check_guidance("--guidance", args.guidance, &unet, null_class)?;
@@ -27,14 +26,13 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     let device = args.device.open()?;
     let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)?;
     ensure!(teacher.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", args.teacher.display());
-    let occupied = args.out.exists() && !args.out.join("pairs.json").exists();
-    ensure!(!occupied || args.force, "{}: exists and holds no pairs; give another --out", args.out.display());
-    if args.force && args.out.join("pairs.json").exists() {
-        std::fs::remove_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    }
     let [height, width] = teacher.size()?;
+    // Noise and pictures of a shard are in memory at once.
+    let in_memory = args.n.min(args.per_shard);
+    let sizes = [2, in_memory, teacher.config.in_channels, height, width];
+    memory::room(&format!("{in_memory} pairs at a time (--per-shard)"), &sizes)?;
     let manifest = Manifest {
-        teacher_sha256: fingerprint(&teacher)?,
+        teacher_sha256: fingerprint::teacher(&teacher)?.now,
         shape: [teacher.config.in_channels, height, width],
         guidance_scale: args.guidance,
         sampler_steps: args.steps,
@@ -45,7 +43,9 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     run::stop_on_signals()?;
     let bar = progress(args.n as u64, 0)?;
     let started = Instant::now();
-    let found = pairs::make(&teacher, &manifest, &args.out, args.batch, &device, |done| bar.set_position(done as u64))?;
+    let found = pairs::make(&teacher, manifest, &args.out, args.force, args.batch, &device, |done| {
+        bar.set_position(done as u64)
+    })?;
     bar.finish_and_clear();
     let made = args.n - found;
     let seconds = started.elapsed().as_secs_f64();

@@ -3,6 +3,7 @@
 use super::networks::Networks;
 use crate::config::{Config, Samples};
 use crate::data::Pictures;
+use crate::fingerprint;
 use crate::pairs::PairBatch;
 use crate::random::{Purpose, Random};
 use crate::sample::input_of_pass;
@@ -121,6 +122,11 @@ impl Reality {
             pictures.labels.iter_mut().for_each(|label| *label = labels[*label as usize]);
         }
         Ok(Reality { pictures })
+    }
+
+    /// By what the pictures are known again, wherever they lie.
+    pub fn sha256(&self) -> String {
+        fingerprint::pictures(&self.pictures)
     }
 
     /// A batch drawn with replacement.

@@ -15,11 +15,12 @@ use monitor::Monitor;
 use crate::config::{Config, Distance, ScoreLoss, Sigma, SigmaName, check_guidance};
 use crate::data::{self, DataOptions};
 use crate::device::check_precision;
+use crate::fingerprint::{self, Fingerprint};
 use crate::memory::{self, Needs, Work};
 use crate::optim::NotFinite;
 use crate::pairs::Pairs;
 use crate::random::{Random, picture_noise};
-use crate::run::{self, Checkpoint, Run};
+use crate::run::{self, Checkpoint, Parts, Run};
 use crate::sample::{Model, labels_in_turn};
 use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
@@ -28,7 +29,6 @@ use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind};
 use dmd_models::{ModelFolder, Weights};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use std::path::Path;
 use std::time::Instant;
 
@@ -41,16 +41,22 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
     let teacher_folder = ModelFolder::load(teacher, device).context("the teacher").map_err(no_room)?;
     ensure!(teacher_folder.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", teacher.display());
     // First what can be refused, then what leaves a trace in `out`.
-    let mut distillation = Distillation::new(config, teacher_folder, device).map_err(no_room)?;
-    let run = Run::open(out, config, force)?;
-    let first = match run.last_checkpoint()? {
-        Some(checkpoint) => distillation.restore(&run, &checkpoint)?,
-        None => {
-            run.rewind_log(0)?;
-            distillation.draw_samples(&run, 0)?;
-            0
-        }
-    };
+    let begins = force || !Run::has_begun(out);
+    let mut distillation = Distillation::new(config, teacher_folder, begins, device).map_err(no_room)?;
+    let mut run = Run::open(out, config, force)?;
+    let checkpoint = run.last_checkpoint()?;
+    match &checkpoint {
+        Some(checkpoint) => distillation.restore(checkpoint)?,
+        None => ensure!(begins, "{}: its checkpoints were removed just now; run the same command again", out.display()),
+    }
+    let first = run.go_on(checkpoint.as_ref(), config.steps)?;
+    if first < config.steps {
+        run.check_room(&distillation.parts()?)?;
+    }
+    // The grid of a checkpoint may be missing where the run was killed.
+    if checkpoint.is_none() || (distillation.samples_due(first) && !run.path(sample_file(first)).exists()) {
+        distillation.draw_samples(&run, first)?;
+    }
     run::stop_on_signals()?;
     let bar = output::progress(config.steps, first)?;
     let started = Instant::now();
@@ -78,18 +84,18 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
             if step.is_multiple_of(config.log_every) || last {
                 let values = measured.values();
                 bar.set_message(run::readable(&values));
-                run.log(&run::as_json(step, started.elapsed().as_secs_f64(), &values))?;
+                run.log(step, &values)?;
                 output::line_without_terminal(&format!("step {step}/{}  {}", config.steps, run::readable(&values)));
             }
             health = Some(measured);
         }
-        if step.is_multiple_of(config.sample_every) || last {
+        if distillation.samples_due(step) {
             distillation.draw_samples(&run, step)?;
         }
         // In the middle of trouble there is nothing to go back to.
         let due = step.is_multiple_of(config.checkpoint_every) && distillation.skipped_in_a_row == 0;
         if due || last || run::asked_to_stop() {
-            distillation.checkpoint(&run, step)?;
+            run.checkpoint(step, &distillation.parts()?, &distillation.state())?;
         }
         if run::asked_to_stop() && !last {
             bar.abandon();
@@ -119,7 +125,10 @@ struct Distillation<'a> {
     random: Random,
     /// The generator's folder, but for its weights.
     folder: ModelFolder,
-    teacher_sha256: String,
+    teacher: Fingerprint,
+    /// What the run learns from besides the teacher, by its content: what it is called in `state.json`, what it is called
+    /// in a message, the hash.
+    known: Vec<(&'static str, &'static str, String)>,
     /// Updates skipped so far, and how many of them in a row.
     n_skipped: u64,
     skipped_in_a_row: u64,
@@ -175,14 +184,16 @@ enum Recovery {
 }
 
 impl<'a> Distillation<'a> {
-    fn new(config: &'a Config, teacher: ModelFolder, device: &Device) -> Result<Self> {
-        let teacher_sha256 = fingerprint(&teacher)?;
+    /// `begins`: nothing will be restored from a checkpoint.
+    fn new(config: &'a Config, teacher: ModelFolder, begins: bool, device: &Device) -> Result<Self> {
+        let known_teacher = fingerprint::teacher(&teacher)?;
         let sigmas = noise_levels(config, &teacher)?;
         let guidance = config.real_score.guidance_scale;
         check_guidance("real_score.guidance_scale", guidance, &teacher.config, teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
         let random = Random { seed: config.seed, device: device.clone() };
-        let beginning = beginning(config, &teacher, &sigmas)?;
+        let beginning = beginning(config, &teacher, &sigmas, begins)?;
+        let known = known(config, &beginning)?;
         let networks = Networks::new(&teacher, &sigmas, config, beginning, &random)?;
         let about = About {
             kind: Kind::Generator,
@@ -199,7 +210,8 @@ impl<'a> Distillation<'a> {
             networks,
             random,
             folder,
-            teacher_sha256,
+            teacher: known_teacher,
+            known,
             n_skipped,
             skipped_in_a_row,
             n_returns,
@@ -237,8 +249,10 @@ impl<'a> Distillation<'a> {
         match earlier.flatten().or(newest) {
             Some(checkpoint) if self.n_returns < guards.returns => {
                 let (n_returns, n_skipped) = (self.n_returns + 1, self.n_skipped);
-                let step = self.restore(run, &checkpoint)?;
+                let step = checkpoint.step;
+                self.restore(&checkpoint)?;
                 run.forget_after(step)?;
+                run.rewind_log(step)?;
                 (self.n_returns, self.n_skipped) = (n_returns, n_skipped);
                 (self.skipped_in_a_row, self.returned_to) = (0, Some(step));
                 self.networks.rate_factor = 0.5f64.powi(n_returns as i32);
@@ -252,7 +266,8 @@ impl<'a> Distillation<'a> {
         }
     }
 
-    fn checkpoint(&self, run: &Run, step: u64) -> Result<()> {
+    /// What a checkpoint holds: weights and moments,
+    fn parts(&self) -> Result<Parts> {
         let n = &self.networks;
         let mut parts = vec![
             ("generator".to_string(), run::vars_as_weights(&n.generator_vars)),
@@ -260,31 +275,47 @@ impl<'a> Distillation<'a> {
             ("optimizer_generator".to_string(), n.generator_optimizer.state()?),
             ("optimizer_fake_score".to_string(), n.fake_optimizer.state()?),
         ];
+        parts.extend((0..n.averages.len()).map(|i| (average_part(i), run::vars_as_weights(&n.averages[i].vars))));
+        if let Some(d) = &n.discriminator {
+            parts.push(("discriminator".into(), run::vars_as_weights(&d.vars)));
+            parts.push(("optimizer_discriminator".into(), d.optimizer.state()?));
+        }
+        Ok(parts)
+    }
+
+    /// and the numbers beside them.
+    fn state(&self) -> Value {
+        let n = &self.networks;
         let mut state = json!({
             "n_updates_generator": n.generator_optimizer.n_updates(),
             "n_updates_fake_score": n.fake_optimizer.n_updates(),
-            "teacher_sha256": self.teacher_sha256,
+            "teacher_sha256": self.teacher.now,
             "n_skipped": self.n_skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "n_returns": self.n_returns,
             "monitor": self.monitor,
         });
-        parts.extend((0..n.averages.len()).map(|i| (average_part(i), run::vars_as_weights(&n.averages[i].vars))));
         if let Some(d) = &n.discriminator {
-            parts.push(("discriminator".into(), run::vars_as_weights(&d.vars)));
-            parts.push(("optimizer_discriminator".into(), d.optimizer.state()?));
             state["n_updates_discriminator"] = json!(d.optimizer.n_updates());
             state["ratio_means"] = json!(n.ratio_bins.means);
         }
-        run.checkpoint(step, &parts, &state)
+        for (name, _, sha256) in &self.known {
+            state[*name] = json!(sha256);
+        }
+        state
     }
 
-    fn restore(&mut self, run: &Run, checkpoint: &Checkpoint) -> Result<u64> {
-        let same = checkpoint.state.get("teacher_sha256").and_then(Value::as_str) == Some(&self.teacher_sha256);
+    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         ensure!(
-            same,
+            checkpoint.known("teacher_sha256").is_some_and(|written| self.teacher.is(written)),
             "the run was started with another teacher (its weights or its configuration differ); use that one, or --force to begin anew"
         );
+        for (name, what, sha256) in &self.known {
+            ensure!(
+                checkpoint.known(name).is_none_or(|written| written == sha256),
+                "the run was started with other {what}; give it the same, another --out, or --force to begin anew"
+            );
+        }
         let n = &mut self.networks;
         run::restore_vars(&n.generator_vars, &checkpoint.part("generator")?)?;
         run::restore_vars(&n.fake_vars, &checkpoint.part("fake_score")?)?;
@@ -307,9 +338,7 @@ impl<'a> Distillation<'a> {
         let monitor = checkpoint.state.get("monitor").cloned();
         self.monitor = monitor.map(serde_json::from_value).transpose()?.unwrap_or_default();
         n.rate_factor = 0.5f64.powi(self.n_returns as i32);
-        run.rewind_log(checkpoint.step)?;
-        output::say(&format!("continuing from step {}", checkpoint.step));
-        Ok(checkpoint.step)
+        Ok(())
     }
 
     /// The exported average as `generator`, the others beside it under their decay.
@@ -322,6 +351,10 @@ impl<'a> Distillation<'a> {
         Ok(())
     }
 
+    fn samples_due(&self, step: u64) -> bool {
+        step.is_multiple_of(self.config.sample_every) || step == self.config.steps
+    }
+
     /// A grid of the averaged generator's pictures, from the same noise every time.
     fn draw_samples(&self, run: &Run, step: u64) -> Result<()> {
         let denoiser = self.folder.denoiser_on(&self.networks.averages[0].view.detached())?;
@@ -331,8 +364,32 @@ impl<'a> Distillation<'a> {
         let model = Model::of_steps(denoiser, &self.networks.sigmas, self.config.seed);
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
-        picture::save_png(&run.path(format!("samples/step-{step:08}.png")), &grid)
+        picture::save_png(&run.path(sample_file(step)), &grid)
     }
+}
+
+fn sample_file(step: u64) -> String {
+    format!("samples/step-{step:08}.png")
+}
+
+/// What a run learns from besides the teacher, as [`Distillation::known`] has it.
+fn known(config: &Config, beginning: &Beginning) -> Result<Vec<(&'static str, &'static str, String)>> {
+    let mut known = Vec::new();
+    if let Some(reality) = &beginning.reality {
+        known.push((
+            "data_sha256",
+            "pictures (the files under --data, or how they are labelled, differ)",
+            reality.sha256(),
+        ));
+    }
+    if let Some(pairs) = &beginning.pairs {
+        known.push(("pairs_sha256", "pairs (the numbers under --pairs differ)", pairs.sha256()));
+        if let Distance::Onnx(path) = &config.loss.regression.distance {
+            let features = fingerprint::file(Path::new(path)).context("loss.regression.distance")?;
+            known.push(("features_sha256", "features (the file of loss.regression.distance differs)", features));
+        }
+    }
+    Ok(known)
 }
 
 /// Pictures in a sample grid.
@@ -362,7 +419,7 @@ fn noise_levels(config: &Config, teacher: &ModelFolder) -> Result<Vec<f64>> {
 
 /// What the networks begin as, and the pairs and pictures they learn from; each refused where it does not go with the
 /// teacher; `sigmas` are the run's passes.
-fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64]) -> Result<Beginning> {
+fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64], begins: bool) -> Result<Beginning> {
     let pairs = &config.loss.regression;
     let pairs = match pairs.weight > 0.0 {
         true => Some(Pairs::load(Path::new(&pairs.pairs), teacher, config.real_score.guidance_scale)?),
@@ -380,7 +437,8 @@ fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64]) -> Result<B
         }
         false => None,
     };
-    let (generator, fake_score) = match config.generator.start.is_empty() {
+    // What a run started from is in its checkpoint, and may be gone or have gone on since.
+    let (generator, fake_score) = match config.generator.start.is_empty() || !begins {
         true => (None, None),
         false => start_of(Path::new(&config.generator.start), teacher, sigmas)?,
     };
@@ -415,11 +473,4 @@ fn start_of(path: &Path, teacher: &ModelFolder, sigmas: &[f64]) -> Result<(Optio
         false => None,
     };
     Ok((Some(folder.weights), fake_score))
-}
-
-/// A hash over the weights and what gives them their meaning, to tell one teacher from another.
-pub fn fingerprint(teacher: &ModelFolder) -> Result<String> {
-    let weights = dmd_export::weights_sha256(&teacher.weights.to(DType::F32, &Device::Cpu)?)?;
-    let hash = Sha256::digest(format!("{:?} {:?} {weights}", teacher.config, teacher.scheduler));
-    Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
 }

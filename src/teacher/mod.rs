@@ -8,11 +8,12 @@ pub use settings::{TeacherSettings, default_unet};
 
 use crate::data::Pictures;
 use crate::device::check_precision;
+use crate::fingerprint::{self, Fingerprint};
 use crate::loss::{denoising, edm_weight};
 use crate::memory::{self, Needs, Work};
 use crate::optim::{Gradients, Optimizer, average_into, finite, ramped_decay, rate_at, read};
 use crate::random::{Purpose, Random, picture_noise};
-use crate::run::{self, Run};
+use crate::run::{self, Checkpoint, Parts, Run};
 use crate::sample::{Model, Sampler, labels_in_turn};
 use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
@@ -21,7 +22,6 @@ use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
 use dmd_models::{Denoiser, ModelFolder, Training, UNet, UNetConfig, Weights};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
@@ -49,8 +49,19 @@ pub fn train(
     // First what can be refused, then what leaves a trace in `out`.
     let mut trainer =
         Trainer::new(settings, unet, pictures, random).map_err(|error| memory::explained(error, Work::Networks))?;
-    let run = Run::open(&out.join("training"), settings, force)?;
-    let first = trainer.resume(&run)?;
+    let mut run = Run::open(&out.join("training"), settings, force)?;
+    let checkpoint = run.last_checkpoint()?;
+    if let Some(checkpoint) = &checkpoint {
+        trainer.restore(checkpoint)?;
+    }
+    let first = run.go_on(checkpoint.as_ref(), settings.steps)?;
+    if first < settings.steps {
+        run.check_room(&trainer.parts()?)?;
+    }
+    // The grid of a checkpoint may be missing where the run was killed.
+    if checkpoint.is_some() && !run.path(sample_file(first)).exists() {
+        trainer.draw_samples(&run, first)?;
+    }
     run::stop_on_signals()?;
     let bar = output::progress(settings.steps, first)?;
     let started = Instant::now();
@@ -71,15 +82,19 @@ pub fn train(
             last.retain(|(name, _)| *name != "validation_loss");
             let validation = trainer.validation_loss().map_err(|error| memory::explained(error, validation))?;
             if let Some(validation) = validation {
+                // Weights that an update has ruined are not saved: a run that goes on would begin with them.
+                let validation = finite("validation_loss", validation).map_err(|error| run::stopped(done, error))?;
                 last.push(("validation_loss", validation));
             }
         }
         if log {
-            run.log(&run::as_json(done, started.elapsed().as_secs_f64(), &last))?;
+            run.log(done, &last)?;
             output::line_without_terminal(&format!("step {done}/{}  {}", settings.steps, run::readable(&last)));
         }
         if save || run::asked_to_stop() {
-            trainer.save(&run, out, done)?;
+            run.checkpoint(done, &trainer.parts()?, &trainer.state())?;
+            trainer.draw_samples(&run, done)?;
+            trainer.folder.write_into(out, DType::F32).context("the model folder")?;
         }
         if run::asked_to_stop() && done < settings.steps {
             bar.abandon();
@@ -120,7 +135,7 @@ struct Trainer<'a> {
     training: Training,
     optimizer: Optimizer,
     /// Of the pictures and the network's description.
-    data_sha256: String,
+    lesson: Fingerprint,
 }
 
 /// Refuses a batch that does not fit into memory.
@@ -166,7 +181,7 @@ impl<'a> Trainer<'a> {
             run: Some(serde_json::to_value(settings)?),
         };
         let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
-        let data_sha256 = fingerprint(pictures, &unet);
+        let lesson = fingerprint::lesson(pictures, &unet)?;
         let folder = ModelFolder { config: unet, scheduler, weights: averaged.detached(), about };
         let denoiser = folder.denoiser_on(&weights)?;
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
@@ -184,7 +199,7 @@ impl<'a> Trainer<'a> {
             denoiser,
             training: Training::new(settings.precision, settings.grad_checkpoint),
             optimizer,
-            data_sha256,
+            lesson,
         })
     }
 
@@ -192,23 +207,28 @@ impl<'a> Trainer<'a> {
         Ok(self.folder.denoiser_on(&self.averaged.detached())?)
     }
 
-    /// Takes up the last checkpoint; returns the step to go on from.
-    fn resume(&mut self, run: &Run) -> Result<u64> {
-        let Some(checkpoint) = run.last_checkpoint()? else {
-            run.rewind_log(0)?;
-            return Ok(0);
-        };
-        let before = checkpoint.state.get("data_sha256").and_then(Value::as_str);
+    /// What a checkpoint holds: weights and moments,
+    fn parts(&self) -> Result<Parts> {
+        Ok(vec![
+            ("weights".into(), run::vars_as_weights(&self.vars)),
+            ("average".into(), run::vars_as_weights(&self.average)),
+            ("optimizer".into(), self.optimizer.state()?),
+        ])
+    }
+
+    /// and the numbers beside them.
+    fn state(&self) -> Value {
+        json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.lesson.now })
+    }
+
+    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         ensure!(
-            before.is_none_or(|before| before == self.data_sha256),
+            checkpoint.known("data_sha256").is_none_or(|written| self.lesson.is(written)),
             "the run was started on other pictures or another network (the files under --data or --unet have changed); give it the same, another --out, or --force to begin anew"
         );
         run::restore_vars(&self.vars, &checkpoint.part("weights")?)?;
         run::restore_vars(&self.average, &checkpoint.part("average")?)?;
-        self.optimizer.restore(&checkpoint.part("optimizer")?, checkpoint.count("n_updates")?)?;
-        run.rewind_log(checkpoint.step)?;
-        output::say(&format!("continuing from step {}", checkpoint.step));
-        Ok(checkpoint.step)
+        self.optimizer.restore(&checkpoint.part("optimizer")?, checkpoint.count("n_updates")?)
     }
 
     /// One update; returns the loss and the gradient's norm.
@@ -299,15 +319,8 @@ impl<'a> Trainer<'a> {
         [n, self.pictures.channels, self.pictures.height, self.pictures.width]
     }
 
-    /// Checkpoint, sample grid and the model folder itself.
-    fn save(&self, run: &Run, out: &Path, step: u64) -> Result<()> {
-        let parts = [
-            ("weights", run::vars_as_weights(&self.vars)),
-            ("average", run::vars_as_weights(&self.average)),
-            ("optimizer", self.optimizer.state()?),
-        ];
-        let state = json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.data_sha256 });
-        run.checkpoint(step, &parts, &state)?;
+    /// A grid of the averaged network's pictures, from the same noise every time.
+    fn draw_samples(&self, run: &Run, step: u64) -> Result<()> {
         let denoiser = self.averaged_denoiser()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let [_, c, h, w] = self.shape(1);
@@ -315,24 +328,18 @@ impl<'a> Trainer<'a> {
         let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18, guidance_scale: 1.0 };
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
-        picture::save_png(&run.path(format!("samples/step-{step:08}.png")), &grid)?;
-        self.folder.write_into(out, DType::F32).context("the model folder")
+        picture::save_png(&run.path(sample_file(step)), &grid)
     }
+}
+
+fn sample_file(step: u64) -> String {
+    format!("samples/step-{step:08}.png")
 }
 
 const MAX_VALIDATION: usize = 256;
 const VALIDATION_BATCH: usize = 64;
 /// Pictures in a sample grid.
 const GRID: usize = 16;
-
-/// A hash over what a teacher learns and what learns it.
-fn fingerprint(pictures: &Pictures, unet: &UNetConfig) -> String {
-    let mut hash = Sha256::new();
-    hash.update(&pictures.pixels);
-    pictures.labels.iter().for_each(|label| hash.update(label.to_le_bytes()));
-    hash.update(format!("{:?} {unet:?}", pictures.classes));
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// A number for a parameter's name (FNV-1a), so that each has a stream of its own.
 pub(crate) fn name_key(name: &str) -> u64 {

@@ -1,7 +1,8 @@
 //! Settings of a teacher's training, and the network for a picture size where none is given.
 
-use crate::config::{at_least_one, fraction, optimizer, parts_of_batch, positive};
+use crate::config::{WrongUsage, at_least_one, count, fraction, optimizer, parts_of_batch, positive};
 use crate::optim::{AdamW, Decay};
+use crate::run::Settings;
 use anyhow::{Result, ensure};
 use dmd_models::unet::SampleSize;
 use dmd_models::{Precision, UNetConfig};
@@ -67,6 +68,11 @@ pub struct TeacherSettings {
     pub optimizer: AdamW,
 }
 
+impl Settings for TeacherSettings {
+    const OF_NO_WEIGHT: &'static [&'static str] = &["data", "unet", "log_every", "checkpoint_every", "about_data"];
+    const ON_THE_WAY: &'static [&'static str] = &["steps", "accumulate", "grad_checkpoint", "rate", "decay"];
+}
+
 impl Default for TeacherSettings {
     fn default() -> Self {
         TeacherSettings {
@@ -104,9 +110,13 @@ impl Default for TeacherSettings {
 impl TeacherSettings {
     /// Checks every field; the error names it, its value and what is allowed.
     pub fn validate(&self) -> Result<()> {
-        at_least_one("size", self.size[0].min(self.size[1]) as u64)?;
-        at_least_one("steps", self.steps)?;
-        at_least_one("batch", self.batch as u64)?;
+        self.check().map_err(WrongUsage::of)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.size.iter().try_for_each(|side| count("size", *side as u64))?;
+        count("steps", self.steps)?;
+        count("batch", self.batch as u64)?;
         parts_of_batch(self.accumulate, self.batch)?;
         at_least_one("log_every", self.log_every)?;
         at_least_one("checkpoint_every", self.checkpoint_every)?;

@@ -1,0 +1,142 @@
+//! By what a run, a teacher and pairs know again what they began with, wherever it lies: SHA-256 of its content, and of
+//! JSON with sorted keys and without what is at its default, so that a setting of a later version disowns nothing.
+
+mod legacy;
+
+use crate::data::Pictures;
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+use dmd_models::{ModelFolder, UNetConfig};
+use serde::Serialize;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use std::path::Path;
+
+/// What something is known by, now and in what earlier versions wrote.
+pub struct Fingerprint {
+    /// Written from now on.
+    pub now: String,
+    /// None where what is known now cannot be told in the words of then.
+    legacy: Option<String>,
+}
+
+impl Fingerprint {
+    /// Whether this is what was written.
+    pub fn is(&self, written: &str) -> bool {
+        written == self.now || Some(written) == self.legacy.as_deref()
+    }
+}
+
+/// A teacher's weights and what gives them their meaning.
+pub fn teacher(teacher: &ModelFolder) -> Result<Fingerprint> {
+    let weights = dmd_export::weights_sha256(&teacher.weights.to(DType::F32, &Device::Cpu)?)?;
+    let known = json!({
+        "weights": weights,
+        "unet": without_defaults(&teacher.config)?,
+        "scheduler": teacher.scheduler.json(),
+    });
+    Ok(Fingerprint { now: of_json(known), legacy: legacy::teacher(teacher, &weights) })
+}
+
+/// What a teacher learns, and what learns it.
+pub fn lesson(pictures: &Pictures, unet: &UNetConfig) -> Result<Fingerprint> {
+    let known = json!({
+        "pictures": self::pictures(pictures),
+        "classes": pictures.classes,
+        "unet": without_defaults(unet)?,
+    });
+    Ok(Fingerprint { now: of_json(known), legacy: Some(legacy::lesson(pictures, unet)) })
+}
+
+/// Pictures with their labels, in their order.
+pub fn pictures(pictures: &Pictures) -> String {
+    let mut hash = Sha256::new();
+    for size in [pictures.channels, pictures.height, pictures.width] {
+        hash.update((size as u64).to_le_bytes());
+    }
+    hash.update(&pictures.pixels);
+    pictures.labels.iter().for_each(|label| hash.update(label.to_le_bytes()));
+    hex(hash)
+}
+
+/// Numbers, whose lists are told apart by their order alone.
+pub fn numbers(lists: &[&[f32]], labels: &[i64]) -> String {
+    let mut hash = Sha256::new();
+    for part in lists.iter().flat_map(|list| list.chunks(1 << 16)) {
+        hash.update(part.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+    }
+    labels.iter().for_each(|label| hash.update(label.to_le_bytes()));
+    hex(hash)
+}
+
+/// A file's bytes.
+pub fn file(path: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut open = || std::io::copy(&mut std::fs::File::open(path)?, &mut hash);
+    open().with_context(|| path.display().to_string())?;
+    Ok(hex(hash))
+}
+
+/// The fields that differ from their default.
+fn without_defaults<T: Serialize + Default>(value: &T) -> Result<Value> {
+    let (mut value, default) = (serde_json::to_value(value)?, serde_json::to_value(T::default())?);
+    if let Some(fields) = value.as_object_mut() {
+        fields.retain(|name, value| default.get(name) != Some(value));
+    }
+    Ok(value)
+}
+
+fn of_json(mut value: Value) -> String {
+    value.sort_all_objects();
+    hex(Sha256::new_with_prefix(value.to_string()))
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A field that a later version adds, at its default, and another order of the fields.
+    #[test]
+    fn what_is_at_its_default_or_stands_elsewhere_changes_no_fingerprint() {
+        #[derive(Serialize, Default)]
+        struct Before {
+            width: usize,
+            depth: usize,
+        }
+        #[derive(Serialize)]
+        struct After {
+            depth: usize,
+            added: Option<f64>,
+            width: usize,
+        }
+        impl Default for After {
+            fn default() -> Self {
+                After { depth: 0, added: Some(0.5), width: 0 }
+            }
+        }
+        let hash = |value: Result<Value>| of_json(value.unwrap());
+        let before = hash(without_defaults(&Before { width: 3, depth: 2 }));
+        let after = |added| hash(without_defaults(&After { depth: 2, added, width: 3 }));
+        assert_eq!(after(Some(0.5)), before);
+        assert_ne!(after(None), before);
+        assert_ne!(hash(without_defaults(&Before { width: 2, depth: 3 })), before);
+    }
+
+    /// By the program before fingerprints were of JSON, in the run that it left of this folder.
+    #[test]
+    fn a_teacher_is_known_by_what_earlier_versions_wrote() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures");
+        for (name, written) in [("edm-tiny", EDM_TINY), ("ddpm-tiny", DDPM_TINY)] {
+            let folder = ModelFolder::load(&fixtures.join(name), &Device::Cpu).unwrap();
+            let found = teacher(&folder).unwrap();
+            assert!(found.is(written), "{name}: {:?}", found.legacy);
+            assert!(found.is(&found.now) && found.now != written);
+        }
+    }
+    const EDM_TINY: &str = "f919e3be21340f8229c765bd0e6d27e4aca6369842f93b5bd747a0f57a552819";
+    const DDPM_TINY: &str = "4ed3d7835aaf8c2634dab38dc8961886ce817a0c2c0d9688de660bb86ed39635";
+}
