@@ -23,7 +23,7 @@ fn old_library(folder: &Path) -> Option<PathBuf> {
 
 /// One test, because it sets the environment of the whole process.
 #[test]
-fn an_old_library_is_named_as_such_and_never_taken_silently() {
+fn a_library_that_is_old_or_cut_off_is_named_as_such_and_never_taken_silently() {
     let folder = tempfile::tempdir().unwrap();
     let Some(old) = old_library(folder.path()) else {
         eprintln!("skipped: no C compiler here");
@@ -42,6 +42,14 @@ fn an_old_library_is_named_as_such_and_never_taken_silently() {
         }
     }
 
+    // A download that broke: the loader would die of it.
+    let cut = folder.path().join("cut/libonnxruntime.so");
+    std::fs::create_dir(folder.path().join("cut")).unwrap();
+    let bytes = std::fs::read(&old).unwrap();
+    std::fs::write(&cut, &bytes[..bytes.len() * 2 / 3]).unwrap();
+    let error = load(EngineChoice::Auto, Some(&cut)).unwrap_err().to_string();
+    assert!(error.contains("cut/libonnxruntime.so: is"), "{error}");
+
     // SAFETY: this process has one test, and no other thread of it reads the environment now.
     unsafe {
         ["VIRTUAL_ENV", "CONDA_PREFIX", "HOME", "PATH", "XDG_CACHE_HOME", "DMD_CACHE", "LD_LIBRARY_PATH"]
@@ -49,6 +57,18 @@ fn an_old_library_is_named_as_such_and_never_taken_silently() {
             .for_each(|name| std::env::remove_var(name));
         std::env::set_var("ORT_DYLIB_PATH", &old);
     }
+    // A bare name is a file or a folder here, and never goes to the system's loader.
+    std::env::set_current_dir(&folder).unwrap();
+    for (name, expected) in [("cut", "cut/libonnxruntime.so: is"), ("libm.so.6", "libm.so.6: does not exist")] {
+        // SAFETY: as above.
+        unsafe { std::env::set_var("ORT_DYLIB_PATH", name) };
+        match load(EngineChoice::OnnxRuntime, None) {
+            Err(error) => assert!(error.to_string().contains(&format!("ORT_DYLIB_PATH: {expected}")), "{error}"),
+            Ok(_) => eprintln!("this machine has a library for every process"),
+        }
+    }
+    // SAFETY: as above.
+    unsafe { std::env::set_var("ORT_DYLIB_PATH", &old) };
     match load(EngineChoice::OnnxRuntime, None) {
         Err(error) => {
             let text = error.to_string();

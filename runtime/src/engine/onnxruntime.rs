@@ -15,7 +15,7 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
 use super::{Engine, EngineInfo, EngineKind, Out, Rewrite, threads};
-use crate::library::{Host, Place, libraries_at};
+use crate::library::{Host, Place, binary, libraries_at};
 use crate::{Error, Info, Options, Result, Tried};
 
 /// The library of this process, once it is found. It is never unloaded: its threads and its environment live on.
@@ -144,13 +144,11 @@ const ASKED: &str = "asked for";
 
 fn search(asked: Option<&Path>) -> Result<Runtime> {
     let places = match asked {
-        Some(path) => vec![Place { why: ASKED.into(), path: path.into() }],
+        Some(path) => vec![Place { why: ASKED.into(), path: path.into(), is_name: false }],
         None => Host::here().places(),
     };
     let mut tried = Vec::new();
-    for Place { why, path } in places {
-        // A bare name is for the system's loader; whatever has a folder must be there.
-        let is_name = asked.is_none() && path.parent() == Some(Path::new(""));
+    for Place { why, path, is_name } in places {
         let libraries = if is_name { Ok(vec![path.clone()]) } else { libraries_at(&path) };
         let mut fail = |path: &Path, reason| tried.push(Tried { place: why.clone(), path: path.into(), reason });
         match libraries {
@@ -180,6 +178,9 @@ fn overruled(tried: &[Tried]) -> Option<String> {
 fn start(library: &Path, is_name: bool) -> Result<Runtime, String> {
     // A relative path would be searched beside the executable first.
     let library = if is_name { library.into() } else { std::path::absolute(library).map_err(|e| e.to_string())? };
+    if !is_name {
+        binary::check(&library)?;
+    }
     let version = probe(&library)?;
     let builder = ort::init_from(&library).map_err(|error| error.to_string())?.with_logger(Arc::new(forward));
     // An app's users have not agreed to telemetry, which some builds of the library turn on by themselves.

@@ -1,7 +1,7 @@
 //! Where ONNX Runtime's library is looked for. The first that loads and is new enough is taken:
 //!
 //! 1. `Options::library`, a file or a folder; where it is given, nothing else is tried;
-//! 2. the environment's `ORT_DYLIB_PATH`, a file or a folder;
+//! 2. the environment's `ORT_DYLIB_PATH`, a file or a folder; a bare name is one in the current folder;
 //! 3. the folder of the executable, and `lib/` in it;
 //! 4. `onnxruntime/` in the cache folder ([`cache_folder`]): `$DMD_CACHE`, else `$XDG_CACHE_HOME/dmd`, else the
 //!    system's own (`~/.cache/dmd`, on macOS `~/Library/Caches/dmd`, on Windows `%LOCALAPPDATA%\dmd`);
@@ -9,11 +9,14 @@
 //!    user, of the system. Python itself is not run;
 //! 6. the system's loader, under the library's plain name.
 //!
-//! In a folder, versioned names count too (`libonnxruntime.so.1.31.1`), the newest first.
-//! A process loads one library and keeps it.
+//! In a folder, versioned names count too (`libonnxruntime.so.1.31.1`), the newest first. A file that is cut off, or made
+//! for another machine, is passed over. A process loads one library and keeps it.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+
+#[cfg(feature = "onnxruntime")]
+pub(crate) mod binary;
 
 /// A place where the library was looked for in vain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +50,8 @@ pub(crate) fn list(tried: &[Tried]) -> String {
 pub(crate) struct Place {
     pub why: String,
     pub path: PathBuf,
+    /// Whether the system's loader is asked for it.
+    pub is_name: bool,
 }
 
 /// Reads one environment variable; `None` where it is not set, or empty.
@@ -73,7 +78,7 @@ impl Host {
     /// The places in the order of the search, the system's loader last.
     pub fn places(&self) -> Vec<Place> {
         let mut places = Vec::new();
-        let mut add = |why: &str, path: PathBuf| places.push(Place { why: why.into(), path });
+        let mut add = |why: &str, path: PathBuf| places.push(Place { why: why.into(), path, is_name: false });
         if let Some(path) = self.variable("ORT_DYLIB_PATH") {
             add("ORT_DYLIB_PATH", path);
         }
@@ -87,7 +92,8 @@ impl Host {
         for site_packages in self.python_folders() {
             add("Python package", site_packages.join("onnxruntime").join("capi"));
         }
-        loader_names().iter().for_each(|name| add("system loader", name.into()));
+        let names = loader_names().iter().map(PathBuf::from);
+        places.extend(names.map(|path| Place { why: "system loader".into(), path, is_name: true }));
         places
     }
 
