@@ -177,6 +177,7 @@ mod tests {
     use super::*;
     use crate::onnx::{self, Builder};
     use crate::{Dialect, Precision};
+    use std::collections::BTreeSet;
 
     /// A model of one node, changed by `spoil`, and what the check says of it.
     fn verdict(spoil: impl FnOnce(&mut ModelProto)) -> String {
@@ -192,6 +193,17 @@ mod tests {
             Ok(()) => "sound".into(),
             Err(error) => error.to_string(),
         }
+    }
+
+    /// The runtime refuses what is not on its list, so that an operator which a dialect gains has to be put there, and one
+    /// which no dialect has any more to be taken off. Attributes are seen to by every file that a test writes: the engines
+    /// that check it load it through the runtime.
+    #[test]
+    fn the_runtime_takes_the_operators_of_all_dialects_and_no_others() {
+        let all = Dialect::ALL.into_iter().flat_map(|dialect| Precision::ALL.map(|p| dialect.rules(p, false)));
+        let written: BTreeSet<&str> = all.flat_map(|rules| rules.operators.concat()).collect();
+        let taken: BTreeSet<&str> = dmd_runtime::OPERATORS.iter().map(|(operator, _)| *operator).collect();
+        assert_eq!(written, taken);
     }
 
     fn graph(model: &mut ModelProto) -> &mut GraphProto {

@@ -68,8 +68,13 @@ fn it_describes_itself(onnx: &Path, ort: &Path) {
     assert!(found.nodes > 0 && found.nodes <= source.nodes, "{} nodes of {}", found.nodes, source.nodes);
     let weights = found.weight_bytes as f64 / source.weight_bytes as f64;
     assert!((0.9..1.1).contains(&weights), "{} bytes of weights, {}", found.weight_bytes, source.weight_bytes);
-    let Info { nodes, weight_bytes, file_bytes, .. } = found;
-    assert_eq!(found, Info { nodes, weight_bytes, file_bytes, ..source });
+    let described = |info: &Info| {
+        let mut described = serde_json::to_value(info).unwrap();
+        let keys = described.as_object_mut().unwrap();
+        keys.retain(|key, _| !["nodes", "weight_bytes", "file_bytes"].contains(&key.as_str()));
+        described
+    };
+    assert_eq!(described(&found), described(&source));
     let tract = Options { engine: EngineChoice::Tract, ..Options::default() };
     let Err(error) = Generator::load(ort, tract) else { panic!("tract runs an .ort file") };
     assert!(error.to_string().contains("only ONNX Runtime runs .ort files"), "{error}");

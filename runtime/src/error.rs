@@ -93,6 +93,12 @@ pub enum Error {
     /// A batch of no pictures.
     #[error("batch is 0, expected at least 1")]
     EmptyBatch,
+    /// The system has no memory for the values.
+    #[error("there is no memory for {bytes} bytes")]
+    NoMemory {
+        /// What was asked for.
+        bytes: u64,
+    },
     /// More values than can be held.
     #[error("{pictures} pictures of {values} values each are too many: at most {limit} values fit in one call")]
     TooLarge {

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use ndarray::{Array4, ArrayView4, ArrayViewMut3};
 
+use crate::contract::Source;
 use crate::engine::{self, Engine, Out};
 use crate::images::Pixels;
-use crate::info::MAX_VALUES;
+use crate::limits::{MAX_VALUES, room, zeros};
 use crate::noise::{PICTURE_NOISE, Stream, refine};
 use crate::{EngineChoice, EngineInfo, Error, Images, Info, Output, Result};
 
@@ -39,7 +40,8 @@ pub struct Options {
     pub engine: EngineChoice,
     /// ONNX Runtime's library, or the folder that holds it; `None` searches, see [`library`](crate::library).
     pub library: Option<PathBuf>,
-    /// Threads within one operator; `None` or 0 for as many as the machine offers.
+    /// Threads within one operator; `None` or 0 for as many as the machine offers. More than four for each core are not
+    /// taken, and [`EngineInfo::warning`] says so.
     pub threads: Option<usize>,
 }
 
@@ -64,11 +66,26 @@ impl Default for Request {
 impl Generator {
     /// Opens a file that `dmd export --onnx` or `dmd ort` wrote. Only ONNX Runtime runs `.ort` files.
     pub fn load(path: impl AsRef<Path>, options: Options) -> Result<Self> {
-        let path = path.as_ref();
-        let info = Info::read(path)?;
-        let (engine, engine_info) = engine::open(path, &info, &options)?;
-        let noise = zeros(info.batch * info.values());
-        let index = zeros(if info.index().is_some() { info.batch } else { 0 });
+        Self::open(Source::File(path.as_ref()), &options)
+    }
+
+    /// Opens such a file's bytes, as an app has them of its own: an asset, or `include_bytes!`. Its weights must be in it.
+    ///
+    /// ```no_run
+    /// use dmd_runtime::{Generator, Options};
+    ///
+    /// let mut generator = Generator::from_bytes(&std::fs::read("emoji-32.onnx")?, Options::default())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn from_bytes(bytes: &[u8], options: Options) -> Result<Self> {
+        Self::open(Source::Bytes(bytes), &options)
+    }
+
+    fn open(source: Source<'_>, options: &Options) -> Result<Self> {
+        let info = Info::of(source)?;
+        let noise = zeros(info.batch * info.values())?;
+        let index = zeros(if info.index().is_some() { info.batch } else { 0 })?;
+        let (engine, engine_info) = engine::open(source, &info, options)?;
         Ok(Self { info, engine_info, engine, noise, index })
     }
 
@@ -125,7 +142,7 @@ impl Generator {
     /// Runs the engine for one pass on the inputs of its last call, which after loading are zeros, and throws its output away:
     /// the bare call, to measure an engine by, and what [`generate`](Self::generate) adds to it.
     pub fn run_engine(&mut self) -> Result<()> {
-        let mut nowhere = Buffer::zeros(self.info.output, 0);
+        let mut nowhere = Buffer::zeros(self.info.output, 0)?;
         let run = self.engine.run(&self.noise, &self.index, nowhere.part(0, 0));
         run.map_err(|reason| Error::Run { engine: self.engine_info.kind, reason })
     }
@@ -137,12 +154,20 @@ impl Generator {
             return if given.is_empty() { Ok(Vec::new()) } else { Err(Error::NotLabelled) };
         }
         given.iter().try_for_each(|label| self.check_label(*label as i64).map(drop))?;
-        match given.len() {
-            0 => Ok((0..n).map(|i| i % self.info.classes.len()).collect()),
-            1 => Ok(vec![given[0]; n]),
-            found if found == n => Ok(given.clone()),
-            found => Err(Error::LabelCount { found, expected: format!("none, 1 or {n}") }),
+        if ![0, 1, n].contains(&given.len()) {
+            return Err(Error::LabelCount { found: given.len(), expected: format!("none, 1 or {n}") });
         }
+        let mut labels = room(n)?;
+        match given.as_slice() {
+            [] => labels.extend((0..n).map(|i| i % self.info.classes.len())),
+            given => labels.extend(given.iter().cycle().take(n)),
+        }
+        Ok(labels)
+    }
+
+    /// Pictures in one call where the file leaves their number free: enough to fill a machine, few enough for its memory.
+    fn dynamic_chunk(&self) -> usize {
+        (MAX_VALUES / self.info.largest_value.max(1)).clamp(1, 32)
     }
 
     fn check_label(&self, label: i64) -> Result<usize> {
@@ -171,8 +196,8 @@ impl Generator {
     ) -> Result<Images> {
         self.check_size(n)?;
         let (values, classes) = (self.info.values(), self.info.classes.len().max(1));
-        let mut pixels = Buffer::zeros(self.info.output, n * values);
-        let chunk = if self.info.dynamic_batch { n.min(DYNAMIC_CHUNK) } else { self.info.batch };
+        let mut pixels = Buffer::zeros(self.info.output, n * values)?;
+        let chunk = if self.info.dynamic_batch { n.min(self.dynamic_chunk()) } else { self.info.batch };
         for first in (0..n).step_by(chunk) {
             let count = chunk.min(n - first);
             if self.info.dynamic_batch {
@@ -207,9 +232,6 @@ impl std::fmt::Debug for Generator {
     }
 }
 
-/// Pictures in one call where the file leaves their number free: enough to fill a machine, few enough for its memory.
-const DYNAMIC_CHUNK: usize = 32;
-
 /// Where the engine writes.
 enum Buffer {
     F32(Vec<f32>),
@@ -217,11 +239,11 @@ enum Buffer {
 }
 
 impl Buffer {
-    fn zeros(output: Output, n: usize) -> Self {
-        match output {
-            Output::F32 => Self::F32(zeros(n)),
-            Output::U8 => Self::U8(zeros(n)),
-        }
+    fn zeros(output: Output, n: usize) -> Result<Self> {
+        Ok(match output {
+            Output::F32 => Self::F32(zeros(n)?),
+            Output::U8 => Self::U8(zeros(n)?),
+        })
     }
 
     fn part(&mut self, start: usize, n: usize) -> Out<'_> {
@@ -255,8 +277,4 @@ impl Buffer {
             Self::U8(values) => Pixels::U8(Array4::from_shape_vec((n, height, width, channels), values).expect(FITS)),
         }
     }
-}
-
-fn zeros<T: Clone + Default>(n: usize) -> Vec<T> {
-    vec![T::default(); n]
 }

@@ -1,7 +1,8 @@
 //! Runs a generator of one or a few steps, exported by `dmd export --onnx`, inside an app: a seed in, pictures out.
 //!
-//! This crate knows nothing of training. It reads the file's own description ([`Info`]), finds an engine, draws
-//! the noise ([`noise`]) and hands back pictures ([`Images`]). Two engines are built in, each a cargo feature:
+//! This crate knows nothing of training. It reads the file's own description ([`Info`]), refuses whatever `dmd export`
+//! does not write ([`OPERATORS`]), finds an engine, draws the noise ([`noise`]) and hands back pictures ([`Images`]). Two
+//! engines are built in, each a cargo feature:
 //!
 //! - `onnxruntime`: ONNX Runtime 1.17 or newer, loaded when the first file is opened ([`library`] says from where);
 //! - `tract`: pure Rust, nothing to install, slower; used, with one warning, where no library is found.
@@ -18,24 +19,23 @@
 //! ```
 #![deny(missing_docs)]
 
+mod contract;
 mod generator;
 mod images;
-mod info;
 pub mod noise;
 
 mod engine;
 pub mod library;
 
 mod error;
-mod onnx;
-mod ort_file;
+mod limits;
 mod printable;
 
+pub use contract::{FORMAT, Info, OPERATORS, Output};
 pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, rewrite};
 pub use error::{Error, Result};
 pub use generator::{Generator, Options, Request};
 pub use images::{Images, quantize};
-pub use info::{FORMAT, Info, Output};
 pub use library::Tried;
 pub use noise::picture_noise;
 pub use printable::printable;

@@ -20,6 +20,12 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(harmless)
 }
 
+/// What a program has to say that quotes names of a file: its lines side by side, each printable.
+pub(crate) fn printable_lines(text: &str) -> String {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(printable);
+    lines.collect::<Vec<_>>().join(" | ")
+}
+
 /// Control characters of both blocks, separators of lines and paragraphs, and marks of direction.
 fn is_command(c: char) -> bool {
     c.is_control()
@@ -42,5 +48,6 @@ mod tests {
         ] {
             assert_eq!(printable(text), expected);
         }
+        assert_eq!(printable_lines("two\n  lines\x08\n\n"), "two | lines\\u{8}");
     }
 }

@@ -25,7 +25,7 @@
 //!         index = "row" if steps else "label"
 //!         inputs.append(h.make_tensor_value_info(index, T.INT64, [batch]))
 //!         table = const("pass_table" if steps else "classes", rng.normal(size=(len(classes) * max(1, len(steps)), hidden)))
-//!         found = node("Gather", [table, index], "found" if steps else "row", axis=0)
+//!         found = node("Gather", [table, index], "found" if steps else "row")
 //!         x = node("Add", [x, node("Reshape", [found, const("s0", [batch, hidden, 1, 1], np.int64)], "row4")], "conditioned")
 //!     # group norm as instance norm: (B, G, C/G*H*W), then a scale and a shift per channel
 //!     flat = node("Reshape", [x, const("s1", [batch, groups, -1], np.int64)], "grouped")
@@ -46,7 +46,7 @@
 //!     else:
 //!         x = node("Mul", [x, const("half", 127.5)], "widened")
 //!         x = node("Add", [x, const("mid", 128.0)], "centred")
-//!         x = node("Floor", [node("Clip", [x, const("lo", 0.0), const("hi", 255.0)], "clipped")], "floored")
+//!         x = node("Clip", [x, const("lo", 0.0), const("hi", 255.0)], "clipped")
 //!         x = node("Transpose", [x], "nhwc", perm=[0, 2, 3, 1])
 //!         node("Cast", [x], "image", to=T.UINT8)
 //!         image = h.make_tensor_value_info("image", T.UINT8, [batch, height, width, channels])

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::contract::Source;
+use crate::limits::MAX_THREADS_PER_CORE;
 use crate::{Error, Info, Options, Result};
 
 #[cfg(feature = "onnxruntime")]
@@ -135,16 +137,26 @@ pub fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<&Path>)
 }
 
 /// Loads a file by the engine that the options ask for.
-pub(crate) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+pub(crate) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    let (engine, mut engine_info) = open_by_choice(source, info, options)?;
+    if let Some(asked) = options.threads.filter(|asked| *asked > max_threads()) {
+        let warning = format!("{asked} threads are too many for this machine: {} are used", max_threads());
+        log::warn!("{warning}");
+        engine_info.warning = Some(engine_info.warning.map_or(warning.clone(), |other| format!("{other}; {warning}")));
+    }
+    Ok((engine, engine_info))
+}
+
+fn open_by_choice(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     match options.engine {
-        EngineChoice::OnnxRuntime => open_onnxruntime(path, info, options),
-        EngineChoice::Tract => open_tract(path, info, options),
-        EngineChoice::Auto => match open_onnxruntime(path, info, options) {
+        EngineChoice::OnnxRuntime => open_onnxruntime(source, info, options),
+        EngineChoice::Tract => open_tract(source, info, options),
+        EngineChoice::Auto => match open_onnxruntime(source, info, options) {
             // A library that was named and does not work is an error, not a reason for something slower.
             Err(error) if options.library.is_some() || !cfg!(feature = "tract") => Err(error),
-            Err(Error::EngineDisabled { .. }) => open_tract(path, info, options),
+            Err(Error::EngineDisabled { .. }) => open_tract(source, info, options),
             Err(Error::NoLibrary { tried }) => {
-                let (engine, mut engine_info) = open_tract(path, info, options)?;
+                let (engine, mut engine_info) = open_tract(source, info, options)?;
                 let warning = format!(
                     "no usable ONNX Runtime library was found, so the slower engine tract is used: \
                      pip install onnxruntime, or set ORT_DYLIB_PATH; tried{}",
@@ -170,7 +182,7 @@ fn onnxruntime_info(_: Option<&Path>) -> Result<EngineInfo> {
 }
 
 #[cfg(not(feature = "onnxruntime"))]
-fn open_onnxruntime(_: &Path, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+fn open_onnxruntime(_: Source<'_>, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     Err(Error::EngineDisabled { engine: EngineKind::OnnxRuntime })
 }
 
@@ -185,7 +197,7 @@ fn tract_info() -> Result<EngineInfo> {
 }
 
 #[cfg(not(feature = "tract"))]
-fn open_tract(_: &Path, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+fn open_tract(_: Source<'_>, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     Err(Error::EngineDisabled { engine: EngineKind::Tract })
 }
 
@@ -230,9 +242,16 @@ fn copy_leading<T: Copy>(values: &[T], out: &mut [T], expected: usize) -> Result
     Ok(())
 }
 
-/// Threads to use: what was asked for, else what the machine offers.
+/// Threads to use: what was asked for within reason, else what the machine offers.
 #[cfg(any(feature = "onnxruntime", feature = "tract"))]
 fn threads(options: &Options) -> usize {
-    let offered = || std::thread::available_parallelism().map_or(1, |n| n.get());
-    options.threads.filter(|n| *n > 0).unwrap_or_else(offered)
+    options.threads.filter(|n| *n > 0).map_or_else(cores, |n| n.min(max_threads()))
+}
+
+fn max_threads() -> usize {
+    cores().saturating_mul(MAX_THREADS_PER_CORE)
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
 }

@@ -15,7 +15,9 @@ use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
 use super::{Engine, EngineInfo, EngineKind, Out, Rewrite, threads};
+use crate::contract::Source;
 use crate::library::{Host, Place, binary, libraries_at};
+use crate::printable::printable_lines;
 use crate::{Error, Info, Options, Result, Tried};
 
 /// The library of this process, once it is found. It is never unloaded: its threads and its environment live on.
@@ -42,12 +44,12 @@ pub(super) fn info(library: Option<&Path>) -> Result<EngineInfo> {
     Ok(EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning })
 }
 
-pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     let runtime = runtime(options.library.as_deref())?;
-    let session = session(&runtime.environment, path, threads(options)).map_err(|error| Error::Load {
-        path: path.into(),
+    let session = session(&runtime.environment, source, threads(options)).map_err(|error| Error::Load {
+        path: source.path().into(),
         engine: EngineKind::OnnxRuntime,
-        reason: error.to_string(),
+        reason: printable_lines(&error.to_string()),
     })?;
     let shape = info.shape();
     let index_first = session.inputs().first().is_some_and(|input| input.name() != "noise");
@@ -56,12 +58,17 @@ pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<d
     Ok((Box::new(OnnxRuntime { session, shape, index_first }), engine_info))
 }
 
-fn session(environment: &Environment, path: &Path, threads: usize) -> ort::Result<Session> {
-    Session::builder(environment)?
+fn session(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<Session> {
+    let mut builder = Session::builder(environment)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_intra_threads(threads)?
         .with_inter_threads(1)?
-        .commit_from_file(path)
+        // It must read the bytes as they were read for the checks.
+        .with_config_entry("session.load_model_format", if source.is_ort() { "ORT" } else { "ONNX" })?;
+    match source {
+        Source::File(path) => builder.commit_from_file(path),
+        Source::Bytes(bytes) => builder.commit_from_memory(bytes),
+    }
 }
 
 /// Writes what the library makes of a file; gives the library's version.
@@ -82,7 +89,7 @@ pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<
     let failed = |error: ort::Error| Error::Load {
         path: from.into(),
         engine: EngineKind::OnnxRuntime,
-        reason: error.to_string(),
+        reason: printable_lines(&error.to_string()),
     };
     written().map_err(failed)?;
     Ok(runtime.version)
@@ -90,7 +97,7 @@ pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<
 
 impl Engine for OnnxRuntime {
     fn run(&mut self, noise: &[f32], index: &[i64], out: Out<'_>) -> Result<(), String> {
-        self.try_run(noise, index, out).map_err(|error| error.to_string())?
+        self.try_run(noise, index, out).map_err(|error| printable_lines(&error.to_string()))?
     }
 }
 
@@ -193,7 +200,7 @@ fn start(library: &Path, is_name: bool) -> Result<Runtime, String> {
 /// results too, so that they are no more than warnings here.
 fn forward(level: LogLevel, _category: &str, _id: &str, location: &str, message: &str) {
     let level = if level >= LogLevel::Warning { log::Level::Warn } else { log::Level::Debug };
-    log::log!(target: "onnxruntime", level, "{message} ({location})");
+    log::log!(target: "onnxruntime", level, "{} ({location})", printable_lines(message));
 }
 
 /// Loads a library and gives its version, if it is an ONNX Runtime that has our API.

@@ -4,16 +4,21 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::Arc;
 
+use tract_onnx::Onnx;
+use tract_onnx::model::ParseResult;
+use tract_onnx::pb;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::floats::FloatPrecisionTranslator;
-use tract_onnx::tract_core::internal::{RunOptions, multithread::Executor};
+use tract_onnx::tract_core::internal::{RunOptions, bail, multithread::Executor};
 use tract_onnx::tract_core::transform::ModelTransform;
 
 use super::{Engine, EngineInfo, EngineKind, Out, threads};
-use crate::{Error, Info, Options, Result, ort_file};
+use crate::contract::{Source, bytes};
+use crate::limits;
+use crate::printable::printable_lines;
+use crate::{Error, Info, Options, Result};
 
 /// tract does not tell its version; Cargo.toml pins it.
 const VERSION: &str = "0.23.9";
@@ -30,20 +35,28 @@ pub(super) fn info() -> Result<EngineInfo> {
     Ok(EngineInfo { kind: EngineKind::Tract, version: VERSION.into(), library: None, warning: None })
 }
 
-pub(super) fn open(path: &Path, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
-    let failed = |reason| Error::Load { path: path.into(), engine: EngineKind::Tract, reason };
-    if ort_file::has_its_name(path) {
+pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+    let failed = |reason| Error::Load { path: source.path().into(), engine: EngineKind::Tract, reason };
+    if source.is_ort() {
         return Err(failed("only ONNX Runtime runs .ort files; give tract the .onnx file".into()));
     }
-    let engine = caught(|| load(path, info, threads(options)));
+    // Without memory tract ends the process. What it needs at least, two of the largest values, is asked for beforehand.
+    drop(limits::room::<f32>(2 * info.largest_value)?);
+    let engine = caught(|| load(source, info, threads(options)));
     Ok((Box::new(engine.map_err(failed)?), self::info()?))
 }
 
-fn load(path: &Path, info: &Info, threads: usize) -> TractResult<Tract> {
+fn load(source: Source<'_>, info: &Info, threads: usize) -> TractResult<Tract> {
     // tract plans for shapes that are fixed: where the batch is free, one picture, however many there will be. The
     // shapes of the file would contradict that.
     let onnx = tract_onnx::onnx().with_ignore_value_info(info.dynamic_batch);
-    let mut model = onnx.model_for_path(path)?;
+    let proto = proto(source, info, &onnx)?;
+    let folder = info.data.as_ref().and_then(|data| data.parent()?.to_str());
+    let ParseResult { mut model, unresolved_inputs, .. } = onnx.parse(&proto, folder)?;
+    if !unresolved_inputs.is_empty() {
+        bail!("nothing gives {unresolved_inputs:?}");
+    }
+    drop(proto);
     let first = model.input_outlets()?.first().copied();
     let index_first = first.is_some_and(|outlet| model.node(outlet.node).name != "noise");
     let executor = if threads > 1 { Executor::multithread(threads) } else { Executor::SingleThread };
@@ -58,12 +71,33 @@ fn load(path: &Path, info: &Info, threads: usize) -> TractResult<Tract> {
         model.set_output_fact(0, InferenceFact::default())?;
     }
     let mut model = model.into_typed()?;
-    if info.precision == "fp16" {
-        // In software, halves take minutes where singles take milliseconds. The weights keep their rounding.
+    let is_half = |fact: &TypedFact| fact.datum_type == DatumType::F16;
+    if model.nodes().iter().any(|node| node.outputs.iter().any(|output| is_half(&output.fact))) {
+        // In software, halves take minutes where singles take milliseconds. The weights keep their rounding. What the file
+        // says of its precision counts for nothing: other tools rewrite the graph and leave that as it was.
         FloatPrecisionTranslator::new(DatumType::F16, DatumType::F32).transform(&mut model)?;
     }
     let plan = model.into_optimized()?.into_runnable_with_options(&options)?;
     Ok(Tract { plan, shape, index_first })
+}
+
+/// The file as a message, in which weights outside have the name of the file that holds them, links resolved, and the
+/// length that the file may leave out.
+fn proto(source: Source<'_>, info: &Info, onnx: &Onnx) -> TractResult<pb::ModelProto> {
+    let mut proto = match source {
+        Source::File(path) => onnx.proto_model_for_path(path)?,
+        Source::Bytes(mut bytes) => onnx.proto_model_for_read(&mut bytes)?,
+    };
+    let Some(name) = info.data.as_ref().and_then(|data| data.file_name()?.to_str()) else { return Ok(proto) };
+    for constant in proto.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
+        let length = bytes(constant.data_type as u64, constant.dims.iter().map(|dim| *dim as u64)).unwrap_or(0);
+        let entries = &mut constant.external_data;
+        entries.iter_mut().filter(|entry| entry.key == "location").for_each(|entry| entry.value = name.into());
+        if !entries.is_empty() && !entries.iter().any(|entry| entry.key == "length") {
+            entries.push(pb::StringStringEntryProto { key: "length".into(), value: length.to_string() });
+        }
+    }
+    Ok(proto)
 }
 
 impl Engine for Tract {
@@ -101,12 +135,40 @@ impl Tract {
 /// A result or a panic of tract as text.
 fn caught<T>(call: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|error| format!("{error:#}")),
-        Err(panic) => Err(format!("it panicked: {}", message(&*panic))),
+        Ok(result) => result.map_err(|error| printable_lines(&format!("{error:#}"))),
+        Err(panic) => Err(printable_lines(&format!("it panicked: {}", message(&*panic)))),
     }
 }
 
 fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("for an unknown reason")
+}
+
+#[cfg(test)]
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+#[cfg(test)]
+mod tests {
+    use super::common::{F16, F32, Tiny, constant, int, node};
+    use super::*;
+
+    /// Half precision is computed in software, three hundred times slower: nothing of it may be left, whatever the metadata
+    /// says, which other tools leave as it was.
+    #[test]
+    fn no_half_is_left_in_a_plan() {
+        let nodes = [
+            node("Cast", &["pre"], &["h"], &[int("to", F16)]),
+            node("Mul", &["h", "two"], &["m"], &[]),
+            node("Cast", &["m"], &["image"], &[int("to", F32)]),
+        ];
+        let two = constant("two", F16, &[], &0x4000u16.to_le_bytes());
+        let bytes = Tiny { constants: vec![two], ..Tiny::with_nodes(&nodes) }.bytes();
+        let info = Info::from_bytes(&bytes).unwrap();
+        assert_eq!(info.precision, "fp32");
+        let tract = load(Source::Bytes(&bytes), &info, 1).unwrap();
+        let mut facts = tract.plan.model().nodes().iter().flat_map(|node| &node.outputs);
+        assert!(facts.all(|output| output.fact.datum_type != DatumType::F16));
+    }
 }

@@ -1,18 +1,28 @@
-//! What a file says of itself: the `dmd.*` entries of its metadata, checked against its graph.
+//! What a file says of itself: the `dmd.*` entries of its metadata, checked against its graph; and whether the graph is
+//! one that may run.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::onnx::{self, Model, Port};
-use crate::ort_file;
-use crate::{Error, Result};
+use crate::limits::{self, MAX_PICTURE_VALUES};
+use crate::{Error, Result, printable};
+
+mod graph;
+mod onnx;
+mod operators;
+mod ort_file;
+mod outside;
+mod sizes;
+
+pub(crate) use graph::bytes;
+use graph::{Model, Port};
+pub use operators::OPERATORS;
 
 /// The newest `dmd.format` that this build reads.
 pub const FORMAT: u32 = 2;
-
-/// The most values that one engine call may take or give: 4 GiB of f32.
-pub(crate) const MAX_VALUES: usize = 1 << 30;
 
 /// The description of an exported generator.
 ///
@@ -65,6 +75,66 @@ pub struct Info {
     pub external_data: Option<String>,
     /// Bytes of the file.
     pub file_bytes: u64,
+    /// That file, links resolved.
+    #[serde(skip)]
+    pub(crate) data: Option<PathBuf>,
+    /// The number of values of the largest value in the graph, of one batch; of one picture where the batch is free.
+    #[serde(skip)]
+    pub(crate) largest_value: usize,
+}
+
+/// A file, or what is in one.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    File(&'a Path),
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Source<'a> {
+    /// What errors call it.
+    pub fn path(self) -> &'a Path {
+        match self {
+            Source::File(path) => path,
+            Source::Bytes(_) => Path::new("the model in memory"),
+        }
+    }
+
+    /// Whether it is in ONNX Runtime's own format: by its name, as ONNX Runtime decides, or where it has none by its mark.
+    pub fn is_ort(self) -> bool {
+        match self {
+            Source::File(path) => path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ort")),
+            Source::Bytes(bytes) => bytes.get(4..8) == Some(ort_file::MARK),
+        }
+    }
+
+    fn model(self) -> Result<Model> {
+        let io = |source| Error::Io { path: self.path().into(), source };
+        let not_onnx = |reason| Error::NotOnnx { path: self.path().into(), reason };
+        let read = match self {
+            Source::File(path) => {
+                let file = File::open(path).map_err(io)?;
+                let about = file.metadata().map_err(io)?;
+                if about.is_dir() {
+                    let reason = "is a folder, expected an .onnx file";
+                    return Err(io(std::io::Error::new(std::io::ErrorKind::IsADirectory, reason)));
+                }
+                if !about.is_file() {
+                    return Err(io(std::io::Error::new(std::io::ErrorKind::InvalidInput, "is no regular file")));
+                }
+                if self.is_ort() {
+                    let bytes = std::fs::read(path).map_err(io)?;
+                    return ort_file::model(&bytes).map_err(not_onnx);
+                }
+                onnx::model(file, about.len())
+            }
+            Source::Bytes(bytes) if self.is_ort() => return ort_file::model(bytes).map_err(not_onnx),
+            Source::Bytes(bytes) => onnx::model(Cursor::new(bytes), bytes.len() as u64),
+        };
+        read.map_err(|error| match error {
+            onnx::Broken::Io(source) => io(source),
+            onnx::Broken::Format(reason) => not_onnx(reason),
+        })
+    }
 }
 
 /// How a graph gives its pictures.
@@ -78,27 +148,46 @@ pub enum Output {
 }
 
 impl Info {
-    /// Reads the description without loading the weights or an engine, and checks it against the graph.
+    /// Reads the description without loading the weights or an engine, and checks it against the graph: that the graph has
+    /// no operators but those of [`OPERATORS`], and asks for no more memory than its limits allow.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let model = if ort_file::has_its_name(path) { ort_file::read(path)? } else { onnx::read(path)? };
+        Self::of(Source::File(path.as_ref()))
+    }
+
+    /// The same of a file's bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::of(Source::Bytes(bytes))
+    }
+
+    pub(crate) fn of(source: Source<'_>) -> Result<Self> {
+        let model = source.model()?;
+        let path = || source.path().to_path_buf();
         if !model.metadata.iter().any(|(key, _)| key == "dmd.format") {
-            return Err(Error::NotOurs { path: path.into(), found: describe(&model) });
+            return Err(Error::NotOurs { path: path(), found: describe(&model) });
         }
-        let inconsistent = |reason| Error::Inconsistent { path: path.into(), reason };
+        let inconsistent = |reason| Error::Inconsistent { path: path(), reason };
         let format = number(&model, "dmd.format").map_err(inconsistent)?;
         if format > FORMAT {
-            return Err(Error::NewerFormat { path: path.into(), found: format });
+            return Err(Error::NewerFormat { path: path(), found: format });
         }
-        let info = from_metadata(&model, format).map_err(inconsistent)?;
-        check_graph(&info, &model).map_err(inconsistent)?;
-        check_outside(path, &model).map_err(inconsistent)?;
+        let mut info = from_metadata(&model, format).map_err(inconsistent)?;
+        let inputs = check_graph(&info, &model).map_err(inconsistent)?;
+        operators::check(&model).map_err(inconsistent)?;
+        info.largest_value = sizes::check(&model, &inputs).map_err(inconsistent)?;
+        let beside = if let Source::File(path) = source { Some(path) } else { None };
+        info.data = outside::locate(beside, &model).map_err(inconsistent)?;
         Ok(info)
     }
 
     /// `[channels, height, width]`.
     pub fn shape(&self) -> [usize; 3] {
         [self.channels, self.height, self.width]
+    }
+
+    /// The number of values of the largest thing that the graph computes, of one batch, or of one picture where the batch is
+    /// free: an engine takes four bytes for each at least.
+    pub fn largest_value(&self) -> usize {
+        self.largest_value
     }
 
     /// Passes that make a picture.
@@ -159,10 +248,12 @@ fn from_metadata(model: &Model, format: u32) -> Result<Info, String> {
         classes,
         weights_sha256: text(model, "dmd.weights_sha256")?.into(),
         opset: model.opset.unwrap_or(0),
-        nodes: model.nodes,
-        weight_bytes: model.weight_bytes + model.outside.iter().map(|part| part.length).sum::<u64>(),
-        external_data: model.outside.first().map(|part| part.location.clone()),
+        nodes: model.nodes.len(),
+        weight_bytes: model.weight_bytes(),
+        external_data: model.outside().next().map(|(_, part)| part.location.clone()),
         file_bytes: model.file_bytes,
+        data: None,
+        largest_value: 0,
     })
 }
 
@@ -187,53 +278,35 @@ fn steps(model: &Model, sigma: f64, output: Output) -> Result<Vec<f64>, String> 
     }
 }
 
-/// The graph must be what the metadata promises, so that whatever runs it later needs no checks of its own.
-fn check_graph(info: &Info, model: &Model) -> Result<(), String> {
+/// The graph must be what the metadata promises, so that whatever runs it later needs no checks of its own. Gives the
+/// shapes of its inputs, of one picture where the batch is free.
+fn check_graph(info: &Info, model: &Model) -> Result<Vec<(&'static str, Vec<u64>)>, String> {
     let Info { batch, channels, height, width, .. } = *info;
-    let sizes = [batch, channels, height, width];
-    if sizes.iter().try_fold(1usize, |n, size| n.checked_mul(*size)).is_none_or(|n| n > MAX_VALUES) {
-        return Err(format!("the metadata asks for {sizes:?} values at once, at most {MAX_VALUES} are allowed"));
+    let sizes = [batch, channels, height, width].map(|size| size as u64);
+    if limits::values(sizes, MAX_PICTURE_VALUES).is_none() {
+        return Err(format!(
+            "the metadata asks for {sizes:?} values at once, at most {MAX_PICTURE_VALUES} are allowed"
+        ));
     }
     let batch = (!info.dynamic_batch).then_some(batch);
     let shape = |dims: [usize; 3]| [vec![batch], dims.map(Some).to_vec()].concat();
     let image = match info.output {
-        Output::F32 => ("image", onnx::F32, shape([channels, height, width])),
-        Output::U8 => ("image", onnx::U8, shape([height, width, channels])),
+        Output::F32 => ("image", graph::F32, shape([channels, height, width])),
+        Output::U8 => ("image", graph::U8, shape([height, width, channels])),
     };
-    let mut inputs = vec![("noise", onnx::F32, shape([channels, height, width]))];
-    inputs.extend(info.index().map(|index| (index, onnx::I64, vec![batch])));
+    let mut inputs = vec![("noise", graph::F32, shape([channels, height, width]))];
+    inputs.extend(info.index().map(|index| (index, graph::I64, vec![batch])));
     let rows = info.passes() * info.classes.len().max(1);
-    if let Some(found) = model.pass_rows.filter(|found| *found != rows as u64) {
+    if let Some(found) = model.pass_rows().filter(|found| *found != rows as u64) {
         let (steps, classes) = (info.passes(), info.classes.len());
         return Err(format!(
             "the graph's pass_table has {found} rows, {steps} dmd.steps and {classes} classes ask for {rows}"
         ));
     }
     check_ports("input", &model.inputs, &inputs)?;
-    check_ports("output", &model.outputs, &[image])
-}
-
-/// Weights outside the file must lie in one file beside it, and all of them must be there: an engine would follow any
-/// path that it is given.
-fn check_outside(path: &Path, model: &Model) -> Result<(), String> {
-    let Some(first) = model.outside.first() else { return Ok(()) };
-    let name = first.location.as_str();
-    if Path::new(name).file_name() != Some(name.as_ref()) || model.outside.iter().any(|part| part.location != name) {
-        let all: std::collections::BTreeSet<_> = model.outside.iter().map(|part| part.location.as_str()).collect();
-        return Err(format!("its weights lie in {all:?}, expected one file beside it"));
-    }
-    let beside = path.with_file_name(name);
-    let bytes =
-        std::fs::metadata(&beside).map_err(|error| format!("its weights, {}: {error}", beside.display()))?.len();
-    match model.outside.iter().find(|part| part.offset.checked_add(part.length).is_none_or(|end| end > bytes)) {
-        Some(part) => Err(format!(
-            "a weight of {} bytes at {} lies beyond the end of {}, which has {bytes}",
-            part.length,
-            part.offset,
-            beside.display()
-        )),
-        None => Ok(()),
-    }
+    check_ports("output", &model.outputs, &[image])?;
+    let fixed = |shape: Vec<Option<usize>>| shape.into_iter().map(|n| n.unwrap_or(1) as u64).collect();
+    Ok(inputs.into_iter().map(|(name, _, shape)| (name, fixed(shape))).collect())
 }
 
 fn check_ports(kind: &str, found: &[Port], expected: &[(&str, u64, Vec<Option<usize>>)]) -> Result<(), String> {
@@ -292,18 +365,13 @@ fn describe(model: &Model) -> String {
 }
 
 fn describe_ports(ports: &[Port]) -> String {
-    let one = |port: &Port| format!("{}: {}", port.name, describe_type(port.element, port.shape.iter().copied()));
+    let one =
+        |port: &Port| format!("{}: {}", printable(&port.name), describe_type(port.element, port.shape.iter().copied()));
     ports.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn describe_type(element: u64, shape: impl Iterator<Item = Option<u64>>) -> String {
-    let element = match element {
-        onnx::F32 => "f32".into(),
-        onnx::U8 => "u8".into(),
-        onnx::I64 => "i64".into(),
-        10 => "f16".into(),
-        other => format!("type {other}"),
-    };
+    let element = graph::element_type(element).map_or_else(|| format!("type {element}"), |(name, _)| name.into());
     let shape: Vec<_> = shape.map(|dim| dim.map_or("?".into(), |n| n.to_string())).collect();
     format!("{element} [{}]", shape.join(", "))
 }

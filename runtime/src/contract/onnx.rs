@@ -1,93 +1,33 @@
-//! Reads what an ONNX file says of itself, without an engine: metadata, inputs, outputs and counts.
+//! Reads what an ONNX file says of itself, without an engine: metadata, inputs, outputs, nodes, and what its weights are.
 //!
 //! This is a walk over the protobuf messages of onnx.proto that seeks over the weights, so that a file of any size
-//! costs a few small reads. It trusts nothing: every length is checked against its parent's end before it is used,
-//! and every stored tensor must hold the bytes that its dimensions ask for, so that no engine is led to allocate
-//! for a size that the file only claims.
+//! costs a few small reads. It trusts nothing: every length is checked against its parent's end before it is used, and
+//! what is kept is held to a [`Budget`].
 
-use std::fs::File;
 use std::io::{BufReader, Read, Seek};
-use std::path::Path;
 
-use crate::{Error, Result};
+use super::graph::{Attribute, Constant, FEW, Model, Node, Outside, Port};
+use crate::limits::Budget;
 
-/// The part of a `ModelProto` that matters here.
-#[derive(Debug, Default)]
-pub(crate) struct Model {
-    pub producer: String,
-    pub opset: Option<u64>,
-    pub metadata: Vec<(String, String)>,
-    pub has_graph: bool,
-    pub inputs: Vec<Port>,
-    pub outputs: Vec<Port>,
-    pub nodes: usize,
-    /// Rows of the table that tells the passes apart.
-    pub pass_rows: Option<u64>,
-    /// Weights in the file itself.
-    pub weight_bytes: u64,
-    /// Weights that lie elsewhere.
-    pub outside: Vec<Outside>,
-    pub file_bytes: u64,
-}
-
-/// Where a weight lies that is not in the file.
-#[derive(Debug, Default)]
-pub(crate) struct Outside {
-    pub location: String,
-    pub offset: u64,
-    pub length: u64,
-}
-
-/// An input or output of the graph.
-#[derive(Debug, Default)]
-pub(crate) struct Port {
-    pub name: String,
-    /// A number of `TensorProto.DataType`; 0 where there is none.
-    pub element: u64,
-    /// `None` for a dimension that is not fixed.
-    pub shape: Vec<Option<u64>>,
-}
-
-pub(crate) const F32: u64 = 1;
-pub(crate) const U8: u64 = 2;
-pub(crate) const I64: u64 = 7;
-
-/// The longest string, value info or metadata value that is read; far over what any real file holds.
-const MAX_BYTES: u64 = 1 << 24;
-
-pub(crate) fn read(path: &Path) -> Result<Model> {
-    let io = |source| Error::Io { path: path.into(), source };
-    let file = File::open(path).map_err(io)?;
-    let about = file.metadata().map_err(io)?;
-    if about.is_dir() {
-        let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "is a folder, expected an .onnx file");
-        return Err(io(source));
-    }
-    let file_bytes = about.len();
-    let mut model = Model { file_bytes, ..Model::default() };
-    let mut walk = Walk { reader: BufReader::new(file), at: 0 };
-    match walk.model(file_bytes, &mut model) {
+/// What an ONNX file of `bytes` bytes holds.
+pub(super) fn model(reader: impl Read + Seek, bytes: u64) -> Result<Model, Broken> {
+    let mut model = Model { file_bytes: bytes, ..Model::default() };
+    let mut walk = Walk { reader: BufReader::new(reader), at: 0, budget: Budget::of_a_file() };
+    match walk.model(bytes, &mut model) {
         Ok(()) if model.has_graph => Ok(model),
-        Ok(()) => Err(Error::NotOnnx { path: path.into(), reason: "there is no graph in it".into() }),
-        Err(Broken::Format(reason)) => {
-            let reason = format!("byte {} of {file_bytes}: {reason}", walk.at);
-            Err(Error::NotOnnx { path: path.into(), reason })
-        }
-        Err(Broken::Io(source)) => Err(io(source)),
+        Ok(()) => broken("there is no graph in it"),
+        Err(Broken::Format(reason)) => broken(format!("byte {} of {bytes}: {reason}", walk.at)),
+        Err(error) => Err(error),
     }
 }
 
-/// Whether a weight of this name tells the passes apart. In half precision the name goes on.
-pub(crate) fn is_pass_table(name: &str) -> bool {
-    name.split('.').next() == Some("pass_table")
-}
-
-enum Broken {
+/// Why reading stopped.
+pub(super) enum Broken {
     Io(std::io::Error),
     Format(String),
 }
 
-type Walked<T> = std::result::Result<T, Broken>;
+type Walked<T> = Result<T, Broken>;
 
 fn broken<T>(reason: impl Into<String>) -> Walked<T> {
     Err(Broken::Format(reason.into()))
@@ -97,17 +37,7 @@ fn broken<T>(reason: impl Into<String>) -> Walked<T> {
 struct Walk<R> {
     reader: BufReader<R>,
     at: u64,
-}
-
-/// What matters of a `TensorProto`.
-struct Tensor {
-    name: String,
-    /// Its first dimension.
-    rows: Option<u64>,
-    /// What it holds.
-    bytes: u64,
-    /// Where the rest is.
-    outside: Option<Outside>,
+    budget: Budget,
 }
 
 /// One field's value, as the wire has it. The bytes of `Len` have not been read yet.
@@ -130,26 +60,29 @@ impl<R: Read + Seek> Walk<R> {
                     let entry = self.entry(self.at + n)?;
                     model.metadata.push(entry);
                 }
+                (20, field) => self.foreign(field, "a training graph", model)?,
+                (25, field) => self.foreign(field, "functions of its own", model)?,
                 (_, field) => self.skip(field)?,
             }
         }
         Ok(())
     }
 
+    fn foreign(&mut self, field: Field, what: &str, model: &mut Model) -> Walked<()> {
+        model.foreign = Some(what.into());
+        self.skip(field)
+    }
+
     fn graph(&mut self, end: u64, model: &mut Model) -> Walked<()> {
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
                 (1, Field::Len(n)) => {
-                    model.nodes += 1;
-                    self.node(self.at + n)?;
+                    let node = self.node(self.at + n)?;
+                    model.nodes.push(node);
                 }
                 (5, Field::Len(n)) => {
-                    let tensor = self.tensor(self.at + n)?;
-                    model.weight_bytes += tensor.bytes;
-                    model.outside.extend(tensor.outside);
-                    if is_pass_table(&tensor.name) {
-                        model.pass_rows = tensor.rows;
-                    }
+                    let constant = self.constant(self.at + n)?;
+                    model.constants.push(constant);
                 }
                 (11, Field::Len(n)) => {
                     let port = self.port(self.at + n)?;
@@ -159,85 +92,132 @@ impl<R: Read + Seek> Walk<R> {
                     let port = self.port(self.at + n)?;
                     model.outputs.push(port);
                 }
+                (15, field) => self.foreign(field, "sparse weights", model)?,
                 (_, field) => self.skip(field)?,
             }
         }
         Ok(())
     }
 
-    /// Checks the constants among a node's attributes.
-    fn node(&mut self, end: u64) -> Walked<()> {
+    fn node(&mut self, end: u64) -> Walked<Node> {
+        let mut node = Node::default();
+        self.items(1)?;
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
-                (5, Field::Len(n)) => self.attribute(self.at + n)?,
+                (1, Field::Len(n)) => node.inputs.push(self.string(n)?),
+                (2, Field::Len(n)) => node.outputs.push(self.string(n)?),
+                (3, Field::Len(n)) => node.name = self.string(n)?,
+                (4, Field::Len(n)) => node.operator = self.string(n)?,
+                (5, Field::Len(n)) => {
+                    let attribute = self.attribute(self.at + n)?;
+                    node.attributes.push(attribute);
+                }
+                (7, Field::Len(n)) => node.domain = self.string(n)?,
                 (_, field) => self.skip(field)?,
             }
         }
-        Ok(())
+        Ok(node)
     }
 
-    fn attribute(&mut self, end: u64) -> Walked<()> {
+    fn attribute(&mut self, end: u64) -> Walked<Attribute> {
+        let mut attribute = Attribute::default();
+        self.items(1)?;
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
-                (5 | 10, Field::Len(n)) => {
-                    self.tensor(self.at + n)?;
+                (1, Field::Len(n)) => attribute.name = self.string(n)?,
+                (3 | 8, Field::Number(value)) => {
+                    self.items(1)?;
+                    attribute.ints.push(value.cast_signed());
+                }
+                (8, Field::Len(n)) => self.varints(n, &mut attribute.ints)?,
+                (number @ (5 | 6 | 10 | 11 | 14 | 15 | 21..=23), field) => {
+                    attribute.foreign = Some(match number {
+                        6 | 11 => "a graph",
+                        21 => "a reference to a function's argument",
+                        14 | 15 => "a type",
+                        _ => "a tensor",
+                    });
+                    self.skip(field)?;
                 }
                 (_, field) => self.skip(field)?,
             }
         }
-        Ok(())
+        Ok(attribute)
     }
 
-    /// A `TensorProto`, after a check that its dimensions ask for no more elements than it holds.
-    fn tensor(&mut self, end: u64) -> Walked<Tensor> {
-        let (mut elements, mut bytes, mut external, mut rows) = (1u64, 0u64, false, None);
-        let mut outside = Outside::default();
-        let mut name = String::new();
+    /// A `TensorProto`, without its numbers where they are many.
+    fn constant(&mut self, end: u64) -> Walked<Constant> {
+        let mut constant = Constant::default();
+        let (mut outside, mut is_outside) = (Vec::new(), false);
+        self.items(1)?;
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
                 (1, Field::Number(dim)) => {
-                    rows = rows.or(Some(dim));
-                    elements = elements.saturating_mul(dim);
+                    self.items(1)?;
+                    constant.dims.push(dim);
                 }
                 (1, Field::Len(n)) => {
-                    let dims_end = self.at + n;
-                    while self.at < dims_end {
-                        let dim = self.varint(dims_end)?;
-                        rows = rows.or(Some(dim));
-                        elements = elements.saturating_mul(dim);
-                    }
+                    let mut dims = Vec::new();
+                    self.varints(n, &mut dims)?;
+                    constant.dims.extend(dims.into_iter().map(i64::cast_unsigned));
                 }
-                (8, Field::Len(n)) => name = self.string(n)?,
-                (13, Field::Len(n)) => {
-                    let (key, value) = self.entry(self.at + n)?;
-                    let number = || value.parse().or_else(|_| broken(format!("{key} {value:?} of tensor {name:?}")));
-                    match key.as_str() {
-                        "offset" => outside.offset = number()?,
-                        "length" => outside.length = number()?,
-                        "location" => outside.location = value,
-                        _ => {}
-                    }
-                }
-                (14, Field::Number(location)) => external = location == 1,
-                (4..=7 | 9..=11, Field::Len(n)) => {
-                    bytes = bytes.saturating_add(n);
-                    self.skip(Field::Len(n))?;
-                }
-                // Numbers that are not packed: a byte each at least.
-                (4..=7 | 10..=11, Field::Number(_)) => bytes += 1,
+                (2, Field::Number(element)) => constant.element = element,
+                // f32, as many bytes as in the raw form.
+                (4 | 9, Field::Len(n)) => self.numbers(n, &mut constant)?,
+                // Numbers in as many bytes as each needs.
+                (5 | 7, Field::Len(n)) => self.compact(n, &mut constant)?,
+                (8, Field::Len(n)) => constant.name = self.string(n)?,
+                (13, Field::Len(n)) => outside.push(self.entry(self.at + n)?),
+                (14, Field::Number(location)) => is_outside = location == 1,
                 (_, field) => self.skip(field)?,
             }
         }
-        // The smallest element type has four to a byte.
-        let held = if external { outside.length } else { bytes };
-        if elements > held.saturating_mul(4) && elements > 0 {
-            return broken(format!("tensor {name:?} claims {elements} elements and holds {held} bytes"));
+        if is_outside {
+            constant.outside = Some(place(&constant.name, outside).or_else(broken)?);
         }
-        Ok(Tensor { name, rows, bytes, outside: external.then_some(outside) })
+        Ok(constant)
+    }
+
+    /// Numbers as they are in memory.
+    fn numbers(&mut self, n: u64, constant: &mut Constant) -> Walked<()> {
+        constant.held = constant.held.saturating_add(n);
+        if constant.held > FEW {
+            return self.skip(Field::Len(n));
+        }
+        self.items(n / 8)?;
+        let mut bytes = vec![0; n as usize];
+        self.reader.read_exact(&mut bytes).map_err(Broken::Io)?;
+        self.at += n;
+        constant.few.extend(bytes);
+        Ok(())
+    }
+
+    /// `int32_data` and `int64_data`, which hold i8, u8, f16 and i32, or i64. They are counted, and kept where they are few.
+    fn compact(&mut self, n: u64, constant: &mut Constant) -> Walked<()> {
+        let end = self.at + n;
+        let size = super::graph::element_type(constant.element).map_or(8, |(_, size)| size);
+        while self.at < end {
+            let value = self.varint(end)?;
+            constant.held = constant.held.saturating_add(size);
+            if constant.held <= FEW {
+                constant.few.extend(&value.to_le_bytes()[..size as usize]);
+            }
+        }
+        Ok(())
+    }
+
+    fn varints(&mut self, n: u64, to: &mut Vec<i64>) -> Walked<()> {
+        let end = self.at + n;
+        while self.at < end {
+            self.items(1)?;
+            to.push(self.varint(end)?.cast_signed());
+        }
+        Ok(())
     }
 
     fn port(&mut self, end: u64) -> Walked<Port> {
         let mut port = Port::default();
+        self.items(1)?;
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
                 (1, Field::Len(n)) => port.name = self.string(n)?,
@@ -274,6 +254,7 @@ impl<R: Read + Seek> Walk<R> {
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
                 (1, Field::Len(n)) => {
+                    self.items(1)?;
                     let dim = self.number_at(self.at + n, 1)?;
                     port.shape.push(dim);
                 }
@@ -300,6 +281,7 @@ impl<R: Read + Seek> Walk<R> {
 
     fn entry(&mut self, end: u64) -> Walked<(String, String)> {
         let mut entry = (String::new(), String::new());
+        self.items(1)?;
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
                 (1, Field::Len(n)) => entry.0 = self.string(n)?,
@@ -370,9 +352,8 @@ impl<R: Read + Seek> Walk<R> {
     }
 
     fn string(&mut self, n: u64) -> Walked<String> {
-        if n > MAX_BYTES {
-            return broken(format!("a string of {n} bytes"));
-        }
+        self.items(1)?;
+        self.budget.text(n).map_err(Broken::Format)?;
         let mut bytes = vec![0; n as usize];
         self.reader.read_exact(&mut bytes).map_err(Broken::Io)?;
         self.at += n;
@@ -387,4 +368,27 @@ impl<R: Read + Seek> Walk<R> {
         }
         Ok(())
     }
+
+    fn items(&mut self, n: u64) -> Walked<()> {
+        self.budget.items(n).map_err(Broken::Format)
+    }
+}
+
+/// Where a constant lies that is not in the file.
+fn place(name: &str, entries: Vec<(String, String)>) -> Result<Outside, String> {
+    let mut outside = Outside::default();
+    let mut seen = Vec::new();
+    for (key, value) in entries {
+        let number = || value.parse().map_err(|_| format!("{key} {value:?} of constant {name:?} is no number"));
+        match key.as_str() {
+            // Readers differ in which of two they take.
+            _ if seen.contains(&key) => return Err(format!("constant {name:?} has {key:?} twice")),
+            "offset" => outside.offset = number()?,
+            "length" => outside.length = Some(number()?),
+            "location" => outside.location = value,
+            _ => {}
+        }
+        seen.push(key);
+    }
+    Ok(outside)
 }
