@@ -82,6 +82,11 @@ pub fn check_precision(precision: Precision, device: &Device) -> Result<()> {
 pub fn use_threads(n: Option<usize>) -> Result<()> {
     let n = n.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     ensure!(n > 0, "--threads is 0, expected at least 1");
+    let most = dmd_runtime::max_threads();
+    if n > most {
+        output::warn(&format!("--threads {n} are too many for this machine: {most} are used"));
+    }
+    let n = n.min(most);
     // Some operations of candle ask num_cpus, which reads the first. candle's elementwise operations have threads of
     // their own: the second counts them, and as they wait for the next operation in a busy loop and so take the cores
     // from ours, the third has them sleep.

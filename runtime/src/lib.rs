@@ -32,7 +32,7 @@ mod limits;
 mod printable;
 
 pub use contract::{FORMAT, Info, OPERATORS, Output};
-pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, rewrite};
+pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, max_threads, rewrite};
 pub use error::{Error, Result};
 pub use generator::{Generator, Options, Request};
 pub use images::{Images, quantize};

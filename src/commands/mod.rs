@@ -54,6 +54,8 @@ pub fn run(cli: &Cli) -> Result<Value> {
 
 /// The runtime's options for what the command line says.
 fn engine_options(engine: Engine, threads: Option<usize>) -> dmd_runtime::Options {
+    // More than these have been warned of.
+    let threads = threads.map(|n| n.min(dmd_runtime::max_threads()));
     dmd_runtime::Options { engine: engine_choice(engine), library: None, threads }
 }
 

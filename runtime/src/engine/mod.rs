@@ -248,7 +248,8 @@ fn threads(options: &Options) -> usize {
     options.threads.filter(|n| *n > 0).map_or_else(cores, |n| n.min(max_threads()))
 }
 
-fn max_threads() -> usize {
+/// The most threads that an engine is given, four for each core: more would only wait for each other.
+pub fn max_threads() -> usize {
     cores().saturating_mul(MAX_THREADS_PER_CORE)
 }
 
