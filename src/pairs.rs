@@ -10,7 +10,7 @@ use crate::run;
 use crate::sample::{Model, Sampler};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use dmd_models::{ModelFolder, Weights, write_whole};
+use dmd_models::{Condition, ModelFolder, Way, Weights, write_whole};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -93,16 +93,16 @@ pub fn make(
             continue;
         }
         let noise = picture_noise(manifest.seed, first as u64, len, manifest.shape, &Device::Cpu)?;
-        let label = random.labels(Purpose::PairLabel, i as u64, len, n_classes)?;
-        let labels: Vec<i64> = label.as_ref().map_or(Ok(Vec::new()), |label| label.to_vec1())?;
+        let cond = random.condition(Purpose::PairLabel, i as u64, len, n_classes)?;
+        let labels: Vec<i64> = cond.get(Way::Label).map_or(Ok(Vec::new()), |label| label.to_vec1())?;
         let images = model.pictures(&noise, &labels, batch)?;
         let finite = images.iter().all(|value| value.is_finite());
         ensure!(finite, "the teacher makes values that are not finite, among pictures {first} to {}", first + len - 1);
         let mut shard = Weights::default();
         shard.insert("image", Tensor::from_vec(images.into_raw_vec_and_offset().0, noise.dims(), &Device::Cpu)?);
         shard.insert("noise", noise);
-        if let Some(label) = label {
-            shard.insert("label", label);
+        if let Some(label) = cond.get(Way::Label) {
+            shard.insert("label", label.clone());
         }
         shard.save(&path, &BTreeMap::new())?;
         step(first + len);
@@ -127,8 +127,8 @@ pub struct PairBatch {
     pub noise: Tensor,
     /// The teacher's picture of it, of the same shape.
     pub image: Tensor,
-    /// `(B,)` i64.
-    pub label: Option<Tensor>,
+    /// Of each way one row per pair.
+    pub cond: Condition<Tensor>,
 }
 
 impl Pairs {
@@ -181,14 +181,9 @@ impl Pairs {
             let rows = picks.iter().flat_map(|&i| &all[i as usize * size..(i as usize + 1) * size]);
             Ok(Tensor::from_vec(rows.copied().collect(), (picks.len(), c, h, w), device)?)
         };
-        let label = match self.labels.is_empty() {
-            true => None,
-            false => {
-                let labels = picks.iter().map(|&i| self.labels[i as usize]).collect();
-                Some(Tensor::from_vec(labels, picks.len(), device)?)
-            }
-        };
-        Ok(PairBatch { noise: rows(&self.noise)?, image: rows(&self.image)?, label })
+        let classes = picks.iter().filter_map(|&i| self.labels.get(i as usize).copied());
+        let cond = Condition::of_classes(classes, device)?;
+        Ok(PairBatch { noise: rows(&self.noise)?, image: rows(&self.image)?, cond })
     }
 }
 

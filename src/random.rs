@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use dmd_models::Condition;
 #[cfg(feature = "cuda")]
 use dmd_models::ops;
 use dmd_runtime::noise::Stream;
@@ -27,7 +28,7 @@ pub enum Purpose {
     LabelDropout = 7,
     /// The generator's input in its own update.
     GeneratorNoise = 16,
-    /// Labels in the generator's update.
+    /// Conditions in the generator's update.
     GeneratorLabel = 17,
     /// Noise level of the distribution-matching loss.
     GeneratorLevel = 18,
@@ -35,7 +36,7 @@ pub enum Purpose {
     GeneratorEps = 19,
     /// The generator's input in an update of the fake score.
     CriticNoise = 20,
-    /// Labels in an update of the fake score.
+    /// Conditions in an update of the fake score.
     CriticLabel = 21,
     /// Noise level of the fake score's loss.
     CriticLevel = 22,
@@ -63,7 +64,7 @@ pub enum Purpose {
     FakeLevel = 34,
     /// Noise of the discriminator's view of generated pictures: its own turn.
     FakeEps = 35,
-    /// Labels of noise–picture pairs.
+    /// Conditions of noise–picture pairs.
     PairLabel = 33,
     /// Points of the plane's data (`dmd ablate --toy`).
     AblationData = 48,
@@ -100,11 +101,16 @@ impl Random {
         Ok(Tensor::from_vec(values, shape, &self.device)?)
     }
 
-    /// Uniform class labels `(n,)`, i64; none for an unconditional model.
-    pub fn labels(&self, purpose: Purpose, step: u64, n: usize, classes: Option<usize>) -> Result<Option<Tensor>> {
-        let Some(classes) = classes else { return Ok(None) };
-        let labels = self.stream(purpose, step).below(n, u32::try_from(classes)?);
-        Ok(Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), n, &self.device)?))
+    /// Uniform classes, `(n,)`; nothing for a model without classes.
+    pub fn condition(
+        &self,
+        purpose: Purpose,
+        step: u64,
+        n: usize,
+        classes: Option<usize>,
+    ) -> Result<Condition<Tensor>> {
+        let Some(classes) = classes else { return Ok(Condition::none()) };
+        Ok(Condition::of_classes(self.stream(purpose, step).below(n, u32::try_from(classes)?), &self.device)?)
     }
 
     /// `n` table indices, uniform over an inclusive range.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto, ValueInfoProto, tensor_shape_proto, type_proto};
 use dmd_export::missing_operator;
-use dmd_models::{Denoiser, Eager, ModelFolder, Training};
+use dmd_models::{Condition, Denoiser, Eager, ModelFolder, Training};
 use ndarray::{Array2, Array4};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -36,9 +36,9 @@ impl Comparison {
             Distance::Onnx(path) => {
                 let network = FeatureNetwork::load(Path::new(path))?;
                 // Black pictures show what it lacks before a run begins.
-                let config = teacher.unet.config();
-                let [h, w] = config.size().context("a teacher has a size")?;
-                let black = Tensor::zeros((pictures, config.in_channels, h, w), DType::F32, &Device::Cpu)?;
+                let takes = teacher.network.takes();
+                let [h, w] = takes.size.context("a teacher has a size")?;
+                let black = Tensor::zeros((pictures, takes.channels, h, w), DType::F32, &Device::Cpu)?;
                 network.distance(&black, &black)?;
                 Comparison::Onnx(Box::new(network))
             }
@@ -46,12 +46,12 @@ impl Comparison {
     }
 
     /// Distance of pictures f32 `(B, C, H, W)`, a scalar; the gradient reaches `x` only, networks stay as they are.
-    pub fn distance(&self, x: &Tensor, target: &Tensor, label: Option<&Tensor>) -> Result<Tensor> {
+    pub fn distance(&self, x: &Tensor, target: &Tensor, cond: &Condition<Tensor>) -> Result<Tensor> {
         match self {
             Comparison::L2 => l2(x, target),
             Comparison::PseudoHuber => pseudo_huber(x, target),
             Comparison::Teacher(teacher, training) => {
-                let features = |images: &Tensor| teacher.features(training, images, &[FEATURE_SIGMA], label);
+                let features = |images: &Tensor| teacher.features(training, images, &[FEATURE_SIGMA], cond);
                 perceptual(&features(x)?, &features(&target.detach())?)
             }
             Comparison::Onnx(network) => network.distance(x, &target.detach()),
@@ -84,9 +84,8 @@ impl Features {
         match self {
             Features::Onnx(network) => network.features(images),
             Features::Model(denoiser) => {
-                let label = denoiser.n_classes().map(|n| if denoiser.null_class { n as i64 } else { 0 });
-                let label = label.map(|label| Tensor::full(label, images.dim(0)?, images.device())).transpose()?;
-                Ok(denoiser.features(&Eager, images, &[FEATURE_SIGMA], label.as_ref())?)
+                let cond = denoiser.by_default(images.dim(0)?)?;
+                Ok(denoiser.features(&Eager, images, &[FEATURE_SIGMA], &cond)?)
             }
         }
     }

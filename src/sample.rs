@@ -5,7 +5,7 @@ use crate::random::picture_noise;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 use dmd_models::denoiser::Generator;
-use dmd_models::{Denoiser, Eager};
+use dmd_models::{Condition, Denoiser, Eager};
 use ndarray::Array4;
 
 /// How the probability-flow ODE is integrated.
@@ -33,14 +33,14 @@ impl Sampler {
 pub fn sample(
     denoiser: &Denoiser,
     noise: &Tensor,
-    label: Option<&Tensor>,
+    cond: &Condition<Tensor>,
     sampler: Sampler,
     n_steps: usize,
     guidance_scale: f64,
 ) -> Result<Tensor> {
     let sigmas = denoiser.levels.sampling_steps(n_steps)?;
     let denoise = |x: &Tensor, sigma: f64| -> Result<Tensor> {
-        let x0 = denoiser.denoise_guided(&Eager, x, &[sigma], label, guidance_scale)?;
+        let x0 = denoiser.denoise_guided(&Eager, x, &[sigma], cond, guidance_scale)?;
         Ok(match denoiser.clip {
             Some(range) => x0.clamp(-range, range)?,
             None => x0,
@@ -145,25 +145,22 @@ impl Model {
 
     /// The values of pictures made at once; `first` is the number of the first among all.
     fn batch(&self, noise: &Tensor, labels: &[i64], first: usize) -> Result<Vec<f32>> {
-        let device = self.denoiser().unet.device();
+        let device = self.denoiser().network.device();
         let (len, c, h, w) = noise.dims4()?;
         let noise = noise.to_device(device)?;
-        let label = match labels.is_empty() {
-            true => None,
-            false => Some(Tensor::from_slice(labels, len, device)?),
-        };
+        let cond = Condition::of_classes(labels.iter().copied(), device)?;
         let x = match self {
             Model::Teacher { denoiser, sampler, n_steps, guidance_scale } => {
-                sample(denoiser, &noise, label.as_ref(), *sampler, *n_steps, *guidance_scale)?
+                sample(denoiser, &noise, &cond, *sampler, *n_steps, *guidance_scale)?
             }
-            Model::Generator(generator) => generator.generate(&Eager, &noise, label.as_ref())?,
+            Model::Generator(generator) => generator.generate(&Eager, &noise, &cond)?,
             Model::FewSteps { denoiser, sigmas, seed } => {
                 let eps = |pass: usize| {
                     let noise = dmd_runtime::noise::refining_noise(*seed, pass, first as u64, len, [c, h, w]);
                     Ok(Tensor::from_vec(noise.into_raw_vec_and_offset().0, (len, c, h, w), device)?)
                 };
                 let pass = |input: &Tensor, sigma: f64| -> Result<Tensor> {
-                    Ok(denoiser.denoise(&Eager, input, &[sigma], label.as_ref())?)
+                    Ok(denoiser.denoise(&Eager, input, &[sigma], &cond)?)
                 };
                 pass(&input_of_pass(pass, sigmas, &noise, eps)?, sigmas[sigmas.len() - 1])?
             }
@@ -180,7 +177,7 @@ impl Model {
         labels: &[i64],
         batch: usize,
     ) -> Result<Array4<f32>> {
-        let c = self.denoiser().unet.config().in_channels;
+        let c = self.denoiser().network.takes().channels;
         self.pictures(&picture_noise(seed, 0, n, [c, h, w], &Device::Cpu)?, labels, batch)
     }
 }

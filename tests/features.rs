@@ -45,7 +45,7 @@
 use candle_core::{Device, Tensor, Var};
 use dmd::config::Distance;
 use dmd::regression::{Comparison, FeatureNetwork};
-use dmd_models::ModelFolder;
+use dmd_models::{Condition, ModelFolder, Training};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -65,7 +65,7 @@ fn comparison(path: &Path) -> anyhow::Result<Comparison> {
     Comparison::new(
         &Distance::Onnx(path.display().to_string()),
         &teacher.denoiser(&Device::Cpu)?,
-        &dmd_models::Training::default(),
+        &Training::default(),
         1,
     )
 }
@@ -75,14 +75,14 @@ fn the_distance_and_its_gradient_are_pytorchs() {
     let comparison = comparison(Path::new(FEATURES)).unwrap();
     let (values, target) = (pictures(0.37, f64::sin), tensor(&pictures(0.11, f64::cos)));
     let distance = |values: &[f32]| -> f64 {
-        let distance = comparison.distance(&tensor(values), &target, None).unwrap();
+        let distance = comparison.distance(&tensor(values), &target, &Condition::none()).unwrap();
         f64::from(distance.to_scalar::<f32>().unwrap())
     };
     // onnxruntime's maps give the same number.
     assert!((distance(&values) - 1.049_811_6).abs() < 2e-6, "{}", distance(&values));
 
     let x = Var::from_tensor(&tensor(&values)).unwrap();
-    let gradients = comparison.distance(x.as_tensor(), &target, None).unwrap().backward().unwrap();
+    let gradients = comparison.distance(x.as_tensor(), &target, &Condition::none()).unwrap().backward().unwrap();
     let gradient = gradients.get(&x).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     for (at, expected) in [(0, 0.004_060_409), (100, 0.016_345_533), (383, 0.012_800_54)] {
         assert!((gradient[at] - expected).abs() < 1e-6, "{at}: {}, expected {expected}", gradient[at]);
@@ -106,10 +106,11 @@ fn equal_pictures_are_not_apart_and_no_gradient_reaches_the_target() {
     let maps = network.features(x.as_tensor()).unwrap();
     assert_eq!(maps.iter().map(|map| map.dims().to_vec()).collect::<Vec<_>>(), [[2, 4, 8, 8], [2, 6, 4, 4]]);
     let comparison = Comparison::Onnx(Box::new(network));
-    let same = comparison.distance(x.as_tensor(), x.as_tensor(), None).unwrap();
+    let same = comparison.distance(x.as_tensor(), x.as_tensor(), &Condition::none()).unwrap();
     assert_eq!(same.to_scalar::<f32>().unwrap(), 0.0);
     let target = Var::from_tensor(&tensor(&pictures(0.11, f64::cos))).unwrap();
-    let gradients = comparison.distance(x.as_tensor(), target.as_tensor(), None).unwrap().backward().unwrap();
+    let gradients =
+        comparison.distance(x.as_tensor(), target.as_tensor(), &Condition::none()).unwrap().backward().unwrap();
     assert!(gradients.get(&x).is_some() && gradients.get(&target).is_none());
 }
 

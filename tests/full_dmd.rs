@@ -9,7 +9,7 @@ use dmd::loss::distribution_matching;
 use dmd::optim::Optimizer;
 use dmd::pairs::{Manifest, Pairs, make};
 use dmd::random::{Purpose, Random};
-use dmd_models::{Denoiser, Eager, ModelFolder, Weights};
+use dmd_models::{Condition, Denoiser, Eager, ModelFolder, Weights};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -123,10 +123,10 @@ fn no_term_reaches_a_network_that_is_not_its_own() {
         let config = config(text);
         let mut n = networks(&config);
         let x = Tensor::full(0.3f32, (2, 3, 8, 8), &CPU).unwrap();
-        let label = Tensor::new(&[0i64, 1], &CPU).unwrap();
+        let cond = Condition::of_classes([0i64, 1], &CPU).unwrap();
         let real = teacher().denoiser(&CPU).unwrap();
         let teacher_says = |d: &dmd_models::Denoiser| -> Vec<f32> {
-            d.denoise(&Eager, &x, &[1.0], Some(&label)).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+            d.denoise(&Eager, &x, &[1.0], &cond).unwrap().flatten_all().unwrap().to_vec1().unwrap()
         };
         let before = teacher_says(n.real_score());
         assert_eq!(before, teacher_says(&real));
@@ -159,9 +159,9 @@ fn no_gradient_reaches_a_network_that_is_not_the_losss_own() {
     let teacher = ModelFolder { weights, ..teacher };
     // What would be seen if a loss ran the teacher on these.
     let x = Tensor::zeros((1, 3, 8, 8), DType::F32, &CPU).unwrap();
-    let label = Tensor::new(&[0i64], &CPU).unwrap();
+    let cond = Condition::of_classes([0i64], &CPU).unwrap();
     let leaky = teacher.denoiser_on(&teacher.weights).unwrap();
-    let leak = leaky.denoise(&Eager, &x, &[1.0], Some(&label)).unwrap().sqr().unwrap().mean_all().unwrap();
+    let leak = leaky.denoise(&Eager, &x, &[1.0], &cond).unwrap().sqr().unwrap().mean_all().unwrap();
     let leak = leak.backward().unwrap();
     assert!(teacher_vars.values().all(|var| leak.get(var).is_some()));
 
@@ -217,24 +217,24 @@ fn few_steps_are_simulated_backwards_without_a_gradient() {
     let fake_score = teacher.denoiser_on(&fake_weights).unwrap();
     let shape = [4, 3, 8, 8];
     // The noise levels up to the pass that is drawn, and its input; `generate` makes the passes before it.
-    let by_hand = |generate: &Denoiser, noise: Purpose, update: u64, key: u64, label: &Tensor| {
+    let by_hand = |generate: &Denoiser, noise: Purpose, update: u64, key: u64, cond: &Condition<Tensor>| {
         let pass = random.indices(Purpose::Pass, key, 1, [0, 2])[0];
         let mut input = (random.normal(noise, update, &shape).unwrap() * sigmas[0]).unwrap();
         for i in 1..=pass {
-            let x = generate.denoise(&Eager, &input, &[sigmas[i - 1]], Some(label)).unwrap();
+            let x = generate.denoise(&Eager, &input, &[sigmas[i - 1]], cond).unwrap();
             let eps = random.normal(Purpose::PassEps, 3 * key + i as u64, &shape).unwrap();
             input = (x + (eps * sigmas[i]).unwrap()).unwrap();
         }
         (pass, input)
     };
-    let label_of = |purpose, key| random.labels(purpose, key, 4, Some(2)).unwrap().unwrap();
+    let told = |purpose, key| random.condition(purpose, key, 4, Some(2)).unwrap();
     let mut seen = [0, 0];
     for step in 0..12 {
         let mut n = networks_of(&teacher, &config, Some(fake_weights.clone()));
         let (update, key) = (step * config.ratio, step * (config.ratio + 1));
-        let label = label_of(Purpose::CriticLabel, update);
-        let (pass, input) = by_hand(&frozen, Purpose::CriticNoise, update, key + 1, &label);
-        let expected = frozen.denoise(&Eager, &input, &[sigmas[pass]], Some(&label)).unwrap();
+        let cond = told(Purpose::CriticLabel, update);
+        let (pass, input) = by_hand(&frozen, Purpose::CriticNoise, update, key + 1, &cond);
+        let expected = frozen.denoise(&Eager, &input, &[sigmas[pass]], &cond).unwrap();
         let sample = n.sample(&config, &random, step).unwrap();
         assert_eq!(values(&sample), values(&expected), "step {step}, pass {pass}");
         seen[0] |= 1 << pass;
@@ -242,20 +242,20 @@ fn few_steps_are_simulated_backwards_without_a_gradient() {
         n.update_generator(&config, &random, step).unwrap();
         // With a first beta of 0, what the optimiser keeps is the gradient.
         let found = n.generator_optimizer.state().unwrap();
-        let label = label_of(Purpose::GeneratorLabel, step);
+        let cond = told(Purpose::GeneratorLabel, step);
         let gradient = |through: bool| {
             let (weights, vars) = teacher.weights.trainable().unwrap();
             let generator = teacher.denoiser_on(&weights).unwrap();
             let before = if through { &generator } else { &frozen };
-            let (pass, input) = by_hand(before, Purpose::GeneratorNoise, step, key, &label);
-            let x = generator.denoise(&Eager, &input, &[sigmas[pass]], Some(&label)).unwrap();
+            let (pass, input) = by_hand(before, Purpose::GeneratorNoise, step, key, &cond);
+            let x = generator.denoise(&Eager, &input, &[sigmas[pass]], &cond).unwrap();
             let [low, high] = config.generator.t_range;
             let levels = random.indices(Purpose::GeneratorLevel, step, 4, frozen.levels.index_range(low, high));
             let sigma: Vec<f64> = levels.into_iter().map(|i| frozen.levels.sigma(i)).collect();
             let scale = Tensor::from_iter(sigma.iter().map(|&sigma| sigma as f32), &CPU).unwrap();
             let eps = random.normal(Purpose::GeneratorEps, step, &shape).unwrap();
             let x_t = (x.detach() + eps.broadcast_mul(&scale.reshape((4, 1, 1, 1)).unwrap()).unwrap()).unwrap();
-            let score = |d: &Denoiser| d.denoise(&Eager, &x_t, &sigma, Some(&label)).unwrap();
+            let score = |d: &Denoiser| d.denoise(&Eager, &x_t, &sigma, &cond).unwrap();
             let loss = distribution_matching(&x, &score(&frozen), &score(&fake_score), None).unwrap().loss;
             let grads = loss.backward().unwrap();
             let (mut error, mut largest) = (0f32, 0f32);
@@ -339,15 +339,14 @@ fn a_student_that_is_the_teacher_has_nothing_to_regress() {
     let teacher = teacher();
     let denoiser = teacher.denoiser(&CPU).unwrap();
     let noise = random().normal(Purpose::GeneratorNoise, 0, &[2, 3, 8, 8]).unwrap();
-    let label = Tensor::new(&[0i64, 1], &CPU).unwrap();
-    let x = denoiser.denoise(&Eager, &(noise * 2.5).unwrap(), &[2.5], Some(&label)).unwrap();
+    let cond = Condition::of_classes([0i64, 1], &CPU).unwrap();
+    let x = denoiser.denoise(&Eager, &(noise * 2.5).unwrap(), &[2.5], &cond).unwrap();
     for distance in ["\"l2\"", "\"pseudo-huber\"", "\"teacher-features\""] {
         let config = config(&format!("[loss.regression]\nweight = 1.0\ndistance = {distance}\n"));
         let comparison =
             dmd::regression::Comparison::new(&config.loss.regression.distance, &denoiser, &Default::default(), 2)
                 .unwrap();
-        let number =
-            |a: &Tensor, b: &Tensor| -> f32 { comparison.distance(a, b, Some(&label)).unwrap().to_scalar().unwrap() };
+        let number = |a: &Tensor, b: &Tensor| -> f32 { comparison.distance(a, b, &cond).unwrap().to_scalar().unwrap() };
         assert!(number(&x, &x).abs() < 1e-9, "{distance}");
         assert!(number(&x, &x.flip(&[3]).unwrap()) > 1e-6, "{distance}");
     }
@@ -359,11 +358,11 @@ fn a_student_that_is_the_teacher_has_nothing_to_regress() {
 fn guidance_is_a_straight_line_through_both_answers() {
     let d = teacher().denoiser(&CPU).unwrap();
     let x = random().normal(Purpose::GeneratorNoise, 0, &[2, 3, 8, 8]).unwrap();
-    let (label, null) = (Tensor::new(&[0i64, 1], &CPU).unwrap(), Tensor::new(&[2i64, 2], &CPU).unwrap());
+    let [told, null] = [[0i64, 1], [2, 2]].map(|ids| Condition::of_classes(ids, &CPU).unwrap());
     let values = |x: Tensor| -> Vec<f32> { x.flatten_all().unwrap().to_vec1().unwrap() };
-    let guided = |scale| values(d.denoise_guided(&Eager, &x, &[1.5], Some(&label), scale).unwrap());
-    let cond = values(d.denoise(&Eager, &x, &[1.5], Some(&label)).unwrap());
-    let uncond = values(d.denoise(&Eager, &x, &[1.5], Some(&null)).unwrap());
+    let guided = |scale| values(d.denoise_guided(&Eager, &x, &[1.5], &told, scale).unwrap());
+    let cond = values(d.denoise(&Eager, &x, &[1.5], &told).unwrap());
+    let uncond = values(d.denoise(&Eager, &x, &[1.5], &null).unwrap());
     assert_eq!(guided(1.0), cond);
     assert_eq!(guided(0.0), uncond);
     let x = values(x.clone());
@@ -378,7 +377,7 @@ fn guidance_is_a_straight_line_through_both_answers() {
         &Eager,
         &Tensor::zeros((1, 3, 8, 8), DType::F32, &CPU).unwrap(),
         &[1.0],
-        None,
+        &Condition::none(),
         2.0,
     );
     assert!(error.unwrap_err().to_string().contains("label dropout"));

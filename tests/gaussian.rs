@@ -8,7 +8,9 @@ use dmd::loss::{Divergence, Matching, denoising, density_ratio, distribution_mat
 use dmd::random::{Purpose, Random};
 use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use dmd_models::noise_levels::Betas;
-use dmd_models::{Activation, Backend, Denoiser, ModelFolder, Network, NoiseLevels, Prediction, Result};
+use dmd_models::{
+    Activation, Architecture, Backend, Condition, Denoiser, ModelFolder, NoiseLevels, Prediction, Result, Want, Way,
+};
 use std::f64::consts::{FRAC_1_SQRT_2, PI, SQRT_2, TAU};
 use std::path::Path;
 
@@ -426,8 +428,15 @@ impl Backend for Exact {
     type Value = Tensor;
 
     /// F with c_skip·x + c_out·F the best denoiser; x comes in as c_in·x.
-    fn network(&self, _: &impl Network, x: &Tensor, label: Option<&Tensor>) -> Result<Vec<Tensor>> {
-        let labels: Vec<i64> = label.unwrap().to_vec1()?;
+    fn network(
+        &self,
+        _: &impl Architecture,
+        x: &Tensor,
+        _: &[f64],
+        cond: &Condition<Tensor>,
+        _: Want,
+    ) -> Result<Vec<Tensor>> {
+        let labels: Vec<i64> = cond.get(Way::Label).unwrap().to_vec1()?;
         let c = PRECONDITIONING.coefficients(self.sigma, &linear());
         let n = x.elem_count() / labels.len();
         let f = |(i, x): (usize, f64)| {
@@ -488,8 +497,8 @@ fn teacher() -> Denoiser {
 
 /// The guided teacher's answer to x, all of the first class.
 fn guided(teacher: &Denoiser, exact: &Exact, x: &[f64], scale: f64) -> Vec<f64> {
-    let label = Tensor::new(&[0i64], &CPU).unwrap();
-    numbers(&teacher.denoise_guided(exact, &tensor(x, 1), &[exact.sigma], Some(&label), scale).unwrap())
+    let cond = Condition::of_classes([0i64], &CPU).unwrap();
+    numbers(&teacher.denoise_guided(exact, &tensor(x, 1), &[exact.sigma], &cond, scale).unwrap())
 }
 
 /// Two classes and "no class", as wide as each other.

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use dmd_export::lint::{Target, lint, read};
 use dmd_export::{ExportOptions, ExportReport, ModelInfo, Network, export};
 use dmd_models::layers::{Conv2d, GroupNorm};
-use dmd_models::{Activation, Backend, Result};
+use dmd_models::{Activation, Backend, Condition, Result};
 use std::path::Path;
 
 /// Noise to a picture by one residual block between two convolutions.
@@ -36,7 +36,7 @@ impl Network for Small {
         self.last.weight.dims()[0]
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> Result<B::Value> {
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> Result<B::Value> {
         let x = b.conv2d(noise, &self.first)?;
         let h = b.conv2d(&b.group_norm(&x, &self.norm, Some(Activation::Silu))?, &self.inner)?;
         b.conv2d(&b.add(&x, &h)?, &self.last)

@@ -9,9 +9,9 @@ use crate::passes::merge;
 use crate::precision::{activations, half, weights};
 use crate::verify::{EngineVerdict, Samples, Status, Subject, verify};
 use crate::{Dialect, Error, LayerSensitivity, Network, Precision, Result, Value, check, onnx, trace};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use candle_onnx::onnx::ModelProto;
-use dmd_models::Weights;
+use dmd_models::{Condition, Weights};
 use dmd_runtime::{EngineChoice, Info, Output};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -307,10 +307,11 @@ fn traced<N: Network>(passes: &[N], shape: [usize; 3], classes: usize, options: 
     let [channels, height, width] = shape;
     let input = [options.batch.traced(), channels, height, width];
     let one = |network: &N| match options.fixed_label {
-        None => trace(input, classes, |b, noise, label| network.generate(b, noise, label)),
-        Some(label) => {
-            let label = Value::Constant(Tensor::new(&[label as i64], &Device::Cpu)?);
-            trace(input, 0, |b, noise, _| network.generate(b, noise, Some(&label)))
+        None => trace(input, classes, |b, noise, cond| network.generate(b, noise, cond)),
+        Some(class) => {
+            let cond = Condition::of_classes([class as i64], &Device::Cpu)?;
+            let cond = cond.try_map(|ids| Ok::<_, Error>(Value::Constant(ids.clone())))?;
+            trace(input, 0, |b, noise, _| network.generate(b, noise, &cond))
         }
     };
     let mut graph = match passes {

@@ -400,7 +400,7 @@ mod tests {
     use super::*;
     use crate::{Trace, Value, trace};
     use dmd_models::layers::{Conv2d, Embedding, GroupNorm};
-    use dmd_models::{Activation, Backend};
+    use dmd_models::{Activation, Backend, Condition, Way};
     use dmd_runtime::noise::Stream;
 
     const SHAPE: [usize; 4] = [3, 4, 6, 5];
@@ -426,16 +426,16 @@ mod tests {
         b.constant(&normal(index, &[1, 4]))
     }
 
-    fn class_vector(b: &Trace, label: Option<&Value>, index: u64) -> dmd_models::Result<Value> {
+    fn class_vector(b: &Trace, cond: &Condition<Value>, index: u64) -> dmd_models::Result<Value> {
         let table = Embedding { name: "class_embedding".into(), weight: normal(index, &[5, 4]) };
-        b.embedding(label.unwrap(), &table)
+        b.embedding(cond.get(Way::Label).unwrap(), &table)
     }
 
     /// Traces, folds, and holds the folded graph to the pictures of the unfolded one; then to the rules that were
     /// to be applied and the operations that were to be left.
     fn check<F>(rules: &[(&'static str, usize)], left: &[&str], network: F)
     where
-        F: FnOnce(&Trace, &Value, Option<&Value>) -> dmd_models::Result<Value>,
+        F: FnOnce(&Trace, &Value, &Condition<Value>) -> dmd_models::Result<Value>,
     {
         let mut graph = trace(SHAPE, 5, network).unwrap();
         let (noise, label) = (normal(1000, &SHAPE), Tensor::new(&[4i64, 0, 2], &Device::Cpu).unwrap());
@@ -507,8 +507,8 @@ mod tests {
     #[test]
     fn a_norm_goes_into_the_class_tables_that_modulate_it() {
         let left = ["norm", "lookup", "scale", "lookup", "shift", "mish"];
-        check(&[("norm_into_class_table", 1)], &left, |b, x, label| {
-            let (scale, shift) = (class_vector(b, label, 2)?, class_vector(b, label, 3)?);
+        check(&[("norm_into_class_table", 1)], &left, |b, x, cond| {
+            let (scale, shift) = (class_vector(b, cond, 2)?, class_vector(b, cond, 3)?);
             let x = b.modulate(&b.group_norm(x, &norm(1), None)?, &scale, &shift)?;
             b.activation(&x, Activation::Mish)
         });

@@ -13,7 +13,7 @@
 //! ```
 //! use candle_core::{DType, Device, Tensor};
 //! use dmd_export::{Network, trace};
-//! use dmd_models::{Activation, Backend, Result, layers::Conv2d};
+//! use dmd_models::{Activation, Backend, Condition, Result, layers::Conv2d};
 //!
 //! /// One convolution and one activation, and a way up and down again.
 //! struct Detour(Conv2d);
@@ -23,7 +23,7 @@
 //!         3
 //!     }
 //!
-//!     fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: Option<&B::Value>) -> Result<B::Value> {
+//!     fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> Result<B::Value> {
 //!         let x = b.activation(&b.conv2d(noise, &self.0)?, Activation::Silu)?;
 //!         b.avg_pool_2x(&b.upsample_2x(&x)?)
 //!     }
@@ -31,7 +31,7 @@
 //!
 //! let weight = Tensor::ones((3, 3, 3, 3), DType::F32, &Device::Cpu)?;
 //! let network = Detour(Conv2d { name: "paint".into(), weight, bias: None, stride: 1, padding: 1 });
-//! let graph = trace([1, 3, 8, 8], 0, |b, noise, label| network.generate(b, noise, label))?;
+//! let graph = trace([1, 3, 8, 8], 0, |b, noise, cond| network.generate(b, noise, cond))?;
 //! let nodes: Vec<String> = graph.nodes().iter().map(|node| format!("{} {:?}", node.name, node.shape)).collect();
 //! assert_eq!(nodes, ["noise [1, 3, 8, 8]", "paint [1, 3, 8, 8]", "silu [1, 3, 8, 8]",
 //!     "upsample [1, 3, 16, 16]", "pool [1, 3, 8, 8]"]);

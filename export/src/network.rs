@@ -1,14 +1,13 @@
 //! What can be exported: a network from noise to pictures. Ours is [`Generator`]; a user's own is one impl away.
 
 use candle_core::Device;
-use dmd_models::unet::ClassEmbedding;
-use dmd_models::{Backend, Generator};
+use dmd_models::{Backend, Condition, Generator, Told, Way};
 
 /// A one-step network. It is traced once, and run eagerly for the comparison, so both see the same code.
 ///
 /// ```
 /// use dmd_export::Network;
-/// use dmd_models::{Activation, Backend, Result};
+/// use dmd_models::{Activation, Backend, Condition, Result};
 ///
 /// /// A picture that is the noise, squashed.
 /// struct Squash;
@@ -18,7 +17,7 @@ use dmd_models::{Backend, Generator};
 ///         3
 ///     }
 ///
-///     fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> Result<B::Value> {
+///     fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> Result<B::Value> {
 ///         b.activation(noise, Activation::Silu)
 ///     }
 /// }
@@ -48,20 +47,21 @@ pub trait Network {
         Device::Cpu
     }
 
-    /// Unit normal noise `(B, C, H, W)` and labels `(B,)` i64 to pictures `(B, C, H, W)` around [-1, 1].
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, label: Option<&B::Value>) -> dmd_models::Result<B::Value>;
+    /// Unit normal noise `(B, C, H, W)` to pictures `(B, C, H, W)` around [-1, 1]; of each way in `cond` one row per
+    /// picture.
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, cond: &Condition<B::Value>)
+    -> dmd_models::Result<B::Value>;
 }
 
 impl Network for Generator {
     fn channels(&self) -> usize {
-        self.denoiser.unet.config().in_channels
+        self.denoiser.network.takes().channels
     }
 
     fn max_classes(&self) -> usize {
-        match self.denoiser.unet.config().class_embedding() {
-            ClassEmbedding::None | ClassEmbedding::Identity => 0,
-            ClassEmbedding::Table(n) => n,
-            ClassEmbedding::Timestep => usize::MAX,
+        match self.denoiser.network.takes().told.get(Way::Label) {
+            Some(Told::Id(n)) => n.unwrap_or(usize::MAX),
+            _ => 0,
         }
     }
 
@@ -70,10 +70,15 @@ impl Network for Generator {
     }
 
     fn device(&self) -> Device {
-        self.denoiser.unet.device().clone()
+        self.denoiser.network.device().clone()
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
-        Generator::generate(self, b, noise, label)
+    fn generate<B: Backend>(
+        &self,
+        b: &B,
+        noise: &B::Value,
+        cond: &Condition<B::Value>,
+    ) -> dmd_models::Result<B::Value> {
+        Generator::generate(self, b, noise, cond)
     }
 }

@@ -118,7 +118,7 @@ mod tests {
     use super::*;
     use crate::trace;
     use dmd_models::layers::{Conv2d, Embedding};
-    use dmd_models::{Activation, Backend};
+    use dmd_models::{Activation, Backend, Way};
 
     fn rows<const N: usize>(values: &[[f32; 2]; N]) -> Tensor {
         Tensor::new(values, &Device::Cpu).unwrap()
@@ -127,8 +127,8 @@ mod tests {
     /// The embedding of a pass's time, added to that of the label.
     fn conditioned(time: [f32; 2]) -> Graph {
         let table = Embedding { name: "class_embedding".into(), weight: rows(&[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]) };
-        trace([2, 2, 1, 1], 3, |b, noise, label| {
-            let label = b.embedding(label.unwrap(), &table)?;
+        trace([2, 2, 1, 1], 3, |b, noise, cond| {
+            let label = b.embedding(cond.get(Way::Label).unwrap(), &table)?;
             b.add_per_channel(noise, &b.add(&label, &b.constant(&rows(&[time]))?)?)
         })
         .unwrap()

@@ -7,16 +7,16 @@ use crate::graph::{Conv, Graph, NodeId, Op};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
-use dmd_models::{Activation, Backend, Eager};
+use dmd_models::{Activation, Backend, Condition, Eager};
 use std::cell::RefCell;
 
-/// Traces a network, given as a function of a backend, the noise and (where there are classes) the label.
+/// Traces a network, given as a function of a backend, the noise and what it is told: the class, where there are any.
 /// `noise` is `[B, C, H, W]`; `classes` is the number of labels, 0 for none.
 ///
 /// ```
 /// use dmd_models::{Activation, Backend};
 ///
-/// let graph = dmd_export::trace([1, 3, 8, 8], 0, |b, noise, _label| {
+/// let graph = dmd_export::trace([1, 3, 8, 8], 0, |b, noise, _| {
 ///     b.upsample_2x(&b.activation(noise, Activation::Silu)?)
 /// })?;
 /// let names: Vec<&str> = graph.nodes().iter().map(|node| node.name.as_str()).collect();
@@ -25,16 +25,14 @@ use std::cell::RefCell;
 /// ```
 pub fn trace<F>(noise: [usize; 4], classes: usize, network: F) -> Result<Graph>
 where
-    F: FnOnce(&Trace, &Value, Option<&Value>) -> dmd_models::Result<Value>,
+    F: FnOnce(&Trace, &Value, &Condition<Value>) -> dmd_models::Result<Value>,
 {
     let graph = Graph::new(noise, classes);
     let input = Value::Node(graph.output());
     let trace = Trace { graph: RefCell::new(graph) };
-    let label = match classes {
-        0 => None,
-        n => Some(Value::PerLabel(Tensor::arange(0, n as i64, &Device::Cpu)?)),
-    };
-    let image = network(&trace, &input, label.as_ref())?;
+    let cond = Condition::of_classes(0..classes as i64, &Device::Cpu)?;
+    let cond = cond.try_map(|rows| Ok::<_, Error>(Value::PerLabel(rows.clone())))?;
+    let image = network(&trace, &input, &cond)?;
     let output = trace.lift(&image)?;
     let mut graph = trace.graph.into_inner();
     graph.finish(output);
@@ -251,6 +249,7 @@ fn not_a_picture(operation: &str, layer: &str) -> dmd_models::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dmd_models::Way;
 
     fn linear(rows: &[[f32; 2]; 2]) -> Linear {
         Linear { name: "proj".into(), weight: Tensor::new(rows, &Device::Cpu).unwrap(), bias: None }
@@ -277,8 +276,8 @@ mod tests {
 
     #[test]
     fn what_depends_on_the_label_becomes_one_row_per_label() {
-        let graph = trace([4, 2, 1, 1], 3, |b, noise, label| {
-            let rows = b.embedding(label.unwrap(), &table())?;
+        let graph = trace([4, 2, 1, 1], 3, |b, noise, cond| {
+            let rows = b.embedding(cond.get(Way::Label).unwrap(), &table())?;
             let time = b.constant(&Tensor::new(&[[10f32, 20.0]], &Device::Cpu)?)?;
             let rows = b.add(&rows, &time)?;
             assert_eq!(b.dims(&rows), [4, 2]);

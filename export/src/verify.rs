@@ -4,7 +4,7 @@
 use crate::{Error, ExportOptions, Network, Precision, Result};
 use candle_core::Tensor;
 use candle_onnx::onnx::ModelProto;
-use dmd_models::Eager;
+use dmd_models::{Condition, Eager};
 use dmd_runtime::noise::refine;
 use dmd_runtime::{EngineChoice, EngineKind, Options, Output, engines, picture_noise, quantize};
 use ndarray::{Array4, ArrayView4, Axis, s};
@@ -139,11 +139,11 @@ impl<N: Network> Subject<'_, N> {
         let device = self.passes[0].device();
         let noise = tensor(inputs.noise.slice(s![i..=i, .., .., ..]))?.to_device(&device)?;
         let label = self.fixed.map(|label| label as i64).or_else(|| inputs.labels.get(i).copied());
-        let label = label.map(|label| Tensor::new(&[label], &device)).transpose()?;
+        let cond = Condition::of_classes(label, &device)?;
         let sigmas: Vec<f64> = self.passes.iter().map(Network::sigma).collect();
         through_passes(&sigmas, i, &noise, |pass, input| {
             see(pass, input);
-            Ok::<_, Error>(self.passes[pass].generate(&Eager, input, label.as_ref())?)
+            Ok::<_, Error>(self.passes[pass].generate(&Eager, input, &cond)?)
         })
     }
 }
@@ -461,7 +461,7 @@ mod tests {
             self.0
         }
 
-        fn generate<B: Backend>(&self, b: &B, x: &B::Value, _: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+        fn generate<B: Backend>(&self, b: &B, x: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
             b.affine(x, &[1.0], 0.0)
         }
     }

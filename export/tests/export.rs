@@ -7,8 +7,11 @@ use dmd_export::{
     export, export_passes, weights_sha256,
 };
 use dmd_models::layers::{Conv2d, Embedding};
-use dmd_models::unet::ClassEmbedding;
-use dmd_models::{Activation, Backend, Denoiser, Eager, Generator, NoiseLevels, Prediction, UNet, UNetConfig, Weights};
+use dmd_models::networks::unet2d::ClassEmbedding;
+use dmd_models::{
+    Activation, Architecture, Backend, Condition, Denoiser, Eager, Generator, NoiseLevels, Prediction, UNet,
+    UNetConfig, Way, Weights,
+};
 use dmd_runtime::noise::Stream;
 use std::collections::BTreeSet;
 use std::fs;
@@ -33,8 +36,13 @@ impl Network for AtTime {
         }
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
-        self.unet.forward(b, noise, &[self.t], label)
+    fn generate<B: Backend>(
+        &self,
+        b: &B,
+        noise: &B::Value,
+        cond: &Condition<B::Value>,
+    ) -> dmd_models::Result<B::Value> {
+        self.unet.forward(b, noise, &[self.t], cond)
     }
 }
 
@@ -63,11 +71,11 @@ fn random_weights(config: &UNetConfig) -> Weights {
 
 fn edm(config: &UNetConfig, weights: &Weights, sigma: f64) -> Generator {
     let denoiser = Denoiser {
-        unet: UNet::new(config, weights).unwrap(),
+        network: dmd_models::Network::UNet2D(UNet::new(config, weights).unwrap()),
         prediction: Prediction::Edm { sigma_data: 0.5, negative: false },
         levels: NoiseLevels::karras(1000, 0.002, 80.0, 7.0).unwrap(),
         clip: None,
-        null_class: false,
+        unconditional: None,
     };
     Generator { denoiser, sigma }
 }
@@ -297,14 +305,14 @@ fn in_candle(passes: &[Generator], seed: u64, labels: Option<&[i64]>, n: usize) 
     let tensor = |noise: ndarray::Array4<f32>| {
         Tensor::from_vec(noise.iter().copied().collect(), noise.dim(), &Device::Cpu).unwrap()
     };
-    let label = labels.map(|labels| Tensor::new(labels, &Device::Cpu).unwrap());
+    let cond = Condition::of_classes(labels.unwrap_or_default().iter().copied(), &Device::Cpu).unwrap();
     let mut input = (tensor(dmd_runtime::picture_noise(seed, 0, n, [3, 8, 8])) * passes[0].sigma).unwrap();
     for (pass, Generator { denoiser, sigma }) in passes.iter().enumerate() {
         if pass > 0 {
             let eps = tensor(dmd_runtime::noise::refining_noise(seed, pass, 0, n, [3, 8, 8]));
             input = (input + (eps * *sigma).unwrap()).unwrap();
         }
-        input = denoiser.denoise(&Eager, &input, &[*sigma], label.as_ref()).unwrap();
+        input = denoiser.denoise(&Eager, &input, &[*sigma], &cond).unwrap();
     }
     ndarray::Array4::from_shape_vec((n, 3, 8, 8), input.flatten_all().unwrap().to_vec1().unwrap()).unwrap()
 }
@@ -474,8 +482,13 @@ impl Network for Collage {
         3
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
-        let label = label.ok_or_else(|| dmd_models::Error::Config("a label is needed".into()))?;
+    fn generate<B: Backend>(
+        &self,
+        b: &B,
+        noise: &B::Value,
+        cond: &Condition<B::Value>,
+    ) -> dmd_models::Result<B::Value> {
+        let label = cond.get(Way::Label).ok_or_else(|| dmd_models::Error::Config("a label is needed".into()))?;
         let canvas = b.constant(&self.canvas)?;
         // A picture for every label, known before the file runs.
         let picture = b.conv2d(&b.add_per_channel(&canvas, &b.embedding(label, &self.table)?)?, &self.conv)?;
@@ -840,7 +853,7 @@ impl Network for Attentive {
         3
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
         let x = b.conv2d(noise, &self.first)?;
         let [q, k, v] = [0, 1, 2].map(|i| b.conv2d(&x, &self.projections[i]));
         b.conv2d(&b.add(&x, &b.attention(&q?, &k?, &v?, 1)?)?, &self.last)
@@ -989,7 +1002,7 @@ impl Network for Same {
         3
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
         b.affine(noise, &[1.0], 0.0)
     }
 }
@@ -1027,7 +1040,7 @@ impl Network for Steps {
         3
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _label: Option<&B::Value>) -> dmd_models::Result<B::Value> {
+    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
         b.conv2d(noise, &self.0)
     }
 }

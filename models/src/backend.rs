@@ -3,7 +3,9 @@
 //! stay at the level of the field (convolution, group norm, attention), so that each can spell them as suits it.
 
 use crate::Result;
+use crate::condition::Condition;
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::networks::{Architecture, Want};
 use candle_core::Tensor;
 
 /// Pointwise non-linearities of diffusers' `act_fn`.
@@ -27,12 +29,19 @@ pub trait Backend {
     /// A tensor, or whatever stands for one.
     type Value: Clone;
 
-    /// A whole network. A backend may take it as one operation.
-    fn network(&self, network: &impl Network, x: &Self::Value, label: Option<&Self::Value>) -> Result<Vec<Self::Value>>
+    /// A run of a whole network. A backend may take it as one operation.
+    fn network(
+        &self,
+        network: &impl Architecture,
+        x: &Self::Value,
+        t: &[f64],
+        cond: &Condition<Self::Value>,
+        want: Want,
+    ) -> Result<Vec<Self::Value>>
     where
         Self: Sized,
     {
-        network.run(self, x, label)
+        network.run(self, x, t, cond, want)
     }
 
     /// A block of the network. A backend may take it as one operation.
@@ -103,12 +112,6 @@ pub trait Backend {
 
     /// Zeros on the right and below, one row and one column (diffusers' `downsample_padding` 0).
     fn pad_right_bottom(&self, x: &Self::Value) -> Result<Self::Value>;
-}
-
-/// One run of a network, from a picture and perhaps a label to one map or several.
-pub trait Network {
-    /// Runs it. x `(B, C, H, W)`; label as in [`UNet::forward`](crate::UNet::forward).
-    fn run<B: Backend>(&self, b: &B, x: &B::Value, label: Option<&B::Value>) -> Result<Vec<B::Value>>;
 }
 
 /// A part of a network with a large inside and one result: a resnet, or attention with what surrounds it.

@@ -1,9 +1,10 @@
-//! A network plus its preconditioning, answering one question: `D(x, sigma, label) -> x0`, with x = x0 + sigma·noise.
+//! A network plus its preconditioning, answering one question: `D(x, sigma, cond) -> x0`, with x = x0 + sigma·noise.
 //! EDM, epsilon, v and x0 models differ only in four coefficients; nothing outside sees a timestep, an alpha or an
 //! epsilon.
 
-use crate::{Backend, Error, NoiseLevels, Result, UNet};
-use candle_core::Tensor;
+use crate::condition::{Condition, Way};
+use crate::{Backend, Error, Network, NoiseLevels, Result, Told};
+use candle_core::{DType, Tensor};
 
 /// What the network's output means.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,76 +66,77 @@ impl Prediction {
 #[derive(Clone, Debug)]
 pub struct Denoiser {
     /// The network.
-    pub unet: UNet,
+    pub network: Network,
     /// What its output means.
     pub prediction: Prediction,
     /// The noise levels it was trained on.
     pub levels: NoiseLevels,
     /// Samplers clamp x0 to ± this after every step (diffusers' `clip_sample`); training never does.
     pub clip: Option<f64>,
-    /// The last row of the class table stands for "no class", as label dropout leaves it.
-    pub null_class: bool,
+    /// What the network is told where it is to answer without a condition (the row of the class table that label dropout
+    /// trained, the empty prompt), one row of each way; none where it never learned to.
+    pub unconditional: Option<Condition<Tensor>>,
 }
 
 impl Denoiser {
     /// The clean picture behind x `(B, C, H, W)` = x0 + sigma·noise; `sigma`: one for all or one per sample.
-    /// `label`: `(B,)` i64 for class-conditional models. Returns `(B, C, H, W)`, around [-1, 1], unclamped.
+    /// Of each way in `cond` one row per sample. Returns `(B, C, H, W)`, around [-1, 1], unclamped.
     pub fn denoise<B: Backend>(
         &self,
         b: &B,
         x: &B::Value,
         sigma: &[f64],
-        label: Option<&B::Value>,
+        cond: &Condition<B::Value>,
     ) -> Result<B::Value> {
         let all = self.coefficients(sigma)?;
         let each = |f: fn(&Coefficients) -> f64| all.iter().map(f).collect::<Vec<f64>>();
-        let f = self.unet.forward(b, &b.affine(x, &each(|c| c.c_in), 0.0)?, &each(|c| c.c_noise), label)?;
+        let f = self.network.forward(b, &b.affine(x, &each(|c| c.c_in), 0.0)?, &each(|c| c.c_noise), cond)?;
         let scaled = b.affine(&f, &each(|c| c.c_out), 0.0)?;
         let c_skip = each(|c| c.c_skip);
         if c_skip.iter().all(|c| *c == 0.0) { Ok(scaled) } else { b.add(&b.affine(x, &c_skip, 0.0)?, &scaled) }
     }
 
     /// The clean picture under classifier-free guidance (Ho and Salimans 2022): uncond + scale·(cond − uncond), in x0
-    /// space, where it equals their equation 6 in epsilon's. Scale 1 is the class's own answer, 0 the answer without a
-    /// class; their paper's w, and the "extra" scale of some tools, is scale − 1. Shapes as in [`Denoiser::denoise`].
-    /// Fails where the model was not trained without labels too.
+    /// space, where it equals their equation 6 in epsilon's. Scale 1 is the condition's own answer, 0 the answer without;
+    /// their paper's w, and the "extra" scale of some tools, is scale − 1. Shapes as in [`Denoiser::denoise`].
+    /// Fails where the model was not trained without conditions too.
     pub fn denoise_guided<B: Backend>(
         &self,
         b: &B,
         x: &B::Value,
         sigma: &[f64],
-        label: Option<&B::Value>,
+        cond: &Condition<B::Value>,
         scale: f64,
     ) -> Result<B::Value> {
         if scale == 1.0 {
-            return self.denoise(b, x, sigma, label);
+            return self.denoise(b, x, sigma, cond);
         }
-        let Some(null) = self.n_classes() else {
-            return Err(Error::Config("guidance needs a teacher with classes, and this one has none".into()));
+        let Some(unconditional) = &self.unconditional else {
+            return Err(Error::Config(match self.network.takes().told.is_empty() {
+                true => "guidance needs a teacher with classes, and this one has none".into(),
+                false => {
+                    "guidance needs a teacher that also knows pictures without a class: train it with label dropout"
+                        .into()
+                }
+            }));
         };
-        if !self.null_class {
-            return Err(Error::Config(
-                "guidance needs a teacher that also knows pictures without a class: train it with label dropout".into(),
-            ));
-        }
-        let null = Tensor::full(null as i64, b.dims(x)[0], self.unet.device())?;
-        let cond = self.denoise(b, x, sigma, label)?;
-        let uncond = self.denoise(b, x, sigma, Some(&b.constant(&null)?))?;
+        let without = unconditional.repeated(b.dims(x)[0])?.try_map(|told| b.constant(told))?;
+        let (cond, uncond) = (self.denoise(b, x, sigma, cond)?, self.denoise(b, x, sigma, &without)?);
         b.add(&b.affine(&cond, &[scale], 0.0)?, &b.affine(&uncond, &[1.0 - scale], 0.0)?)
     }
 
     /// What the network's encoder sees in x: one map per resolution, finest first, the last from the bottleneck
-    /// ([`UNet::features`]). Arguments as in [`Denoiser::denoise`].
+    /// ([`Want::Maps`](crate::networks::Want)). Arguments as in [`Denoiser::denoise`].
     pub fn features<B: Backend>(
         &self,
         b: &B,
         x: &B::Value,
         sigma: &[f64],
-        label: Option<&B::Value>,
+        cond: &Condition<B::Value>,
     ) -> Result<Vec<B::Value>> {
         let all = self.coefficients(sigma)?;
         let each = |f: fn(&Coefficients) -> f64| all.iter().map(f).collect::<Vec<f64>>();
-        self.unet.features(b, &b.affine(x, &each(|c| c.c_in), 0.0)?, &each(|c| c.c_noise), label)
+        self.network.features(b, &b.affine(x, &each(|c| c.c_in), 0.0)?, &each(|c| c.c_noise), cond)
     }
 
     /// The coefficients of every sample, or of one where all have the same level: one coefficient and one time
@@ -147,10 +149,23 @@ impl Denoiser {
         Ok(sigma.iter().map(|&s| self.prediction.coefficients(s, &self.levels)).collect())
     }
 
-    /// Number of classes, "no class" aside; none for an unconditional model.
+    /// What `n` samples are told where nobody says anything: that there is no condition, if the model knows that, else its
+    /// first class.
+    pub fn by_default(&self, n: usize) -> Result<Condition<Tensor>> {
+        let device = self.network.device();
+        match &self.unconditional {
+            Some(unconditional) => unconditional.repeated(n),
+            None => self.network.takes().told.try_map(|told| {
+                let dtype = if matches!(told, Told::Id(_)) { DType::I64 } else { DType::F32 };
+                Ok(Tensor::zeros(told.batch(n), dtype, device)?)
+            }),
+        }
+    }
+
+    /// Number of classes, "no class" aside; none for a model without classes.
     pub fn n_classes(&self) -> Option<usize> {
-        let rows = self.unet.config().num_class_embeds.filter(|_| self.unet.config().class_embed_type.is_none());
-        rows.map(|n| n - usize::from(self.null_class))
+        let null = self.unconditional.as_ref().and_then(|row| row.get(Way::Label));
+        self.network.takes().n_labels().map(|n| n - usize::from(null.is_some()))
     }
 }
 
@@ -165,8 +180,8 @@ pub struct Generator {
 
 impl Generator {
     /// noise `(B, C, H, W)`, unit normal, to pictures of the same shape around [-1, 1].
-    pub fn generate<B: Backend>(&self, b: &B, noise: &B::Value, label: Option<&B::Value>) -> Result<B::Value> {
-        self.denoiser.denoise(b, &b.affine(noise, &[self.sigma], 0.0)?, &[self.sigma], label)
+    pub fn generate<B: Backend>(&self, b: &B, noise: &B::Value, cond: &Condition<B::Value>) -> Result<B::Value> {
+        self.denoiser.denoise(b, &b.affine(noise, &[self.sigma], 0.0)?, &[self.sigma], cond)
     }
 }
 

@@ -4,8 +4,8 @@
 mod scheduler;
 pub use scheduler::Scheduler;
 
-use crate::{Denoiser, Error, Generator, Result, UNet, UNetConfig, Weights};
-use candle_core::{DType, Device};
+use crate::{Architecture, Condition, Denoiser, Error, Generator, Network, Result, UNet, UNetConfig, Way, Weights};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -139,12 +139,17 @@ impl ModelFolder {
 
     /// The model on other weights than the folder's, such as trainable ones.
     pub fn denoiser_on(&self, weights: &Weights) -> Result<Denoiser> {
+        let network = UNet::new(&self.config, weights)?;
+        let null = match self.n_classes() {
+            Some(n) if self.about.null_class => Some(Tensor::new(&[n as i64], network.device())?),
+            _ => None,
+        };
         Ok(Denoiser {
-            unet: UNet::new(&self.config, weights)?,
+            network: Network::UNet2D(network),
             prediction: self.scheduler.prediction(),
             levels: self.scheduler.levels()?,
             clip: self.scheduler.clip(),
-            null_class: self.about.null_class,
+            unconditional: null.map(|null| Condition::of(Way::Label, null)),
         })
     }
 

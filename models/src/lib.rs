@@ -6,21 +6,25 @@ mod error;
 mod weights;
 
 pub mod backend;
+pub mod blocks;
+pub mod condition;
 pub mod cuda;
 pub mod denoiser;
 pub mod folder;
 pub mod interpret;
 pub mod layers;
+pub mod networks;
 pub mod noise_levels;
 pub mod ops;
 pub mod shapes;
-pub mod unet;
 
-pub use backend::{Activation, Backend, Block, Network};
+pub use backend::{Activation, Backend, Block};
+pub use condition::{Condition, Way};
 pub use denoiser::{Denoiser, Generator, Prediction};
 pub use error::{Error, Result};
 pub use folder::{About, ModelFolder};
 pub use interpret::{Eager, Precision, Training, cost};
+pub use networks::unet2d::{UNet, UNetConfig};
+pub use networks::{Architecture, Network, Takes, Told, Want};
 pub use noise_levels::NoiseLevels;
-pub use unet::{UNet, UNetConfig};
 pub use weights::{Weights, read_metadata, write_whole};

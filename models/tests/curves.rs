@@ -6,7 +6,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use common::{ODD, PLAIN};
 use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
 use dmd_models::ops::{self, AdamwStep, Parameter};
-use dmd_models::{Activation, Backend, Eager, Result, UNet, UNetConfig, Weights};
+use dmd_models::{Activation, Architecture, Backend, Condition, Eager, Result, UNet, UNetConfig, Weights};
 
 /// Every operation by candle's own; what is not fused is spelt there as it is here, and [`Eager`]'s.
 struct Composite;
@@ -122,7 +122,8 @@ fn train<B: Backend<Value = Tensor>>(backend: &B, update: &Update, config: &str)
     // An odd batch, pictures of plain structure.
     let shape = [SIGMAS.len(), config.in_channels, 8, 8];
     let x0 = values(&[SIGMAS.len(), config.in_channels, 1, 8], 0.5, 1.0).broadcast_as(&shape[..]).unwrap();
-    let label = config.num_class_embeds.map(|_| Tensor::new(&[1i64, 0, 1], &Device::Cpu).unwrap());
+    let cond =
+        Condition::of_classes(config.num_class_embeds.map_or(vec![], |_| vec![1i64, 0, 1]), &Device::Cpu).unwrap();
     let sigma = Tensor::new(&SIGMAS.map(|sigma| sigma as f32), &Device::Cpu).unwrap().reshape((3, 1, 1, 1)).unwrap();
     let mut curve = Vec::new();
     for step in 1..=STEPS {
@@ -131,7 +132,7 @@ fn train<B: Backend<Value = Tensor>>(backend: &B, update: &Update, config: &str)
         // The network is given what has unit variance, and ln(sigma)/4, and predicts the noise.
         let x = backend.affine(&x_t, &SIGMAS.map(|sigma| 1.0 / (sigma * sigma + 0.25).sqrt()), 0.0).unwrap();
         let c_noise = SIGMAS.map(|sigma| sigma.ln() / 4.0);
-        let eps = net.forward(backend, &x, &c_noise, label.as_ref()).unwrap();
+        let eps = net.forward(backend, &x, &c_noise, &cond).unwrap();
         let loss = (eps - noise).unwrap().sqr().unwrap().mean_all().unwrap();
         curve.push(f64::from(loss.to_scalar::<f32>().unwrap()));
         let grads = loss.backward().unwrap();

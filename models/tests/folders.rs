@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use dmd_models::folder::{Kind, Scheduler};
-use dmd_models::{About, Eager, ModelFolder, Prediction, Weights, read_metadata};
+use dmd_models::{About, Condition, Eager, ModelFolder, Prediction, Way, Weights, read_metadata};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,7 +43,7 @@ fn a_ddpm_folder_of_diffusers_denoises_as_there() {
     let sigma = denoiser.levels.sigma(440);
     // x_t is variance preserving: x0 + sigma·noise is √(1 + sigma²) times that.
     let x = (io.get("x_t").unwrap() * (1.0 + sigma * sigma).sqrt()).unwrap();
-    let x0 = denoiser.denoise(&Eager, &x, &[sigma], None).unwrap();
+    let x0 = denoiser.denoise(&Eager, &x, &[sigma], &Condition::none()).unwrap();
     assert!(gap(&x0, io.get("pred_x0").unwrap()) < 1e-5);
     // The scheduler of the folder clips; `denoise` leaves that to the sampler.
     let range = denoiser.clip.unwrap();
@@ -56,19 +56,19 @@ fn an_edm_folder_of_diffusers_denoises_as_there() {
     let io = tensors(&fixture("edm-tiny/io.safetensors"));
     let denoiser = folder.denoiser(&Device::Cpu).unwrap();
     assert_eq!((denoiser.clip, denoiser.n_classes(), folder.classes().len()), (None, Some(3), 3));
-    let (noise, labels) = (io.get("noise").unwrap(), io.get("class_labels"));
-    let x0 = denoiser.denoise(&Eager, &(noise * 80.0).unwrap(), &[80.0], labels).unwrap();
+    let (noise, cond) = (io.get("noise").unwrap(), &Condition::of(Way::Label, io.get("class_labels").cloned()));
+    let x0 = denoiser.denoise(&Eager, &(noise * 80.0).unwrap(), &[80.0], cond).unwrap();
     assert!(gap(&x0, io.get("pred_x0").unwrap()) < 1e-5);
     // diffusers' Euler step to 0 subtracts 80·noise from itself in f32.
     assert!(gap(&x0, io.get("prev_sample").unwrap()) < 1e-4);
     // One sigma per sample says the same.
-    let each = denoiser.denoise(&Eager, &(noise * 80.0).unwrap(), &[80.0, 80.0 + 1e-9], labels).unwrap();
+    let each = denoiser.denoise(&Eager, &(noise * 80.0).unwrap(), &[80.0, 80.0 + 1e-9], cond).unwrap();
     assert!(gap(&each, &x0) < 1e-5);
     // A generator held at sigma 80 is this denoiser.
     assert!(folder.generator(&Device::Cpu).unwrap().is_none());
     (folder.about.kind, folder.about.sigma) = (Kind::Generator, Some(80.0));
     let generator = folder.generator(&Device::Cpu).unwrap().unwrap();
-    assert!(gap(&generator.generate(&Eager, noise, labels).unwrap(), &x0) < 1e-6);
+    assert!(gap(&generator.generate(&Eager, noise, cond).unwrap(), &x0) < 1e-6);
 }
 
 /// edm-tiny with weights that f16 does not hold, and everything of `dmd.json` filled in.

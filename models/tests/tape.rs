@@ -4,7 +4,7 @@
 mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::{ODD, PLAIN};
-use dmd_models::{Backend, Precision, Training, UNet, UNetConfig, Weights};
+use dmd_models::{Architecture, Backend, Condition, Precision, Training, UNet, UNetConfig, Weights};
 use std::collections::BTreeMap;
 
 /// Numbers around zero that look random.
@@ -39,11 +39,11 @@ fn run_on(device: &Device, training: &Training, config: &UNetConfig, features: b
     let net = UNet::new(config, &view).unwrap();
     let x = values(&[2, config.in_channels, 8, 8], 0.1, 1.0).to_device(device).unwrap();
     let x = Var::from_tensor(&x).unwrap();
-    let label = config.num_class_embeds.map(|_| Tensor::new(&[1i64, 0], device).unwrap());
+    let cond = Condition::of_classes(config.num_class_embeds.map_or(vec![], |_| vec![1i64, 0]), device).unwrap();
     let t = [0.7, -0.4];
     let maps = match features {
-        false => vec![net.forward(training, &x, &t, label.as_ref()).unwrap()],
-        true => net.features(training, &x, &t, label.as_ref()).unwrap(),
+        false => vec![net.forward(training, &x, &t, &cond).unwrap()],
+        true => net.features(training, &x, &t, &cond).unwrap(),
     };
     let parts: Vec<Tensor> = maps.iter().map(|map| map.flatten_all().unwrap()).collect();
     let y = Tensor::cat(&parts, 0).unwrap();
@@ -108,9 +108,9 @@ fn what_is_trained_in_a_frozen_network_gets_its_gradients_everywhere() {
     let product = adapter[0].matmul(&adapter[1]).unwrap().reshape((32, 16, 3, 3)).unwrap();
     view.insert(kernel, (view.get(kernel).unwrap() + product).unwrap());
     let net = UNet::new(&config, &view).unwrap();
-    let (x, label) = (values(&[2, 3, 8, 8], 0.1, 1.0), Tensor::new(&[1i64, 0], &Device::Cpu).unwrap());
+    let (x, cond) = (values(&[2, 3, 8, 8], 0.1, 1.0), Condition::of_classes([1i64, 0], &Device::Cpu).unwrap());
     let gradients = |training: &Training| {
-        let y = net.forward(training, &x, &[0.7], Some(&label)).unwrap();
+        let y = net.forward(training, &x, &[0.7], &cond).unwrap();
         let grads = training.backward(&(&y * values(y.dims(), 0.3, 1.0)).unwrap().sum_all().unwrap()).unwrap();
         [&beta, &adapter[0], &adapter[1]].map(|var| grads.get(var).unwrap().clone())
     };
@@ -128,10 +128,10 @@ fn what_is_trained_in_a_frozen_network_gets_its_gradients_everywhere() {
 fn no_gradient_is_kept_where_none_is_wanted() {
     let config = UNetConfig::from_json(std::path::Path::new("config.json"), PLAIN).unwrap();
     let net = UNet::new(&config, &weights(&config)).unwrap();
-    let label = Tensor::new(&[1i64, 0], &Device::Cpu).unwrap();
+    let cond = Condition::of_classes([1i64, 0], &Device::Cpu).unwrap();
     let training = Training::default().on_tape();
     let x = values(&[2, 3, 8, 8], 0.1, 1.0);
-    let y = net.forward(&training, &x, &[0.7], Some(&label)).unwrap();
+    let y = net.forward(&training, &x, &[0.7], &cond).unwrap();
     assert!(!y.track_op());
     assert_eq!(training.dims(&y), [2, 3, 8, 8]);
 }

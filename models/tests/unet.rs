@@ -1,7 +1,7 @@
 //! The UNet against diffusers: same weights, same input, outputs made by `make_fixtures.py` with diffusers 0.42.
 
 use candle_core::{DType, Device, Tensor};
-use dmd_models::{Eager, UNet, UNetConfig, Weights};
+use dmd_models::{Architecture, Condition, Eager, UNet, UNetConfig, Weights};
 use std::path::{Path, PathBuf};
 
 fn fixtures() -> PathBuf {
@@ -28,13 +28,17 @@ fn outputs_equal_those_of_diffusers() {
     for name in names {
         let (net, io) = load(&name);
         let timestep: Vec<f64> = io.get("timestep").unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap();
-        let label = io.get("class_labels");
-        let output = net.forward(&Eager, io.get("sample").unwrap(), &timestep, label).unwrap();
+        let output = net.forward(&Eager, io.get("sample").unwrap(), &timestep, &told(&net, &io)).unwrap();
         let expected = io.get("output").unwrap();
         let gap = max_abs(&(&output - expected).unwrap()) / max_abs(expected);
         println!("{name}: {gap:.2e} of the output's maximum");
         assert!(gap <= 1e-5, "{name}: {gap}");
     }
+}
+
+/// The class, in the way in which the network takes it.
+fn told(net: &UNet, io: &Weights) -> Condition<Tensor> {
+    net.takes().told.iter().map(|(way, _)| (way, io.get("class_labels").unwrap().clone())).collect()
 }
 
 fn max_abs(t: &Tensor) -> f32 {
@@ -50,7 +54,7 @@ fn gradients_reach_every_parameter_and_match_finite_differences() {
     let net = UNet::new(net.config(), &view).unwrap();
     let timestep: Vec<f64> = io.get("timestep").unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap();
     let loss = |net: &UNet| {
-        let y = net.forward(&Eager, io.get("sample").unwrap(), &timestep, io.get("class_labels")).unwrap();
+        let y = net.forward(&Eager, io.get("sample").unwrap(), &timestep, &told(net, &io)).unwrap();
         y.sqr().unwrap().sum_all().unwrap()
     };
     let grads = loss(&net).backward().unwrap();
@@ -77,7 +81,7 @@ fn gradients_reach_every_parameter_and_match_finite_differences() {
 #[test]
 fn detached_networks_see_updates_and_record_nothing() {
     let config = UNetConfig {
-        sample_size: Some(dmd_models::unet::SampleSize::Square(8)),
+        sample_size: Some(dmd_models::networks::unet2d::SampleSize::Square(8)),
         block_out_channels: vec![8],
         down_block_types: vec!["DownBlock2D".into()],
         up_block_types: vec!["UpBlock2D".into()],
@@ -97,11 +101,11 @@ fn detached_networks_see_updates_and_record_nothing() {
     let (view, vars) = weights.trainable().unwrap();
     let frozen = UNet::new(&config, &view.detached()).unwrap();
     let x = Tensor::ones((1, 3, 8, 8), DType::F32, &Device::Cpu).unwrap();
-    let before = frozen.forward(&Eager, &x, &[1.0], None).unwrap();
+    let before = frozen.forward(&Eager, &x, &[1.0], &Condition::none()).unwrap();
     assert!(!before.track_op());
     let bias = &vars["conv_out.bias"];
     bias.set(&(bias.as_tensor() + 1.0).unwrap()).unwrap();
-    let after = frozen.forward(&Eager, &x, &[1.0], None).unwrap();
+    let after = frozen.forward(&Eager, &x, &[1.0], &Condition::none()).unwrap();
     assert!((max_abs(&(after - before).unwrap()) - 1.0).abs() < 1e-6);
 }
 
@@ -128,7 +132,7 @@ fn recomputed_blocks_have_the_gradients_of_kept_ones() {
     let x = Tensor::arange(0f32, 2.0 * 3.0 * 256.0, &Device::Cpu).unwrap();
     let x = (x.reshape((2, 3, 16, 16)).unwrap() * 0.01).unwrap().sin().unwrap();
     let run = |b: &Training| {
-        let y = unet.forward(b, &x, &[0.3, 1.2], None).unwrap();
+        let y = unet.forward(b, &x, &[0.3, 1.2], &Condition::none()).unwrap();
         let grads = b.backward(&y.sqr().unwrap().sum_all().unwrap()).unwrap();
         (y, vars.values().map(|var| grads.get(var).unwrap().clone()).collect::<Vec<_>>())
     };

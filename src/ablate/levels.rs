@@ -10,7 +10,7 @@ use crate::run::Run;
 use crate::sample::{Model, Sampler, labels_in_turn};
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor, Var};
-use dmd_models::{Denoiser, Eager, ModelFolder};
+use dmd_models::{Condition, Denoiser, Eager, ModelFolder};
 use image::RgbImage;
 use ndarray::Array4;
 use serde_json::{Value, json};
@@ -81,7 +81,7 @@ impl Players {
         let [height, width] = self.teacher.size()?;
         let shape = [self.teacher.config.in_channels, height, width];
         let labels = labels_in_turn(PICTURES, real_score.n_classes());
-        let label = real_score.n_classes().map(|_| Tensor::from_slice(&labels, PICTURES, &Device::Cpu)).transpose()?;
+        let cond = Condition::of_classes(labels.iter().copied(), &Device::Cpu)?;
         let x = self.generator.pictures(&picture_noise(seed, 0, PICTURES, shape, &Device::Cpu)?, &labels, PICTURES)?;
         let x = Tensor::from_vec(x.iter().copied().collect::<Vec<f32>>(), x.dim(), &Device::Cpu)?;
         let eps = picture_noise(seed, PICTURES as u64, PICTURES, shape, &Device::Cpu)?;
@@ -98,8 +98,8 @@ impl Players {
         let known = real_score.levels.sigma_min()..=real_score.levels.sigma_max();
         for sigma in SIGMAS.into_iter().filter(|sigma| known.contains(sigma)) {
             let x_t = (&x + (&eps * sigma)?)?;
-            let x0_real = real_score.denoise_guided(&Eager, &x_t, &[sigma], label.as_ref(), self.guidance_scale)?;
-            let x0_fake = self.fake_score.denoise(&Eager, &x_t, &[sigma], label.as_ref())?;
+            let x0_real = real_score.denoise_guided(&Eager, &x_t, &[sigma], &cond, self.guidance_scale)?;
+            let x0_fake = self.fake_score.denoise(&Eager, &x_t, &[sigma], &cond)?;
             let (grad, step) = gradient(&x, &x0_real, &x0_fake)?;
             // Noise would drive x_t out of what a picture can show.
             let shown = (&x_t / (1.0 + sigma * sigma).sqrt())?;

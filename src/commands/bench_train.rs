@@ -14,8 +14,8 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
-use dmd_models::unet::SampleSize;
-use dmd_models::{ModelFolder, UNet, UNetConfig};
+use dmd_models::networks::unet2d::SampleSize;
+use dmd_models::{Architecture, ModelFolder, UNet, UNetConfig};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Instant;
@@ -39,7 +39,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let random = Random { seed: 0, device: on.clone() };
     let networks = Networks::new(&folder, &[2.5], &config, Beginning::default(), &random);
     let mut networks = networks.map_err(|error| memory::explained(error, Work::Networks))?;
-    let gflop = cost(&networks.real_score().unet, networks.shape())?.flops * args.batch as f64 / 1e9;
+    let gflop = cost(&networks.real_score().network, networks.shape())?.flops * args.batch as f64 / 1e9;
     let mut timer = Timer { args, device: &on, n_parameters, laps: Vec::new() };
     let mut step = 0;
     timer.time("one_step_sample", SAMPLE, || {

@@ -119,10 +119,10 @@ pub fn info(folder: &ModelFolder) -> Result<ModelInfo> {
 pub fn reference(passes: &[Generator], fixed_label: Option<usize>) -> Result<Reference> {
     let sigmas: Vec<f64> = passes.iter().map(|pass| pass.sigma).collect();
     let denoiser = &passes.first().context("a generator has one pass at least")?.denoiser;
-    let config = denoiser.unet.config();
-    let [height, width] = config.size().context("a generator that was exported has a size")?;
+    let takes = denoiser.network.takes();
+    let [height, width] = takes.size.context("a generator that was exported has a size")?;
     let model = Model::of_steps(denoiser.clone(), &sigmas, 0);
-    Reference::of(&model, [config.in_channels, height, width], fixed_label)
+    Reference::of(&model, [takes.channels, height, width], fixed_label)
 }
 
 /// The folder's generator, held at the noise level of each of its passes; or its teacher held at `sigma`, where that is

@@ -7,7 +7,7 @@ use crate::teacher::{self, TeacherSettings, default_unet};
 use crate::{config, device, memory};
 use anyhow::{Context, Result, ensure};
 use dmd_models::UNetConfig;
-use dmd_models::unet::SampleSize;
+use dmd_models::networks::unet2d::SampleSize;
 use serde_json::Value;
 use std::path::Path;
 

@@ -9,7 +9,7 @@ use crate::random::{Purpose, Random};
 use crate::sample::input_of_pass;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
-use dmd_models::ModelFolder;
+use dmd_models::{Condition, ModelFolder};
 
 /// Noise to inject: one level per sample, and unit noise `(B, C, H, W)`.
 pub struct Injection {
@@ -32,12 +32,12 @@ impl Injection {
     }
 }
 
-/// Real pictures `(B, C, H, W)` in [-1, 1] with their labels.
+/// Real pictures `(B, C, H, W)` in [-1, 1] with what a network is told of them.
 pub struct Images {
     /// The pictures.
     pub images: Tensor,
-    /// `(B,)` i64.
-    pub label: Option<Tensor>,
+    /// Of each way one row per sample.
+    pub cond: Condition<Tensor>,
 }
 
 /// One update's draws; what a term does not need is absent.
@@ -46,8 +46,8 @@ pub struct Draw {
     pub input: Tensor,
     /// The noise level of the generator's pass.
     pub level: f64,
-    /// `(B,)` i64.
-    pub label: Option<Tensor>,
+    /// Of each way one row per sample.
+    pub cond: Condition<Tensor>,
     /// Samples made before, in the place of new ones.
     pub samples: Option<Tensor>,
     /// Noise before the scores, or for the critic's loss.
@@ -69,17 +69,17 @@ impl Draw {
 
     fn part(&self, first: usize, len: usize) -> Result<Draw> {
         let narrow = |x: &Tensor| x.narrow(0, first, len);
-        let maybe = |x: &Option<Tensor>| x.as_ref().map(narrow).transpose();
+        let samples = self.samples.as_ref().map(narrow).transpose()?;
         Ok(Draw {
             input: narrow(&self.input)?,
             level: self.level,
-            label: maybe(&self.label)?,
-            samples: maybe(&self.samples)?,
+            cond: self.cond.try_map(narrow)?,
+            samples,
             injection: self.injection.part(first, len)?,
             adversary: self.adversary.as_ref().map(|injection| injection.part(first, len)).transpose()?,
             real: match &self.real {
                 Some((real, injection)) => {
-                    let images = Images { images: narrow(&real.images)?, label: maybe(&real.label)? };
+                    let images = Images { images: narrow(&real.images)?, cond: real.cond.try_map(narrow)? };
                     Some((images, injection.part(first, len)?))
                 }
                 None => None,
@@ -88,7 +88,7 @@ impl Draw {
                 Some(pair) => Some(PairBatch {
                     noise: narrow(&pair.noise)?,
                     image: narrow(&pair.image)?,
-                    label: maybe(&pair.label)?,
+                    cond: pair.cond.try_map(narrow)?,
                 }),
                 None => None,
             },
@@ -136,20 +136,16 @@ impl Reality {
         let picks: Vec<usize> = picks.into_iter().map(|i| i as usize).collect();
         let (pixels, labels) = p.batch(&picks, &vec![false; n]);
         let images = Tensor::from_vec(pixels, (n, p.channels, p.height, p.width), &random.device)?;
-        let label = match labels.is_empty() {
-            true => None,
-            false => Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), n, &random.device)?),
-        };
-        Ok(Images { images, label })
+        Ok(Images { images, cond: Condition::of_classes(labels, &random.device)? })
     }
 }
 
 impl Networks {
     pub(super) fn draw_for_generator(&self, config: &Config, random: &Random, step: u64) -> Result<Draw> {
         let n = config.batch;
-        let label = random.labels(Purpose::GeneratorLabel, step, n, self.real_score.n_classes())?;
+        let cond = random.condition(Purpose::GeneratorLabel, step, n, self.real_score.n_classes())?;
         let noise = random.normal(Purpose::GeneratorNoise, step, &self.shape_of(n))?;
-        let (input, level) = self.simulate(random, step * (config.ratio + 1), &noise, label.as_ref())?;
+        let (input, level) = self.simulate(random, step * (config.ratio + 1), &noise, &cond)?;
         let gan = &config.loss.gan;
         let adversary = match gan.weight > 0.0 && step >= gan.start_step {
             true => {
@@ -166,20 +162,20 @@ impl Networks {
         };
         let purposes = [Purpose::GeneratorLevel, Purpose::GeneratorEps];
         let injection = self.injection(random, purposes, step, n, config.generator.t_range)?;
-        Ok(Draw { input, level, label, samples: None, injection, adversary, real: None, pair })
+        Ok(Draw { input, level, cond, samples: None, injection, adversary, real: None, pair })
     }
 
     pub(super) fn draw_for_fake_score(&self, config: &Config, random: &Random, step: u64, turn: u64) -> Result<Draw> {
         let (n, update) = (config.batch, step * config.ratio + turn);
         let shared = self.last_samples.as_ref().filter(|_| turn == 0 && config.samples == Samples::Shared);
-        let label = match shared {
-            Some(samples) => samples.label.clone(),
-            None => random.labels(Purpose::CriticLabel, update, n, self.real_score.n_classes())?,
+        let cond = match shared {
+            Some(samples) => samples.cond.clone(),
+            None => random.condition(Purpose::CriticLabel, update, n, self.real_score.n_classes())?,
         };
         let noise = random.normal(Purpose::CriticNoise, update, &self.shape_of(n))?;
         let (input, level) = match shared {
             Some(_) => (noise, self.sigmas[0]),
-            None => self.simulate(random, step * (config.ratio + 1) + 1 + turn, &noise, label.as_ref())?,
+            None => self.simulate(random, step * (config.ratio + 1) + 1 + turn, &noise, &cond)?,
         };
         let gan = &config.loss.gan;
         let (adversary, real) = match &self.reality {
@@ -195,17 +191,17 @@ impl Networks {
         let purposes = [Purpose::CriticLevel, Purpose::CriticEps];
         let injection = self.injection(random, purposes, update, n, config.fake_score.t_range)?;
         let samples = shared.map(|samples| samples.x.clone());
-        Ok(Draw { input, level, label, samples, injection, adversary, real, pair: None })
+        Ok(Draw { input, level, cond, samples, injection, adversary, real, pair: None })
     }
 
     /// What a pass of the generator gets, and its noise level: a few-step generator's pass is drawn, and the passes
     /// before it are run without gradient (backward simulation, DMD2, section 4.5).
-    fn simulate(&self, random: &Random, key: u64, noise: &Tensor, label: Option<&Tensor>) -> Result<(Tensor, f64)> {
+    fn simulate(&self, random: &Random, key: u64, noise: &Tensor, cond: &Condition<Tensor>) -> Result<(Tensor, f64)> {
         let n_passes = self.sigmas.len();
         let pass = random.indices(Purpose::Pass, key, 1, [0, n_passes - 1])[0];
         let eps = |pass: usize| random.normal(Purpose::PassEps, key * n_passes as u64 + pass as u64, noise.dims());
         let generate = |input: &Tensor, sigma: f64| -> Result<Tensor> {
-            Ok(self.generator_still.denoise(&self.training, input, &[sigma], label)?)
+            Ok(self.generator_still.denoise(&self.training, input, &[sigma], cond)?)
         };
         let input = input_of_pass(generate, &self.sigmas[..=pass], noise, eps)?;
         Ok((input, self.sigmas[pass]))

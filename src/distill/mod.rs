@@ -143,7 +143,7 @@ pub fn check_memory(config: &Config, teacher: &ModelFolder, device: &Device) -> 
     let [height, width] = teacher.size()?;
     let [passes, whole_passes] = passes(config);
     let needs = Needs {
-        cost: cost(&teacher.denoiser(&Device::Cpu)?.unet, [teacher.config.in_channels, height, width])?,
+        cost: cost(&teacher.denoiser(&Device::Cpu)?.network, [teacher.config.in_channels, height, width])?,
         grad_checkpoint: config.grad_checkpoint,
         precision: config.precision,
         passes,

@@ -10,7 +10,7 @@ use crate::random::Random;
 use crate::regression::Comparison;
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
-use dmd_models::{Denoiser, Eager, ModelFolder, Precision, Prediction, Training, Weights};
+use dmd_models::{Condition, Denoiser, Eager, ModelFolder, Precision, Prediction, Training, Weights};
 use std::collections::BTreeMap;
 
 /// Generator, real score and fake score with what trains them.
@@ -35,7 +35,7 @@ pub struct Networks {
     pub ratio_bins: RatioBins,
     /// The regression term's pairs and its distance.
     pub(super) regression: Option<(Pairs, Comparison)>,
-    /// Real pictures in the teacher's labels.
+    /// Real pictures in the teacher's classes.
     pub(super) reality: Option<Reality>,
     /// The generator's weights.
     pub generator_vars: BTreeMap<String, Var>,
@@ -72,16 +72,16 @@ pub struct Beginning {
     pub generator: Option<Weights>,
     /// The fake score's weights; none for the teacher's.
     pub fake_score: Option<Weights>,
-    /// Real pictures, labelled as the teacher's classes.
+    /// Real pictures in the teacher's classes.
     pub reality: Option<Reality>,
     /// Noise–picture pairs.
     pub pairs: Option<Pairs>,
 }
 
-/// Pictures of the generator with their labels.
+/// Pictures of the generator with what it was told of them.
 pub(super) struct Samples {
     pub x: Tensor,
-    pub label: Option<Tensor>,
+    pub cond: Condition<Tensor>,
 }
 
 impl Networks {
@@ -188,12 +188,8 @@ impl Networks {
 const RATIO_BINS: usize = 10;
 /// Shapes `(C, H, W)` of the encoder's maps, found by running it once.
 fn feature_shapes(denoiser: &Denoiser, [c, h, w]: [usize; 3]) -> Result<Vec<[usize; 3]>> {
-    let x = Tensor::zeros((1, c, h, w), DType::F32, denoiser.unet.device())?;
-    let label = match denoiser.n_classes() {
-        Some(_) => Some(Tensor::zeros(1, DType::I64, denoiser.unet.device())?),
-        None => None,
-    };
-    let maps = denoiser.features(&Eager, &x, &[denoiser.levels.sigma_max()], label.as_ref())?;
+    let x = Tensor::zeros((1, c, h, w), DType::F32, denoiser.network.device())?;
+    let maps = denoiser.features(&Eager, &x, &[denoiser.levels.sigma_max()], &denoiser.by_default(1)?)?;
     maps.iter()
         .map(|map| {
             let (_, c, h, w) = map.dims4()?;

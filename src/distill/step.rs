@@ -1,7 +1,7 @@
 //! The heart: one update of the generator, one of the fake score.
 //!
 //! ```text
-//! x      = G(noise, label)                                 generator, with gradient
+//! x      = G(noise, cond)                                  generator, with gradient
 //! x_t    = x + sigma·eps, sigma drawn in t_range           noise injection
 //! x0_real, x0_fake = real_score(x_t), fake_score(x_t)      no gradient
 //! grad   = h(r)·(x0_fake − x0_real) / mean|x − x0_real|    h = 1: reverse KL
@@ -21,6 +21,7 @@ use crate::optim::{Gradients, average_into, ramped_decay, rate_at};
 use crate::random::Random;
 use anyhow::{Context, Result};
 use candle_core::Tensor;
+use dmd_models::Condition;
 
 impl Networks {
     /// One update of the generator and of its averages; nothing else changes.
@@ -48,23 +49,23 @@ impl Networks {
         // The one moment that an update waits for the device.
         let norms = health.read(&[norm])?;
         health.set("grad_norm", self.generator_optimizer.settle(norms[0]).context("loss_dm")?);
-        self.last_samples = Some(Samples { x, label: draw.label });
+        self.last_samples = Some(Samples { x, cond: draw.cond });
         Ok(health)
     }
 
     /// The generator's loss on one part of a batch, `h` its samples' weights: its samples, the loss with its graph, and its
     /// numbers.
     fn generator_loss(&self, config: &Config, draw: &Draw, h: Option<&[f64]>) -> Result<(Tensor, Tensor, Health)> {
-        let (terms, label, sigma) = (&config.loss, draw.label.as_ref(), &draw.injection.sigma);
+        let (terms, cond, sigma) = (&config.loss, &draw.cond, &draw.injection.sigma);
         let mut health = Health::default();
-        let x = self.generator.denoise(&self.training, &draw.input, &[draw.level], label)?;
+        let x = self.generator.denoise(&self.training, &draw.input, &[draw.level], cond)?;
 
         // Distribution matching stops here: the scores judge the sample, no gradient passes through them.
         let through = matches!(terms.scores, ScoreLoss::ScoreIdentity { .. });
         let x_t = draw.injection.add_to(&if through { x.clone() } else { x.detach() })?;
         let scale = config.real_score.guidance_scale;
-        let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, label, scale)?;
-        let x0_fake = self.fake_score_still.denoise(&self.training, &x_t, sigma, label)?;
+        let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, cond, scale)?;
+        let x0_fake = self.fake_score_still.denoise(&self.training, &x_t, sigma, cond)?;
         let Matching { mut loss, real_error, score_gap } = match terms.scores {
             ScoreLoss::DistributionMatching => distribution_matching(&x, &x0_real, &x0_fake, h)?,
             ScoreLoss::ScoreIdentity { alpha } => score_identity(&x, &x0_real, &x0_fake, alpha)?,
@@ -79,16 +80,15 @@ impl Networks {
         if let (Some(d), Some(injection)) = (&self.discriminator, &draw.adversary) {
             // Through the critic's encoder, which stays as it is, to the sample.
             let x_t = injection.add_to(&x)?;
-            let maps = self.fake_score_still.features(&self.training, &x_t, &injection.sigma, label)?;
+            let maps = self.fake_score_still.features(&self.training, &x_t, &injection.sigma, cond)?;
             let loss_gan = generator_adversarial(&d.heads_still.logit(&maps)?)?;
             health.pend_loss("loss_gan", &loss_gan);
             loss = (loss + (loss_gan * terms.gan.weight)?)?;
         }
         if let (Some((_, comparison)), Some(pair)) = (&self.regression, &draw.pair) {
             let sigma = self.sigmas[0];
-            let remade =
-                self.generator.denoise(&self.training, &(&pair.noise * sigma)?, &[sigma], pair.label.as_ref())?;
-            let loss_regression = comparison.distance(&remade, &pair.image, pair.label.as_ref())?;
+            let remade = self.generator.denoise(&self.training, &(&pair.noise * sigma)?, &[sigma], &pair.cond)?;
+            let loss_regression = comparison.distance(&remade, &pair.image, &pair.cond)?;
             health.pend_loss("loss_regression", &loss_regression);
             loss = (loss + (loss_regression * terms.regression.weight)?)?;
         }
@@ -107,9 +107,9 @@ impl Networks {
         let [low, high] = config.generator.t_range.map(|t| t * (self.real_score.levels.len() - 1) as f64);
         let (mut ratios, mut levels) = (Vec::new(), Vec::new());
         for draw in parts {
-            let (label, sigma) = (draw.label.as_ref(), &draw.injection.sigma);
-            let x = self.generator_still.denoise(&self.training, &draw.input, &[draw.level], label)?;
-            let maps = self.fake_score_still.features(&self.training, &draw.injection.add_to(&x)?, sigma, label)?;
+            let (cond, sigma) = (&draw.cond, &draw.injection.sigma);
+            let x = self.generator_still.denoise(&self.training, &draw.input, &[draw.level], cond)?;
+            let maps = self.fake_score_still.features(&self.training, &draw.injection.add_to(&x)?, sigma, cond)?;
             let logits: Vec<f32> = d.heads_still.logit(&maps)?.to_vec1()?;
             ratios.extend(logits.into_iter().map(|logit| density_ratio(f64::from(logit))));
             let index = |sigma: &f64| self.real_score.levels.index_of(*sigma);
@@ -151,29 +151,29 @@ impl Networks {
     /// The critic's loss on one part of a batch.
     fn fake_score_loss(&self, config: &Config, draw: &Draw) -> Result<(Tensor, Health)> {
         let mut health = Health::default();
-        let (label, injection, gan) = (draw.label.as_ref(), &draw.injection, &config.loss.gan);
+        let (cond, injection, gan) = (&draw.cond, &draw.injection, &config.loss.gan);
         // Stop: the generator's samples are data here.
         let x = match &draw.samples {
             Some(x) => x.clone(),
-            None => self.generator_still.denoise(&self.training, &draw.input, &[draw.level], label)?,
+            None => self.generator_still.denoise(&self.training, &draw.input, &[draw.level], cond)?,
         };
-        let denoised = self.fake_score.denoise(&self.training, &injection.add_to(&x)?, &injection.sigma, label)?;
+        let denoised = self.fake_score.denoise(&self.training, &injection.add_to(&x)?, &injection.sigma, cond)?;
         let weight = |&sigma: &f64| config.fake_score.weight.at(sigma, self.sigma_data());
         let mut loss = denoising(&denoised, &x, &injection.sigma.iter().map(weight).collect::<Vec<_>>())?;
         health.pend_loss("loss_fake", &loss);
 
         if let (Some(d), Some(on_fake), Some((real, on_real))) = (&self.discriminator, &draw.adversary, &draw.real) {
-            let logit = |x_t: &Tensor, sigma: &[f64], label: Option<&Tensor>| -> Result<Tensor> {
-                d.heads.logit(&self.fake_score.features(&self.training, x_t, sigma, label)?)
+            let logit = |x_t: &Tensor, sigma: &[f64], cond: &Condition<Tensor>| -> Result<Tensor> {
+                d.heads.logit(&self.fake_score.features(&self.training, x_t, sigma, cond)?)
             };
-            let logit_fake = logit(&on_fake.add_to(&x)?, &on_fake.sigma, label)?;
-            let (real_t, real_label) = (on_real.add_to(&real.images)?, real.label.as_ref());
-            let logit_real = logit(&real_t, &on_real.sigma, real_label)?;
+            let logit_fake = logit(&on_fake.add_to(&x)?, &on_fake.sigma, cond)?;
+            let real_t = on_real.add_to(&real.images)?;
+            let logit_real = logit(&real_t, &on_real.sigma, &real.cond)?;
             let mut loss_d = discriminator(&logit_fake, &logit_real)?;
             if gan.r1 > 0.0 {
                 let nearby = (&real_t + (&on_fake.eps * R1_NOISE)?)?;
                 loss_d =
-                    (loss_d + (approximate_r1(&logit_real, &logit(&nearby, &on_real.sigma, real_label)?)? * gan.r1)?)?;
+                    (loss_d + (approximate_r1(&logit_real, &logit(&nearby, &on_real.sigma, &real.cond)?)? * gan.r1)?)?;
             }
             health.pend_loss("loss_discriminator", &loss_d);
             health.pend("d_real", &mean_probability(&logit_real)?);
@@ -186,7 +186,7 @@ impl Networks {
     /// The generator's samples without gradient, `(B, C, H, W)`, from the noise of the critic's first turn of a step.
     pub fn sample(&self, config: &Config, random: &Random, step: u64) -> Result<Tensor> {
         let draw = self.draw_for_fake_score(config, random, step, 0)?;
-        Ok(self.generator_still.denoise(&self.training, &draw.input, &[draw.level], draw.label.as_ref())?)
+        Ok(self.generator_still.denoise(&self.training, &draw.input, &[draw.level], &draw.cond)?)
     }
 }
 

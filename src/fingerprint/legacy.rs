@@ -1,7 +1,7 @@
 //! What version 0.1.0 before JSON wrote: hashes of `{:?}`, whose text these structs hold fast as it was then.
 
 use crate::data::Pictures;
-use dmd_models::unet::{Resampling, SampleSize, TimeEmbedding, TimeScaleShift};
+use dmd_models::networks::unet2d::{Resampling, SampleSize, TimeEmbedding, TimeScaleShift};
 use dmd_models::{Activation, ModelFolder};
 use serde::Deserialize;
 use serde_json::Value;

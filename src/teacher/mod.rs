@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
-use dmd_models::{Denoiser, ModelFolder, Training, UNet, UNetConfig, Weights};
+use dmd_models::{Architecture, Condition, Denoiser, ModelFolder, Network, Training, UNet, UNetConfig, Weights};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -141,13 +141,13 @@ struct Trainer<'a> {
 /// Refuses a batch that does not fit into memory.
 fn check_memory(
     settings: &TeacherSettings,
-    unet: &UNet,
+    network: &Network,
     n_parameters: usize,
     pictures: &Pictures,
     device: &Device,
 ) -> Result<()> {
     let needs = Needs {
-        cost: cost(unet, [pictures.channels, pictures.height, pictures.width])?,
+        cost: cost(network, [pictures.channels, pictures.height, pictures.width])?,
         grad_checkpoint: settings.grad_checkpoint,
         precision: settings.precision,
         passes: 1.0,
@@ -166,7 +166,13 @@ impl<'a> Trainer<'a> {
         ensure!(!train.is_empty(), "no picture is left to train on");
         let mut draw = |name: &str, n: usize| random.stream(Purpose::Init, name_key(name)).uniform(n);
         let fresh = UNet::init(&unet, &mut draw)?;
-        check_memory(settings, &UNet::new(&unet, &fresh)?, fresh.n_parameters(), pictures, &random.device)?;
+        check_memory(
+            settings,
+            &Network::UNet2D(UNet::new(&unet, &fresh)?),
+            fresh.n_parameters(),
+            pictures,
+            &random.device,
+        )?;
         let fresh = fresh.to(DType::F32, &random.device)?;
         let (weights, vars) = fresh.trainable()?;
         let (averaged, average) = fresh.trainable()?;
@@ -274,13 +280,9 @@ impl<'a> Trainer<'a> {
             *label = self.pictures.classes.len() as u32;
         }
         let x0 = Tensor::from_vec(pixels, &self.shape(n)[..], device)?;
-        let label = match labels.is_empty() {
-            true => None,
-            false => Some(Tensor::from_vec(labels.into_iter().map(i64::from).collect(), n, device)?),
-        };
         let sigmas = Tensor::from_vec(draw.sigma.iter().map(|&s| s as f32).collect(), (n, 1, 1, 1), device)?;
         let x_t = (&x0 + draw.noise.broadcast_mul(&sigmas)?)?;
-        let denoised = denoiser.denoise(&self.training, &x_t, &draw.sigma, label.as_ref())?;
+        let denoised = denoiser.denoise(&self.training, &x_t, &draw.sigma, &Condition::of_classes(labels, device)?)?;
         let weights: Vec<f64> = draw.sigma.iter().map(|&s| edm_weight(s, self.settings.sigma_data)).collect();
         denoising(&denoised, &x0, &weights)
     }

@@ -4,7 +4,7 @@ use crate::config::{WrongUsage, at_least_one, count, fraction, optimizer, parts_
 use crate::optim::{AdamW, Decay};
 use crate::run::Settings;
 use anyhow::{Result, ensure};
-use dmd_models::unet::SampleSize;
+use dmd_models::networks::unet2d::SampleSize;
 use dmd_models::{Precision, UNetConfig};
 use serde::{Deserialize, Serialize};
 

@@ -2,9 +2,9 @@
 
 use crate::backend::{Activation, Backend, Block};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::networks::Network;
 use crate::shapes::{self, Rule};
-use crate::unet::ClassEmbedding;
-use crate::{Error, Result, UNet};
+use crate::{Error, Result};
 use candle_core::Tensor;
 use std::cell::Cell;
 
@@ -22,15 +22,11 @@ pub struct Cost {
     pub largest_block: usize,
 }
 
-/// Of a network for pictures `(C, H, W)`.
-pub fn cost(unet: &UNet, [c, h, w]: [usize; 3]) -> Result<Cost> {
+/// Of a network for samples `(C, H, W)`.
+pub fn cost(network: &Network, [c, h, w]: [usize; 3]) -> Result<Cost> {
     let counter = Counter::default();
-    let label = match unet.config().class_embedding() {
-        ClassEmbedding::None => None,
-        ClassEmbedding::Identity => Some(vec![1, unet.config().time_dim()]),
-        ClassEmbedding::Table(_) | ClassEmbedding::Timestep => Some(vec![1]),
-    };
-    unet.forward(&counter, &vec![1, c, h, w], &[1.0], label.as_ref())?;
+    let cond = network.takes().told.try_map(|told| Ok::<_, Error>(told.batch(1)))?;
+    network.forward(&counter, &vec![1, c, h, w], &[1.0], &cond)?;
     let Counter { flops, activations, between, largest_block } = counter;
     Ok(Cost {
         flops: flops.get(),

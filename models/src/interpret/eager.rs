@@ -1,8 +1,10 @@
 //! Every operation at once, on candle tensors.
 
 use super::tape;
-use crate::backend::{Activation, Backend, Network};
+use crate::backend::{Activation, Backend};
+use crate::condition::Condition;
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::networks::{Architecture, Want};
 use crate::{Precision, Result, ops};
 use candle_core::Tensor;
 
@@ -14,12 +16,19 @@ pub struct Eager;
 impl Backend for Eager {
     type Value = Tensor;
 
-    fn network(&self, network: &impl Network, x: &Tensor, label: Option<&Tensor>) -> Result<Vec<Tensor>> {
+    fn network(
+        &self,
+        network: &impl Architecture,
+        x: &Tensor,
+        t: &[f64],
+        cond: &Condition<Tensor>,
+        want: Want,
+    ) -> Result<Vec<Tensor>> {
         let settings =
             tape::Settings { precision: Precision::F32, checkpoint: false, anywhere: false, gradients: None };
-        match tape::pass(network, x, label, settings)? {
+        match tape::pass(network, x, t, cond, want, settings)? {
             Some(maps) => Ok(maps),
-            None => network.run(self, x, label),
+            None => network.run(self, x, t, cond, want),
         }
     }
 

@@ -7,8 +7,10 @@
 
 use super::checkpoint::{Replay, checkpoint};
 use super::node::{WeightGradients, node};
-use crate::backend::{Activation, Backend, Block, Network};
+use crate::backend::{Activation, Backend, Block};
+use crate::condition::Condition;
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::networks::{Architecture, Want};
 use crate::ops::nhwc::{self, Attention, Norm, NormInput, RUN, Steps};
 use crate::{Error, Result, ops};
 use candle_core::{DType, Shape, Tensor, TensorId, Var};
@@ -66,9 +68,11 @@ pub(super) struct Settings<'a> {
 /// The one place that decides what a pass runs on: none where it is for candle, on the CPU, or because weights want
 /// gradients that have nowhere to go.
 pub(super) fn pass(
-    network: &impl Network,
+    network: &impl Architecture,
     x: &Tensor,
-    label: Option<&Tensor>,
+    t: &[f64],
+    cond: &Condition<Tensor>,
+    want: Want,
     settings: Settings,
 ) -> Result<Option<Vec<Tensor>>> {
     if !(settings.anywhere || x.device().is_cuda()) {
@@ -76,8 +80,8 @@ pub(super) fn pass(
     }
     let tape = Tape::new(&settings);
     let input = tape.input(&x.detach(), x.track_op())?;
-    let label = label.map(|label| tape.constant(label)).transpose()?;
-    let values = network.run(&tape, &input, label.as_ref())?;
+    let cond = cond.try_map(|told| tape.constant(told))?;
+    let values = network.run(&tape, &input, t, &cond, want)?;
     let outputs = values.iter().map(|value| tape.output(value)).collect::<Result<Vec<Value>>>()?;
     if tape.trains.get() && tape.gradients.is_none() {
         return Ok(None);

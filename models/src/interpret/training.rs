@@ -5,8 +5,10 @@ use super::eager::Eager;
 use super::node::{Upstream, WeightGradients, node};
 use super::tape::{self, Precision};
 use crate::Result;
-use crate::backend::{Activation, Backend, Block, Network};
+use crate::backend::{Activation, Backend, Block};
+use crate::condition::Condition;
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::networks::{Architecture, Want};
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
@@ -86,12 +88,19 @@ macro_rules! as_eager {
 impl Backend for Training {
     type Value = Tensor;
 
-    fn network(&self, network: &impl Network, x: &Tensor, label: Option<&Tensor>) -> Result<Vec<Tensor>> {
+    fn network(
+        &self,
+        network: &impl Architecture,
+        x: &Tensor,
+        t: &[f64],
+        cond: &Condition<Tensor>,
+        want: Want,
+    ) -> Result<Vec<Tensor>> {
         let Training { precision, checkpoint, anywhere, ref gradients } = *self;
         let settings = tape::Settings { precision, checkpoint, anywhere, gradients: Some(gradients) };
-        match tape::pass(network, x, label, settings)? {
+        match tape::pass(network, x, t, cond, want, settings)? {
             Some(maps) => Ok(maps),
-            None => network.run(self, x, label),
+            None => network.run(self, x, t, cond, want),
         }
     }
 

@@ -1,6 +1,7 @@
 //! `config.json` of a `UNet2DModel`: what each field may be here, and why the rest is refused.
 
-use super::{Activation, Deserialize, Error, Result, Serialize};
+use crate::{Activation, Error, Result};
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// The fields of diffusers' `UNet2DModel`, with its defaults.

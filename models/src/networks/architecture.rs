@@ -1,0 +1,139 @@
+//! What a kind of network has to tell of itself; and what it gets for that.
+
+use crate::backend::Backend;
+use crate::condition::{Condition, Way};
+use crate::layers::{Draws, Loader, Random, Source};
+use crate::{Error, Result, Weights};
+use candle_core::Device;
+
+/// A kind of network, of which a `config.json` and weights make one.
+pub trait Architecture: Sized {
+    /// diffusers' `_class_name`.
+    const CLASS: &'static str;
+    /// What `config.json` holds.
+    type Config;
+
+    /// Takes the parameters from `source`. Gradients reach whatever among them are variables.
+    fn build(config: &Self::Config, source: &mut dyn Source) -> Result<Self>;
+
+    /// What it takes.
+    fn takes(&self) -> Takes;
+
+    /// Where its weights lie.
+    fn device(&self) -> &Device;
+
+    /// Runs it, operation by operation. x `(B, C, H, W)`; `t`: one timestep for all or one per sample; of each way in
+    /// `cond` one row per sample.
+    fn run<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        t: &[f64],
+        cond: &Condition<B::Value>,
+        want: Want,
+    ) -> Result<Vec<B::Value>>;
+
+    /// The network on these weights (diffusers' names). Fails naming every tensor that is missing, left over or of a wrong
+    /// shape.
+    fn new(config: &Self::Config, weights: &Weights) -> Result<Self> {
+        let mut loader = Loader::new(weights);
+        let net = Self::build(config, &mut loader)?;
+        loader.finish()?;
+        Ok(net)
+    }
+
+    /// Fresh weights (CPU, f32): PyTorch's defaults, with the last layer of every residual branch and of the whole network
+    /// at zero, so that training starts from the identity. `draw` gives uniform numbers in [0, 1) by name.
+    fn init(config: &Self::Config, draw: &mut Draws) -> Result<Weights> {
+        let mut random = Random::new(draw);
+        Self::build(config, &mut random)?;
+        Ok(random.weights)
+    }
+
+    /// Its output `(B, C', H, W)`. Arguments as in [`Architecture::run`].
+    fn forward<B: Backend>(&self, b: &B, x: &B::Value, t: &[f64], cond: &Condition<B::Value>) -> Result<B::Value> {
+        let mut outputs = b.network(self, x, t, cond, Want::Output)?;
+        outputs.pop().ok_or_else(|| Error::Config("the network has no output".into()))
+    }
+
+    /// What its encoder sees ([`Want::Maps`]). Arguments as in [`Architecture::run`].
+    fn features<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        t: &[f64],
+        cond: &Condition<B::Value>,
+    ) -> Result<Vec<B::Value>> {
+        b.network(self, x, t, cond, Want::Maps)
+    }
+}
+
+/// What a run is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// The network's output, alone.
+    Output,
+    /// The maps that a critic looks at: the encoder's last of every resolution, finest first, the bottleneck last.
+    Maps,
+}
+
+/// What a network takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Takes {
+    /// Channels of a sample.
+    pub channels: usize,
+    /// Height and width of a sample, where the configuration states them.
+    pub size: Option<[usize; 2]>,
+    /// What it can be told, and must be.
+    pub told: Condition<Told>,
+}
+
+/// What stands for one sample in a way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// A whole number, below this one if there is one.
+    Id(Option<usize>),
+    /// f32 values of this shape.
+    Values(Vec<usize>),
+}
+
+impl Told {
+    /// The shape of a batch.
+    pub fn batch(&self, n: usize) -> Vec<usize> {
+        match self {
+            Told::Id(_) => vec![n],
+            Told::Values(shape) => [&[n], &shape[..]].concat(),
+        }
+    }
+}
+
+impl Takes {
+    /// Number of entries that labels choose from; none where there are no labels, or any number will do.
+    pub fn n_labels(&self) -> Option<usize> {
+        match self.told.get(Way::Label) {
+            Some(Told::Id(n)) => *n,
+            _ => None,
+        }
+    }
+
+    /// Refuses a condition that leaves out what the network must be told, or says what it cannot hear.
+    pub fn check<V>(&self, cond: &Condition<V>) -> Result<()> {
+        let refuse = |message: String| Err(Error::Config(message));
+        for (way, _) in self.told.iter().filter(|(way, _)| cond.get(*way).is_none()) {
+            return refuse(format!("this network needs a {}", name(way)));
+        }
+        for (way, _) in cond.iter().filter(|(way, _)| self.told.get(*way).is_none()) {
+            return refuse(format!("this network takes no {}", name(way)));
+        }
+        Ok(())
+    }
+}
+
+fn name(way: Way) -> &'static str {
+    match way {
+        Way::Label => "class label",
+        Way::Text => "text",
+        Way::Vector => "vector",
+        Way::Map => "map",
+    }
+}
