@@ -5,7 +5,7 @@ pub use meanings::explained;
 
 use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
-use crate::run::Settings;
+use crate::train::Settings;
 use anyhow::{Context, Result, bail, ensure};
 use dmd_models::{Precision, UNetConfig};
 use serde::de::DeserializeOwned;

@@ -15,9 +15,9 @@ pub mod optim;
 pub mod pairs;
 pub mod random;
 pub mod regression;
-pub mod run;
 pub mod sample;
 pub mod teacher;
+pub mod train;
 
 pub mod aside;
 pub mod data;

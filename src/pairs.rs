@@ -6,8 +6,8 @@ use crate::config::{self, Difference};
 use crate::fingerprint;
 use crate::lock::{self, Lock};
 use crate::random::{Purpose, Random, picture_noise};
-use crate::run;
 use crate::sample::{Model, Sampler};
+use crate::train;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use dmd_models::{Condition, ModelFolder, Way, Weights, write_whole};
@@ -106,7 +106,7 @@ pub fn make(
         }
         shard.save(&path, &BTreeMap::new())?;
         step(first + len);
-        if run::asked_to_stop() && first + len < manifest.n {
+        if train::asked_to_stop() && first + len < manifest.n {
             bail!("interrupted after {} of {} pairs; run the same command again to go on", first + len, manifest.n);
         }
     }

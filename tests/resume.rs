@@ -349,7 +349,12 @@ fn a_run_whose_checkpoint_has_no_room_does_not_begin() {
     let mut command = Command::new("sh");
     command.current_dir(w.path("")).args(["-c", "trap '' XFSZ; ulimit -f 60; exec \"$@\"", "sh"]);
     command.arg(env!("CARGO_BIN_EXE_dmd")).args(line.split_whitespace());
-    let message = check_failure(&line, &command.output().unwrap(), 1, &["run: has no room for a checkpoint of 0.5 MB"]);
+    let message = check_failure(
+        &line,
+        &command.output().unwrap(),
+        1,
+        &["run: make room, or give another --out: there is no room for a checkpoint of 0.5 MB"],
+    );
     assert!(!message.contains("step"), "{message}");
     w.ok(&line);
 }

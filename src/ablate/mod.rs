@@ -15,8 +15,7 @@ pub mod figure;
 pub mod levels;
 pub mod toy;
 
-use crate::optim::Optimizer;
-use crate::run::finite;
+use crate::optim::{Optimizer, finite};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use dmd_models::NoiseLevels;
@@ -52,7 +51,7 @@ fn noised(x: &Tensor, sigma: &[f64], eps: &Tensor) -> Result<Tensor> {
 
 /// One update down a loss, which must be finite.
 fn descend(optimizer: &mut Optimizer, name: &'static str, loss: &Tensor, rate: f64) -> Result<()> {
-    finite(name, loss)?;
+    finite(name, f64::from(loss.to_scalar::<f32>()?))?;
     let grads = optimizer.gradients(&loss.backward()?);
     optimizer.descend(loss, &grads, rate)?;
     Ok(())

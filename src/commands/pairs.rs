@@ -5,7 +5,7 @@ use crate::cli::PairsArgs;
 use crate::config::{check_guidance, count, not_negative};
 use crate::output::{progress, say};
 use crate::pairs::{self, Manifest};
-use crate::{fingerprint, memory, run};
+use crate::{fingerprint, memory, train};
 use anyhow::{Result, ensure};
 use candle_core::Device;
 use dmd_models::ModelFolder;
@@ -40,7 +40,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
         per_shard: args.per_shard,
         n: args.n,
     };
-    run::stop_on_signals()?;
+    train::stop_on_signals()?;
     let bar = progress(args.n as u64, 0)?;
     let started = Instant::now();
     let found = pairs::make(&teacher, manifest, &args.out, args.force, args.batch, &device, |done| {

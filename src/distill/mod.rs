@@ -1,5 +1,5 @@
-//! Distribution Matching Distillation (Yin et al. 2024): the loop around `step.rs`, with its checkpoints, samples and
-//! metrics. Begins from a teacher's folder and ends with a generator's.
+//! Distribution Matching Distillation (Yin et al. 2024): what the loop of `train` is given for
+//! it, around `step.rs`. Begins from a teacher's folder and ends with a generator's.
 
 mod networks;
 pub use networks::{Average, Beginning, Networks};
@@ -17,20 +17,18 @@ use crate::data::{self, DataOptions};
 use crate::device::check_precision;
 use crate::fingerprint::{self, Fingerprint};
 use crate::memory::{self, Needs, Work};
-use crate::optim::NotFinite;
 use crate::pairs::Pairs;
 use crate::random::{Random, picture_noise};
-use crate::run::{self, Checkpoint, Parts, Run};
 use crate::sample::{Model, labels_in_turn};
+use crate::train::{self, Checkpoint, Numbers, Parts, Run, Schedule, Trainee, restore_vars, vars_as_weights};
 use crate::{output, picture};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind};
 use dmd_models::{ModelFolder, Weights};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::Instant;
 
 /// Distils the teacher in `teacher` into `out/generator`. Running it again on the same folder continues, and ends with
 /// the same weights, bit for bit on the CPU. Returns what a script would want to know.
@@ -42,78 +40,26 @@ pub fn distill(config: &Config, teacher: &Path, out: &Path, device: &Device, for
     ensure!(teacher_folder.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", teacher.display());
     // First what can be refused, then what leaves a trace in `out`.
     let begins = force || !Run::has_begun(out);
-    let mut distillation = Distillation::new(config, teacher_folder, begins, device).map_err(no_room)?;
-    let mut run = Run::open(out, config, force)?;
-    let checkpoint = run.last_checkpoint()?;
-    match &checkpoint {
-        Some(checkpoint) => distillation.restore(checkpoint)?,
-        None => ensure!(begins, "{}: its checkpoints were removed just now; run the same command again", out.display()),
-    }
-    let first = run.go_on(checkpoint.as_ref(), config.steps)?;
-    if first < config.steps {
-        run.check_room(&distillation.parts()?)?;
-    }
-    // The grid of a checkpoint may be missing where the run was killed.
-    if checkpoint.is_none() || (distillation.samples_due(first) && !run.path(sample_file(first)).exists()) {
-        distillation.draw_samples(&run, first)?;
-    }
-    run::stop_on_signals()?;
-    let bar = output::progress(config.steps, first)?;
-    let started = Instant::now();
-    let mut health = None;
-    let training = Work::Training(config.batch / config.accumulate);
-    let mut step = first;
-    while step < config.steps {
-        let measured = match distillation.step(step) {
-            Err(error) if error.is::<NotFinite>() => match distillation.recover(&run, step, error)? {
-                Recovery::Skip => None,
-                Recovery::Return(earlier) => {
-                    step = earlier;
-                    bar.set_position(step);
-                    continue;
-                }
-            },
-            measured => Some(measured.map_err(|error| memory::explained(error, training))?),
-        };
-        step += 1;
-        bar.inc(1);
-        let last = step == config.steps;
-        if let Some(measured) = measured {
-            let warnings = distillation.monitor.observe(&measured);
-            warnings.iter().for_each(|warning| output::warn(warning));
-            if step.is_multiple_of(config.log_every) || last {
-                let values = measured.values();
-                bar.set_message(run::readable(&values));
-                run.log(step, &values)?;
-                output::line_without_terminal(&format!("step {step}/{}  {}", config.steps, run::readable(&values)));
-            }
-            health = Some(measured);
-        }
-        if distillation.samples_due(step) {
-            distillation.draw_samples(&run, step)?;
-        }
-        // In the middle of trouble there is nothing to go back to.
-        let due = step.is_multiple_of(config.checkpoint_every) && distillation.skipped_in_a_row == 0;
-        if due || last || run::asked_to_stop() {
-            run.checkpoint(step, &distillation.parts()?, &distillation.state())?;
-        }
-        if run::asked_to_stop() && !last {
-            bar.abandon();
-            bail!("interrupted at step {step} of {}; run the same command again to continue", config.steps);
-        }
-    }
-    bar.finish_and_clear();
-    distillation.save_generators(out)?;
+    let mut distillation = Distillation::new(config, teacher_folder, begins, out, device).map_err(no_room)?;
+    let schedule = Schedule {
+        n_steps: config.steps,
+        log_every: config.log_every,
+        sample_every: config.sample_every,
+        checkpoint_every: config.checkpoint_every,
+        guards: config.guards.clone(),
+        work: Work::Training(config.batch / config.accumulate),
+    };
+    let outcome = train::train(&mut distillation, config, &schedule, out, force)?;
     let mut result = json!({
         "out": out,
         "generator": out.join("generator"),
         "steps": config.steps,
         "sigma": distillation.networks.sigmas[0],
-        "skipped": distillation.n_skipped,
-        "seconds": started.elapsed().as_secs_f64(),
+        "skipped": outcome.n_skipped,
+        "seconds": outcome.seconds,
         "peak_memory_bytes": memory::peak_bytes(device),
     });
-    for (name, value) in health.iter().flat_map(Health::values) {
+    for (name, value) in outcome.numbers {
         result[name] = json!(value);
     }
     Ok(result)
@@ -129,12 +75,8 @@ struct Distillation<'a> {
     /// What the run learns from besides the teacher, by its content: what it is called in `state.json`, what it is called
     /// in a message, the hash.
     known: Vec<(&'static str, &'static str, String)>,
-    /// Updates skipped so far, and how many of them in a row.
-    n_skipped: u64,
-    skipped_in_a_row: u64,
-    /// Times that the run went back to a checkpoint, and where to, the last time.
-    n_returns: u64,
-    returned_to: Option<u64>,
+    /// Where the generators go.
+    out: &'a Path,
     monitor: Monitor,
 }
 
@@ -175,17 +117,9 @@ fn passes(config: &Config) -> [f64; 2] {
     [generator.max(fake_score), distance]
 }
 
-/// What becomes of a run after an update that was no number.
-enum Recovery {
-    /// On with the next update.
-    Skip,
-    /// Back to this step.
-    Return(u64),
-}
-
 impl<'a> Distillation<'a> {
     /// `begins`: nothing will be restored from a checkpoint.
-    fn new(config: &'a Config, teacher: ModelFolder, begins: bool, device: &Device) -> Result<Self> {
+    fn new(config: &'a Config, teacher: ModelFolder, begins: bool, out: &'a Path, device: &Device) -> Result<Self> {
         let known_teacher = fingerprint::teacher(&teacher)?;
         let sigmas = noise_levels(config, &teacher)?;
         let guidance = config.real_score.guidance_scale;
@@ -204,7 +138,6 @@ impl<'a> Distillation<'a> {
             ..teacher.about
         };
         let folder = ModelFolder { about, ..teacher };
-        let (n_skipped, skipped_in_a_row, n_returns) = (0, 0, 0);
         Ok(Distillation {
             config,
             networks,
@@ -212,87 +145,54 @@ impl<'a> Distillation<'a> {
             folder,
             teacher: known_teacher,
             known,
-            n_skipped,
-            skipped_in_a_row,
-            n_returns,
-            returned_to: None,
+            out,
             monitor: Monitor::default(),
         })
     }
+}
 
+impl Trainee for Distillation<'_> {
     /// One update of the generator, then `ratio` of the fake score.
-    fn step(&mut self, step: u64) -> Result<Health> {
+    fn update(&mut self, step: u64) -> Result<Numbers> {
         let mut health = self.networks.update_generator(self.config, &self.random, step)?;
         for turn in 0..self.config.ratio {
             let measured = self.networks.update_fake_score(self.config, &self.random, step, turn)?;
             health.add(&measured, 1.0 / self.config.ratio as f64);
         }
-        self.skipped_in_a_row = 0;
-        Ok(health)
+        self.monitor.observe(&health).iter().for_each(|warning| output::warn(warning));
+        Ok(health.values())
     }
 
-    /// After a loss or gradient that is no number: skips the update, goes back to the last checkpoint, or gives up.
-    fn recover(&mut self, run: &Run, step: u64, error: anyhow::Error) -> Result<Recovery> {
-        let guards = &self.config.guards;
-        // A first update that fails is no bad luck: the teacher or the settings are at fault.
-        let began = self.networks.fake_optimizer.n_updates() > 0;
-        if began && self.skipped_in_a_row < guards.skip {
-            self.n_skipped += 1;
-            self.skipped_in_a_row += 1;
-            output::warn(&format!("step {}: {error:#}; this update is skipped", step + 1));
-            return Ok(Recovery::Skip);
-        }
-        let newest = run.last_checkpoint()?;
-        // From a checkpoint that was tried before, and led here again, to the one before it.
-        let tried = newest.as_ref().is_some_and(|newest| self.returned_to.is_some_and(|to| newest.step <= to));
-        let earlier = newest.as_ref().filter(|_| tried).map(|newest| run.checkpoint_before(newest.step)).transpose()?;
-        match earlier.flatten().or(newest) {
-            Some(checkpoint) if self.n_returns < guards.returns => {
-                let (n_returns, n_skipped) = (self.n_returns + 1, self.n_skipped);
-                let step = checkpoint.step;
-                self.restore(&checkpoint)?;
-                run.forget_after(step)?;
-                run.rewind_log(step)?;
-                (self.n_returns, self.n_skipped) = (n_returns, n_skipped);
-                (self.skipped_in_a_row, self.returned_to) = (0, Some(step));
-                self.networks.rate_factor = 0.5f64.powi(n_returns as i32);
-                output::warn(&format!(
-                    "{error:#}; going on from step {step} at {} of the rates",
-                    self.networks.rate_factor
-                ));
-                Ok(Recovery::Return(step))
-            }
-            _ => Err(run::stopped(step + 1, error)),
-        }
+    fn validate(&self) -> Result<Option<(&'static str, f64)>> {
+        Ok(None)
     }
 
-    /// What a checkpoint holds: weights and moments,
+    fn slow_down(&mut self, factor: f64) {
+        self.networks.rate_factor = factor;
+    }
+
     fn parts(&self) -> Result<Parts> {
         let n = &self.networks;
         let mut parts = vec![
-            ("generator".to_string(), run::vars_as_weights(&n.generator_vars)),
-            ("fake_score".to_string(), run::vars_as_weights(&n.fake_vars)),
+            ("generator".to_string(), vars_as_weights(&n.generator_vars)),
+            ("fake_score".to_string(), vars_as_weights(&n.fake_vars)),
             ("optimizer_generator".to_string(), n.generator_optimizer.state()?),
             ("optimizer_fake_score".to_string(), n.fake_optimizer.state()?),
         ];
-        parts.extend((0..n.averages.len()).map(|i| (average_part(i), run::vars_as_weights(&n.averages[i].vars))));
+        parts.extend((0..n.averages.len()).map(|i| (average_part(i), vars_as_weights(&n.averages[i].vars))));
         if let Some(d) = &n.discriminator {
-            parts.push(("discriminator".into(), run::vars_as_weights(&d.vars)));
+            parts.push(("discriminator".into(), vars_as_weights(&d.vars)));
             parts.push(("optimizer_discriminator".into(), d.optimizer.state()?));
         }
         Ok(parts)
     }
 
-    /// and the numbers beside them.
     fn state(&self) -> Value {
         let n = &self.networks;
         let mut state = json!({
             "n_updates_generator": n.generator_optimizer.n_updates(),
             "n_updates_fake_score": n.fake_optimizer.n_updates(),
             "teacher_sha256": self.teacher.now,
-            "n_skipped": self.n_skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "n_returns": self.n_returns,
             "monitor": self.monitor,
         });
         if let Some(d) = &n.discriminator {
@@ -317,46 +217,37 @@ impl<'a> Distillation<'a> {
             );
         }
         let n = &mut self.networks;
-        run::restore_vars(&n.generator_vars, &checkpoint.part("generator")?)?;
-        run::restore_vars(&n.fake_vars, &checkpoint.part("fake_score")?)?;
+        restore_vars(&n.generator_vars, &checkpoint.part("generator")?)?;
+        restore_vars(&n.fake_vars, &checkpoint.part("fake_score")?)?;
         for (i, average) in n.averages.iter().enumerate() {
-            run::restore_vars(&average.vars, &checkpoint.part(&average_part(i))?)?;
+            restore_vars(&average.vars, &checkpoint.part(&average_part(i))?)?;
         }
         n.generator_optimizer
             .restore(&checkpoint.part("optimizer_generator")?, checkpoint.count("n_updates_generator")?)?;
         n.fake_optimizer
             .restore(&checkpoint.part("optimizer_fake_score")?, checkpoint.count("n_updates_fake_score")?)?;
         if let Some(d) = &mut n.discriminator {
-            run::restore_vars(&d.vars, &checkpoint.part("discriminator")?)?;
+            restore_vars(&d.vars, &checkpoint.part("discriminator")?)?;
             d.optimizer
                 .restore(&checkpoint.part("optimizer_discriminator")?, checkpoint.count("n_updates_discriminator")?)?;
             n.ratio_bins.means = checkpoint.numbers("ratio_means")?.into_iter().map(|mean| mean as f32).collect();
         }
-        self.n_skipped = checkpoint.count("n_skipped")?;
-        self.skipped_in_a_row = checkpoint.count("skipped_in_a_row")?;
-        self.n_returns = checkpoint.count("n_returns")?;
         let monitor = checkpoint.state.get("monitor").cloned();
         self.monitor = monitor.map(serde_json::from_value).transpose()?.unwrap_or_default();
-        n.rate_factor = 0.5f64.powi(self.n_returns as i32);
         Ok(())
     }
 
     /// The exported average as `generator`, the others beside it under their decay.
-    fn save_generators(&mut self, out: &Path) -> Result<()> {
+    fn write_model(&mut self) -> Result<()> {
         for (i, average) in self.networks.averages.iter().enumerate() {
             let name = if i == 0 { "generator".to_string() } else { format!("generator-ema-{}", average.decay) };
             self.folder.weights = average.view.detached();
-            self.folder.save(&out.join(&name), DType::F32).with_context(|| name)?;
+            self.folder.save(&self.out.join(&name), DType::F32).with_context(|| name)?;
         }
         Ok(())
     }
 
-    fn samples_due(&self, step: u64) -> bool {
-        step.is_multiple_of(self.config.sample_every) || step == self.config.steps
-    }
-
-    /// A grid of the averaged generator's pictures, from the same noise every time.
-    fn draw_samples(&self, run: &Run, step: u64) -> Result<()> {
+    fn draw_samples(&self, path: &Path) -> Result<()> {
         let denoiser = self.folder.denoiser_on(&self.networks.averages[0].view.detached())?;
         let [h, w] = self.folder.size()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
@@ -364,12 +255,8 @@ impl<'a> Distillation<'a> {
         let model = Model::of_steps(denoiser, &self.networks.sigmas, self.config.seed);
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
-        picture::save_png(&run.path(sample_file(step)), &grid)
+        picture::save_png(path, &grid)
     }
-}
-
-fn sample_file(step: u64) -> String {
-    format!("samples/step-{step:08}.png")
 }
 
 /// What a run learns from besides the teacher, as [`Distillation::known`] has it.

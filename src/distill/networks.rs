@@ -8,6 +8,7 @@ use crate::optim::Optimizer;
 use crate::pairs::Pairs;
 use crate::random::Random;
 use crate::regression::Comparison;
+use crate::train::Group;
 use anyhow::Result;
 use candle_core::{DType, Tensor, Var};
 use dmd_models::{Condition, Denoiser, Eager, ModelFolder, Precision, Prediction, Training, Weights};
@@ -47,6 +48,8 @@ pub struct Networks {
     pub generator_optimizer: Optimizer,
     /// Moments of the fake score.
     pub fake_optimizer: Optimizer,
+    /// The processes whose gradients are added up.
+    pub(super) group: Group,
     /// What both rates are multiplied by; below 1 after a run came back from trouble.
     pub rate_factor: f64,
     /// The samples of the generator's last update, for a critic that shares them.
@@ -154,6 +157,7 @@ impl Networks {
             averages: config.generator.ema.decays().iter().map(average).collect::<Result<_>>()?,
             generator_vars,
             fake_vars,
+            group: Group::alone(),
             rate_factor: 1.0,
             last_samples: None,
             shape,

@@ -40,6 +40,7 @@ impl Networks {
         }
         let s = &config.generator;
         let rate = self.rate_factor * rate_at(s.rate, s.decay, s.warmup, step, config.steps);
+        let gradients = self.group.sum(gradients)?;
         let norm = self.generator_optimizer.update(&gradients, &health.sum_of_losses()?, rate)?;
         for average in &self.averages {
             average_into(&average.vars, &self.generator_vars, ramped_decay(average.decay, step), &norm)?;
@@ -135,6 +136,7 @@ impl Networks {
         let s = &config.fake_score;
         let update = step * config.ratio + turn;
         let rate = self.rate_factor * rate_at(s.rate, s.decay, s.warmup, update, config.steps * config.ratio);
+        let (of_score, of_heads) = (self.group.sum(of_score)?, self.group.sum(of_heads)?);
         let mut norms = vec![self.fake_optimizer.update(&of_score, &health.sum_of_losses()?, rate)?];
         if let (Some(d), Some(_)) = (&mut self.discriminator, &draw.real) {
             // Guarded by the score's norm: the heads stay where the score did.

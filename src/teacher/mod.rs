@@ -6,16 +6,17 @@ use draw::Draw;
 mod settings;
 pub use settings::{TeacherSettings, default_unet};
 
+use crate::config::GuardSettings;
 use crate::data::Pictures;
 use crate::device::check_precision;
 use crate::fingerprint::{self, Fingerprint};
 use crate::loss::{denoising, edm_weight};
 use crate::memory::{self, Needs, Work};
 use crate::optim::{Gradients, Optimizer, average_into, finite, ramped_decay, rate_at, read};
+use crate::picture;
 use crate::random::{Purpose, Random, picture_noise};
-use crate::run::{self, Checkpoint, Parts, Run};
 use crate::sample::{Model, Sampler, labels_in_turn};
-use crate::{output, picture};
+use crate::train::{self, Checkpoint, Group, Numbers, Parts, Schedule, Trainee, restore_vars, vars_as_weights};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::cost::cost;
@@ -24,7 +25,6 @@ use dmd_models::{Architecture, Condition, Denoiser, ModelFolder, Network, Traini
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Instant;
 
 /// Trains on `pictures` and leaves a model folder in `out`, with the run beside it in `out/training`.
 /// Returns what a script would want to know.
@@ -47,73 +47,25 @@ pub fn train(
     }
     let random = Random { seed: settings.seed, device: device.clone() };
     // First what can be refused, then what leaves a trace in `out`.
-    let mut trainer =
-        Trainer::new(settings, unet, pictures, random).map_err(|error| memory::explained(error, Work::Networks))?;
-    let mut run = Run::open(&out.join("training"), settings, force)?;
-    let checkpoint = run.last_checkpoint()?;
-    if let Some(checkpoint) = &checkpoint {
-        trainer.restore(checkpoint)?;
-    }
-    let first = run.go_on(checkpoint.as_ref(), settings.steps)?;
-    if first < settings.steps {
-        run.check_room(&trainer.parts()?)?;
-    }
-    // The grid of a checkpoint may be missing where the run was killed.
-    if checkpoint.is_some() && !run.path(sample_file(first)).exists() {
-        trainer.draw_samples(&run, first)?;
-    }
-    run::stop_on_signals()?;
-    let bar = output::progress(settings.steps, first)?;
-    let started = Instant::now();
-    let [training, validation] =
-        [settings.batch, VALIDATION_BATCH].map(|n| Work::Training(n.div_ceil(settings.accumulate)));
-    let mut last = Vec::new();
-    for step in first..settings.steps {
-        let loss = trainer.step(step).map_err(|error| memory::explained(error, training))?;
-        bar.inc(1);
-        let done = step + 1;
-        let log = done % settings.log_every == 0 || done == settings.steps;
-        if log {
-            last = vec![("loss", loss.0), ("grad_norm", loss.1)];
-            bar.set_message(run::readable(&last));
-        }
-        let save = done % settings.checkpoint_every == 0 || done == settings.steps;
-        if save {
-            last.retain(|(name, _)| *name != "validation_loss");
-            let validation = trainer.validation_loss().map_err(|error| memory::explained(error, validation))?;
-            if let Some(validation) = validation {
-                // Weights that an update has ruined are not saved: a run that goes on would begin with them.
-                let validation = finite("validation_loss", validation).map_err(|error| run::stopped(done, error))?;
-                last.push(("validation_loss", validation));
-            }
-        }
-        if log {
-            run.log(done, &last)?;
-            output::line_without_terminal(&format!("step {done}/{}  {}", settings.steps, run::readable(&last)));
-        }
-        if save || run::asked_to_stop() {
-            run.checkpoint(done, &trainer.parts()?, &trainer.state())?;
-            trainer.draw_samples(&run, done)?;
-            trainer.folder.write_into(out, DType::F32).context("the model folder")?;
-        }
-        if run::asked_to_stop() && done < settings.steps {
-            bar.abandon();
-            bail!("interrupted at step {done} of {}; run the same command again to continue", settings.steps);
-        }
-    }
-    bar.finish_and_clear();
-    if first >= settings.steps {
-        // Killed between its last checkpoint and the model folder, a finished run would stay without its model.
-        trainer.folder.write_into(out, DType::F32).context("the model folder")?;
-    }
+    let mut trainer = Trainer::new(settings, unet, pictures, out, random)
+        .map_err(|error| memory::explained(error, Work::Networks))?;
+    let schedule = Schedule {
+        n_steps: settings.steps,
+        log_every: settings.log_every,
+        sample_every: settings.checkpoint_every,
+        checkpoint_every: settings.checkpoint_every,
+        guards: GuardSettings { skip: 0, returns: 0 },
+        work: Work::Training(settings.batch / settings.accumulate),
+    };
+    let outcome = train::train(&mut trainer, settings, &schedule, &out.join("training"), force)?;
     let mut result = json!({
         "out": out,
         "steps": settings.steps,
         "parameters": trainer.weights.n_parameters(),
-        "seconds": started.elapsed().as_secs_f64(),
+        "seconds": outcome.seconds,
         "peak_memory_bytes": memory::peak_bytes(device),
     });
-    for (name, value) in last {
+    for (name, value) in outcome.numbers {
         result[name] = json!(value);
     }
     Ok(result)
@@ -122,6 +74,8 @@ pub fn train(
 struct Trainer<'a> {
     settings: &'a TeacherSettings,
     pictures: &'a Pictures,
+    /// Where the model goes.
+    out: &'a Path,
     train: Vec<usize>,
     held_out: Vec<usize>,
     random: Random,
@@ -134,6 +88,9 @@ struct Trainer<'a> {
     /// What it is trained on.
     training: Training,
     optimizer: Optimizer,
+    group: Group,
+    /// What the rate is multiplied by.
+    rate_factor: f64,
     /// Of the pictures and the network's description.
     lesson: Fingerprint,
 }
@@ -161,7 +118,13 @@ fn check_memory(
 }
 
 impl<'a> Trainer<'a> {
-    fn new(settings: &'a TeacherSettings, unet: UNetConfig, pictures: &'a Pictures, random: Random) -> Result<Self> {
+    fn new(
+        settings: &'a TeacherSettings,
+        unet: UNetConfig,
+        pictures: &'a Pictures,
+        out: &'a Path,
+        random: Random,
+    ) -> Result<Self> {
         let (train, held_out) = pictures.split(settings.held_out, settings.seed);
         ensure!(!train.is_empty(), "no picture is left to train on");
         let mut draw = |name: &str, n: usize| random.stream(Purpose::Init, name_key(name)).uniform(n);
@@ -194,6 +157,7 @@ impl<'a> Trainer<'a> {
         Ok(Trainer {
             settings,
             pictures,
+            out,
             train,
             held_out,
             random,
@@ -205,56 +169,14 @@ impl<'a> Trainer<'a> {
             denoiser,
             training: Training::new(settings.precision, settings.grad_checkpoint),
             optimizer,
+            group: Group::alone(),
+            rate_factor: 1.0,
             lesson,
         })
     }
 
     fn averaged_denoiser(&self) -> Result<Denoiser> {
         Ok(self.folder.denoiser_on(&self.averaged.detached())?)
-    }
-
-    /// What a checkpoint holds: weights and moments,
-    fn parts(&self) -> Result<Parts> {
-        Ok(vec![
-            ("weights".into(), run::vars_as_weights(&self.vars)),
-            ("average".into(), run::vars_as_weights(&self.average)),
-            ("optimizer".into(), self.optimizer.state()?),
-        ])
-    }
-
-    /// and the numbers beside them.
-    fn state(&self) -> Value {
-        json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.lesson.now })
-    }
-
-    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        ensure!(
-            checkpoint.known("data_sha256").is_none_or(|written| self.lesson.is(written)),
-            "the run was started on other pictures or another network (the files under --data or --unet have changed); give it the same, another --out, or --force to begin anew"
-        );
-        run::restore_vars(&self.vars, &checkpoint.part("weights")?)?;
-        run::restore_vars(&self.average, &checkpoint.part("average")?)?;
-        self.optimizer.restore(&checkpoint.part("optimizer")?, checkpoint.count("n_updates")?)
-    }
-
-    /// One update; returns the loss and the gradient's norm.
-    fn step(&mut self, step: u64) -> Result<(f64, f64)> {
-        let s = self.settings;
-        let (mut gradients, mut losses) = (Gradients::default(), Vec::new());
-        let share = 1.0 / s.accumulate as f64;
-        for part in self.draw(step)?.parts(s.accumulate)? {
-            let loss = (self.loss(&self.denoiser, &part)? * share)?;
-            gradients.add(self.optimizer.gradients(&self.training.backward(&loss)?))?;
-            losses.push(loss.detach());
-        }
-        let loss = Tensor::stack(&losses, 0)?.sum_all()?;
-        let rate = rate_at(s.rate, s.decay, s.warmup, step, s.steps);
-        let norm = self.optimizer.update(&gradients, &loss, rate)?;
-        average_into(&self.average, &self.vars, ramped_decay(s.ema, step), &norm)?;
-        // The one moment that an update waits for the device.
-        let numbers = read(&[loss, norm])?;
-        let mut settle = || Ok((finite("loss", numbers[0])?, self.optimizer.settle(numbers[1])?));
-        settle().map_err(|error| run::stopped(step + 1, error))
     }
 
     fn draw(&self, step: u64) -> Result<Draw> {
@@ -320,9 +242,61 @@ impl<'a> Trainer<'a> {
     fn shape(&self, n: usize) -> [usize; 4] {
         [n, self.pictures.channels, self.pictures.height, self.pictures.width]
     }
+}
 
-    /// A grid of the averaged network's pictures, from the same noise every time.
-    fn draw_samples(&self, run: &Run, step: u64) -> Result<()> {
+impl Trainee for Trainer<'_> {
+    fn update(&mut self, step: u64) -> Result<Numbers> {
+        let s = self.settings;
+        let (mut gradients, mut losses) = (Gradients::default(), Vec::new());
+        let share = 1.0 / s.accumulate as f64;
+        for part in self.draw(step)?.parts(s.accumulate)? {
+            let loss = (self.loss(&self.denoiser, &part)? * share)?;
+            gradients.add(self.optimizer.gradients(&self.training.backward(&loss)?))?;
+            losses.push(loss.detach());
+        }
+        let gradients = self.group.sum(gradients)?;
+        let loss = Tensor::stack(&losses, 0)?.sum_all()?;
+        let rate = self.rate_factor * rate_at(s.rate, s.decay, s.warmup, step, s.steps);
+        let norm = self.optimizer.update(&gradients, &loss, rate)?;
+        average_into(&self.average, &self.vars, ramped_decay(s.ema, step), &norm)?;
+        // The one moment that an update waits for the device.
+        let numbers = read(&[loss, norm])?;
+        Ok(vec![("loss", finite("loss", numbers[0])?), ("grad_norm", self.optimizer.settle(numbers[1])?)])
+    }
+
+    /// Weights that an update has ruined are not saved: a run that goes on would begin with them.
+    fn validate(&self) -> Result<Option<(&'static str, f64)>> {
+        let loss = self.validation_loss()?;
+        loss.map(|loss| Ok(("validation_loss", finite("validation_loss", loss)?))).transpose()
+    }
+
+    fn slow_down(&mut self, factor: f64) {
+        self.rate_factor = factor;
+    }
+
+    fn parts(&self) -> Result<Parts> {
+        Ok(vec![
+            ("weights".into(), vars_as_weights(&self.vars)),
+            ("average".into(), vars_as_weights(&self.average)),
+            ("optimizer".into(), self.optimizer.state()?),
+        ])
+    }
+
+    fn state(&self) -> Value {
+        json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.lesson.now })
+    }
+
+    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        ensure!(
+            checkpoint.known("data_sha256").is_none_or(|written| self.lesson.is(written)),
+            "the run was started on other pictures or another network (the files under --data or --unet have changed); give it the same, another --out, or --force to begin anew"
+        );
+        restore_vars(&self.vars, &checkpoint.part("weights")?)?;
+        restore_vars(&self.average, &checkpoint.part("average")?)?;
+        self.optimizer.restore(&checkpoint.part("optimizer")?, checkpoint.count("n_updates")?)
+    }
+
+    fn draw_samples(&self, path: &Path) -> Result<()> {
         let denoiser = self.averaged_denoiser()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let [_, c, h, w] = self.shape(1);
@@ -330,12 +304,12 @@ impl<'a> Trainer<'a> {
         let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18, guidance_scale: 1.0 };
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
-        picture::save_png(&run.path(sample_file(step)), &grid)
+        picture::save_png(path, &grid)
     }
-}
 
-fn sample_file(step: u64) -> String {
-    format!("samples/step-{step:08}.png")
+    fn write_model(&mut self) -> Result<()> {
+        self.folder.write_into(self.out, DType::F32).context("the model folder")
+    }
 }
 
 const MAX_VALIDATION: usize = 256;

@@ -2,7 +2,7 @@
 
 use crate::config::{WrongUsage, at_least_one, count, fraction, optimizer, parts_of_batch, positive};
 use crate::optim::{AdamW, Decay};
-use crate::run::Settings;
+use crate::train::Settings;
 use anyhow::{Result, ensure};
 use dmd_models::networks::unet2d::SampleSize;
 use dmd_models::{Precision, UNetConfig};
