@@ -1,6 +1,6 @@
 //! Tracing by partial evaluation. [`Trace`] interprets a network on values of three kinds: known now, known for every
-//! label, or known only when the file runs. Operations on the first two are carried out at once, for the second with
-//! the labels as the batch; only the third leaves a node. So the time embedding, the class embedding and everything
+//! class, or known only when the file runs. Operations on the first two are carried out at once, for the second with
+//! the classes as the batch; only the third leaves a node. So the time embedding, the class embedding and everything
 //! computed from them is gone from the graph, and what remains of a class is one row of a table.
 
 use crate::graph::{Conv, Graph, NodeId, Op};
@@ -11,7 +11,7 @@ use dmd_models::{Activation, Backend, Condition, Eager};
 use std::cell::RefCell;
 
 /// Traces a network, given as a function of a backend, the noise and what it is told: the class, where there are any.
-/// `noise` is `[B, C, H, W]`; `classes` is the number of labels, 0 for none.
+/// `noise` is `[B, C, H, W]`; `classes` is how many there are, 0 for none.
 ///
 /// ```
 /// use dmd_models::{Activation, Backend};
@@ -31,7 +31,7 @@ where
     let input = Value::Node(graph.output());
     let trace = Trace { graph: RefCell::new(graph) };
     let cond = Condition::of_classes(0..classes as i64, &Device::Cpu)?;
-    let cond = cond.try_map(|rows| Ok::<_, Error>(Value::PerLabel(rows.clone())))?;
+    let cond = cond.try_map(|rows| Ok::<_, Error>(Value::PerRow(rows.clone())))?;
     let image = network(&trace, &input, &cond)?;
     let output = trace.lift(&image)?;
     let mut graph = trace.graph.into_inner();
@@ -50,8 +50,9 @@ pub struct Trace {
 pub enum Value {
     /// Known now.
     Constant(Tensor),
-    /// Known up to the label: `(classes, ...)`, the value for every label in turn. It stands for `(B, ...)`.
-    PerLabel(Tensor),
+    /// Known up to a row, which the file is told: `(rows, ...)`, the value for every class in turn. It stands for
+    /// `(B, ...)`.
+    PerRow(Tensor),
     /// Known when the file runs.
     Node(NodeId),
 }
@@ -71,25 +72,25 @@ impl Trace {
             let inputs = args.iter().map(|arg| self.lift(arg)).collect::<Traced<_>>()?;
             return Ok(Value::Node(self.graph.borrow_mut().push(name, later()?, inputs).map_err(refused)?));
         }
-        let per_label = args.iter().any(|arg| matches!(arg, Value::PerLabel(_)));
-        let known: Vec<Tensor> = args.iter().map(|arg| self.known(arg, per_label)).collect::<Traced<_>>()?;
+        let per_row = args.iter().any(|arg| matches!(arg, Value::PerRow(_)));
+        let known: Vec<Tensor> = args.iter().map(|arg| self.known(arg, per_row)).collect::<Traced<_>>()?;
         let result = now(&known)?;
-        Ok(if per_label { Value::PerLabel(result) } else { Value::Constant(result) })
+        Ok(if per_row { Value::PerRow(result) } else { Value::Constant(result) })
     }
 
-    /// A known value as a tensor; with one row per label if there are values per label about.
-    fn known(&self, value: &Value, per_label: bool) -> Traced<Tensor> {
+    /// A known value as a tensor; with as many rows as there are, if there are values per row about.
+    fn known(&self, value: &Value, per_row: bool) -> Traced<Tensor> {
         match value {
-            Value::Constant(tensor) if per_label && tensor.rank() > 0 => {
+            Value::Constant(tensor) if per_row && tensor.rank() > 0 => {
                 let mut shape = tensor.dims().to_vec();
                 if shape[0] != 1 {
-                    let message = format!("a constant of {} samples meets a value that depends on the label", shape[0]);
+                    let message = format!("a constant of {} samples meets a value that depends on the class", shape[0]);
                     return Err(dmd_models::Error::Unsupported(message));
                 }
                 shape[0] = self.graph.borrow().classes;
                 Ok(tensor.broadcast_as(shape)?.contiguous()?)
             }
-            Value::Constant(tensor) | Value::PerLabel(tensor) => Ok(tensor.clone()),
+            Value::Constant(tensor) | Value::PerRow(tensor) => Ok(tensor.clone()),
             Value::Node(_) => Err(dmd_models::Error::Unsupported("a value of the graph is not known now".into())),
         }
     }
@@ -99,7 +100,7 @@ impl Trace {
         let op = match value {
             Value::Node(id) => return Ok(*id),
             Value::Constant(tensor) => Op::Constant(tensor.clone()),
-            Value::PerLabel(table) => Op::Lookup(table.clone()),
+            Value::PerRow(table) => Op::Lookup(table.clone()),
         };
         self.graph.borrow_mut().push("", op, vec![]).map_err(refused)
     }
@@ -116,7 +117,7 @@ impl Backend for Trace {
         let graph = self.graph.borrow();
         match x {
             Value::Constant(tensor) => tensor.dims().to_vec(),
-            Value::PerLabel(table) => [&[graph.batch], &table.dims()[1..]].concat(),
+            Value::PerRow(table) => [&[graph.batch], &table.dims()[1..]].concat(),
             Value::Node(id) => graph.node(*id).shape.clone(),
         }
     }
@@ -242,7 +243,7 @@ fn refused(error: Error) -> dmd_models::Error {
 /// Vectors come from time and class alone and are known; a backend has no way from a picture to a vector.
 fn not_a_picture(operation: &str, layer: &str) -> dmd_models::Error {
     dmd_models::Error::Unsupported(format!(
-        "{operation} {layer}: takes vectors or labels, not what depends on the noise"
+        "{operation} {layer}: takes vectors or classes, not what depends on the noise"
     ))
 }
 
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_depends_on_the_label_becomes_one_row_per_label() {
+    fn what_depends_on_the_class_becomes_one_row_per_class() {
         let graph = trace([4, 2, 1, 1], 3, |b, noise, cond| {
             let rows = b.embedding(cond.get(Way::Label).unwrap(), &table())?;
             let time = b.constant(&Tensor::new(&[[10f32, 20.0]], &Device::Cpu)?)?;

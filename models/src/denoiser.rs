@@ -165,7 +165,7 @@ impl Denoiser {
     /// Number of classes, "no class" aside; none for a model without classes.
     pub fn n_classes(&self) -> Option<usize> {
         let null = self.unconditional.as_ref().and_then(|row| row.get(Way::Label));
-        self.network.takes().n_labels().map(|n| n - usize::from(null.is_some()))
+        self.network.takes().n_classes().map(|n| n - usize::from(null.is_some()))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The UNet against diffusers: same weights, same input, outputs made by `make_fixtures.py` with diffusers 0.42.
 
 use candle_core::{DType, Device, Tensor};
-use dmd_models::{Architecture, Condition, Eager, UNet, UNetConfig, Weights};
+use dmd_models::{Architecture, Condition, Eager, Told, UNet, UNetConfig, Way, Weights};
 use std::path::{Path, PathBuf};
 
 fn fixtures() -> PathBuf {
@@ -76,6 +76,31 @@ fn gradients_reach_every_parameter_and_match_finite_differences() {
         let gap = (measured - f64::from(slope)).abs();
         assert!(gap <= 0.03 * measured.abs() + 0.5, "{name}: {slope} by backward, {measured} by difference");
     }
+}
+
+/// The fixtures hold each way of being told a class: none, a row of a table, a timestep, a vector.
+#[test]
+fn a_network_that_is_told_too_little_or_too_much_says_what() {
+    let (net, io) = load("edm-style");
+    let x = io.get("sample").unwrap();
+    let refusal = |net: &UNet, cond: &Condition<Tensor>| net.forward(&Eager, x, &[1.0], cond).unwrap_err().to_string();
+    let classes = io.get("class_labels").unwrap().clone();
+    assert_eq!(refusal(&net, &Condition::none()), "this network needs a class label");
+    let both = [(Way::Label, classes.clone()), (Way::Text, classes.clone())].into_iter().collect();
+    assert_eq!(refusal(&net, &both), "this network takes no text");
+    let config = UNetConfig { class_embed_type: Some("identity".into()), ..net.config().clone() };
+    let mut weights =
+        Weights::load(&fixtures().join("edm-style/diffusion_pytorch_model.safetensors"), &Device::Cpu).unwrap();
+    weights = without(&weights, "class_embedding.weight");
+    let told_itself = UNet::new(&config, &weights).unwrap();
+    assert_eq!(told_itself.takes().told.get(Way::Vector), Some(&Told::Values(vec![config.time_dim()])));
+    assert_eq!(refusal(&told_itself, &Condition::of(Way::Label, classes)), "this network needs a vector");
+}
+
+fn without(weights: &Weights, left_out: &str) -> Weights {
+    let mut rest = Weights::default();
+    weights.iter().filter(|(name, _)| *name != left_out).for_each(|(name, tensor)| rest.insert(name, tensor.clone()));
+    rest
 }
 
 #[test]

@@ -108,8 +108,8 @@ impl Told {
 }
 
 impl Takes {
-    /// Number of entries that labels choose from; none where there are no labels, or any number will do.
-    pub fn n_labels(&self) -> Option<usize> {
+    /// Number of classes, "no class" among them; none where there are none, or any number will do.
+    pub fn n_classes(&self) -> Option<usize> {
         match self.told.get(Way::Label) {
             Some(Told::Id(n)) => *n,
             _ => None,
