@@ -33,7 +33,7 @@ fn pictures_of_a_seed_stay_what_they_were() {
         let pictures = model.pictures_of_seed(5, 2, folder.size().unwrap(), &labels, 2).unwrap();
         let all: Vec<f64> = pictures.iter().map(|value| f64::from(*value)).collect();
         let n = all.len() as f64;
-        let mut found: Vec<f64> = (0..6).map(|i| all[i * all.len() / 6]).collect();
+        let mut found: Vec<f64> = (0..6).map(|i| all[i * all.len() / 6 + i]).collect();
         found.extend([all.iter().sum::<f64>() / n, (all.iter().map(|x| x * x).sum::<f64>() / n).sqrt()]);
         for (found, expected) in found.iter().zip(values.iter().chain(&[mean, root_mean_square])) {
             assert!((found - expected).abs() <= 1e-5 * expected.abs().max(1.0), "{found}, before {expected}");

@@ -118,14 +118,13 @@ impl Takes {
 
     /// Refuses a condition that leaves out what the network must be told, or says what it cannot hear.
     pub fn check<V>(&self, cond: &Condition<V>) -> Result<()> {
-        let refuse = |message: String| Err(Error::Config(message));
-        for (way, _) in self.told.iter().filter(|(way, _)| cond.get(*way).is_none()) {
-            return refuse(format!("this network needs a {}", name(way)));
+        let missing = self.told.iter().find(|(way, _)| cond.get(*way).is_none());
+        let unheard = cond.iter().find(|(way, _)| self.told.get(*way).is_none());
+        match (missing, unheard) {
+            (Some((way, _)), _) => Err(Error::Config(format!("this network needs a {}", name(way)))),
+            (None, Some((way, _))) => Err(Error::Config(format!("this network takes no {}", name(way)))),
+            (None, None) => Ok(()),
         }
-        for (way, _) in cond.iter().filter(|(way, _)| self.told.get(*way).is_none()) {
-            return refuse(format!("this network takes no {}", name(way)));
-        }
-        Ok(())
     }
 }
 
