@@ -25,6 +25,7 @@ use crate::device;
 use anyhow::{Context, Result, ensure};
 use dmd_runtime::EngineChoice;
 use serde_json::Value;
+use std::io::Read;
 use std::path::Path;
 
 /// Runs one command.
@@ -67,10 +68,18 @@ fn engine_choice(engine: Engine) -> EngineChoice {
     }
 }
 
-/// Whether a path names an exported file rather than a folder.
+/// Whether a path names an exported file rather than a folder, by its name or by how it begins.
 fn is_exported(path: &Path) -> bool {
     let is = |name: &str| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(name));
-    is("onnx") || is("ort")
+    is("onnx") || is("ort") || path.is_file() && begins_as_exported(path).unwrap_or(false)
+}
+
+/// ONNX begins with the first field of its message, the version of the format, and ONNX Runtime's own format has its name
+/// behind an offset.
+fn begins_as_exported(path: &Path) -> std::io::Result<bool> {
+    let mut first = [0; 8];
+    std::fs::File::open(path)?.read_exact(&mut first)?;
+    Ok(matches!(first, [8, 3..=127, ..] | [_, _, _, _, b'O', b'R', b'T', b'M']))
 }
 
 /// Refuses to write over a file unless forced, before any work is done.
