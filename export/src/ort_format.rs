@@ -65,7 +65,10 @@ pub fn to_ort(onnx: &Path, ort: &Path, force: bool, library: Option<PathBuf>) ->
         return Err(Error::Exists { path: ort.into() });
     }
     let library = library.as_deref();
-    let aside = Aside::beside(ort)?;
+    let mut aside = Aside::beside(ort)?;
+    if let Some(name) = &info.external_data {
+        aside.lend(onnx, name)?;
+    }
     let written = || -> Result<_> {
         let version = rewrite(onnx, &aside.optimised, Rewrite::Optimise, library)?;
         let required_operators = operators(&lint::read(&aside.optimised)?);
@@ -157,6 +160,8 @@ struct Aside {
     folder: PathBuf,
     optimised: PathBuf,
     ort: PathBuf,
+    /// The weights of a file that has them outside, under the name that it knows them by.
+    data: Option<PathBuf>,
 }
 
 /// More than a file can lack that fills a disk.
@@ -165,7 +170,17 @@ const ROOM: u64 = 1 << 20;
 impl Aside {
     fn beside(ort: &Path) -> Result<Self> {
         let folder = partial_folder(ort)?;
-        Ok(Aside { optimised: folder.join("optimised.onnx"), ort: folder.join("generator.ort"), folder })
+        let (optimised, ort) = (folder.join("optimised.onnx"), folder.join("generator.ort"));
+        Ok(Aside { folder, optimised, ort, data: None })
+    }
+
+    /// The optimised file looks for its weights where it lies, and only the last one holds them itself.
+    fn lend(&mut self, onnx: &Path, name: &str) -> Result<()> {
+        let (from, to) = (onnx.with_file_name(name), self.folder.join(name));
+        let data = self.data.insert(to);
+        // One that a crash has left may be of another file.
+        _ = fs::remove_file(&*data);
+        fs::hard_link(&from, &*data).or_else(|_| fs::copy(&from, &*data).map(drop)).map_err(Error::io(&from))
     }
 
     /// ONNX Runtime does not say that a disk is full: it leaves half a file. Then the system says so of what is written
@@ -186,6 +201,7 @@ impl Drop for Aside {
         // After a rename there is one file less to remove, and nothing else can be done about a failure here.
         _ = fs::remove_file(&self.optimised);
         _ = fs::remove_file(&self.ort);
+        self.data.iter().for_each(|data| _ = fs::remove_file(data));
         _ = fs::remove_dir(&self.folder);
     }
 }
