@@ -117,7 +117,7 @@ pub fn explained(error: anyhow::Error, work: Work) -> anyhow::Error {
 }
 
 /// What the GPU, or else the machine or the control group that this process is in (Linux), has left.
-fn available_bytes(on: &Device) -> Option<u64> {
+pub fn available_bytes(on: &Device) -> Option<u64> {
     if on.is_cuda() {
         return dmd_models::cuda::free_bytes(on);
     }

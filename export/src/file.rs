@@ -3,11 +3,12 @@
 
 use crate::fold::{Folded, fold, fold_upsampling};
 use crate::graph::{Graph, Op};
+use crate::limits::Limit;
 use crate::lower::lower;
-use crate::onnx::ExternalData;
+use crate::onnx::{ExternalData, Lowered};
 use crate::passes::merge;
 use crate::precision::{activations, half, weights};
-use crate::verify::{EngineVerdict, Samples, Status, Subject, verify};
+use crate::verify::{self, EngineVerdict, Samples, Status, Subject, verify};
 use crate::{Dialect, Error, LayerSensitivity, Network, Precision, Result, Value, check, onnx, trace};
 use candle_core::Device;
 use candle_onnx::onnx::ModelProto;
@@ -63,6 +64,8 @@ pub struct ExportOptions {
     /// Largest difference between an engine's f32 pictures and candle's, as a part of candle's largest value.
     /// u8 pictures may differ by one step.
     pub tolerance: f64,
+    /// The most bytes that making and checking the file may take; `None` where that is not known.
+    pub max_memory: Option<u64>,
     /// ONNX Runtime's library for the check; `None` searches where `dmd_runtime` does.
     pub library: Option<PathBuf>,
 }
@@ -84,6 +87,7 @@ impl Default for ExportOptions {
             output: Output::F32,
             force: false,
             tolerance: 1e-4,
+            max_memory: None,
             library: None,
         }
     }
@@ -128,6 +132,9 @@ pub struct ExportReport {
     pub precision: Precision,
     /// For w8a8, what each layer costs, the worst first.
     pub layers: Vec<LayerSensitivity>,
+    /// For fp16, the nodes kept in single precision because the likeness asked for would not hold without, the worst
+    /// first.
+    pub kept_float: Vec<String>,
     /// How often each rewrite of [`fold`](mod@crate::fold) was applied.
     pub folded: Folded,
     /// One verdict per engine; none of them failed, and one at least passed unless the file may be unverified.
@@ -180,6 +187,7 @@ pub fn prepare<N: Network>(
     let lowered = lower(&graph, options.dialect, dynamic_batch)?;
     // What follows works on the file's own spelling.
     drop(graph);
+    check_memory(&lowered, &shape, options)?;
     let fixed = options.fixed_label;
     let labels = if fixed.is_some() { 0 } else { classes.len() };
     let subject = Subject { passes, shape, batch: options.batch.traced(), labels, fixed };
@@ -187,23 +195,29 @@ pub fn prepare<N: Network>(
     let aside = Aside::new(path, options.external_data, options.force)?;
     let samples = subject.samples()?;
     // The network goes where it has been looked at for the last time and another spelling is about to be made.
-    let (mut graph, layers) = match options.precision {
-        Precision::Fp32 => (lowered.graph, vec![]),
+    let (mut layers, mut kept_float) = (vec![], vec![]);
+    let mut graph = match options.precision {
+        Precision::Fp32 => lowered.graph,
         Precision::Fp16 => {
             let calibration = subject.calibration()?;
             drop(given);
-            let graph = half::rewrite(lowered)?;
+            let least = options.min_psnr_db.unwrap_or(Precision::Fp16.min_psnr_db());
+            let graph;
+            (graph, kept_float) = half::rewrite(lowered, &calibration, least)?;
             half::check_finite(&graph, &calibration)?;
-            (graph, vec![])
+            graph
         }
         Precision::W8 => {
             drop(given);
-            (weights::rewrite(lowered.graph)?, vec![])
+            weights::rewrite(lowered.graph)?
         }
         Precision::W8a8 => {
             let calibration = subject.calibration()?;
             drop(given);
-            activations::rewrite(&lowered.graph, &calibration, options.max_drop_db.unwrap_or(MAX_DROP_DB))?
+            let most = options.max_drop_db.unwrap_or(MAX_DROP_DB);
+            let graph;
+            (graph, layers) = activations::rewrite(&lowered.graph, &calibration, most)?;
+            graph
         }
     };
     onnx::share_constants(&mut graph);
@@ -222,7 +236,9 @@ pub fn prepare<N: Network>(
     let (dialect, precision) = (options.dialect, options.precision);
     let (nodes, initializers) = counts(&model);
     let path = path.into();
-    let report = ExportReport { path, nodes, initializers, bytes, dialect, precision, layers, folded, engines: vec![] };
+    let engines = vec![];
+    let report =
+        ExportReport { path, nodes, initializers, bytes, dialect, precision, layers, kept_float, folded, engines };
     Ok(Prepared { aside, model, samples, options: options.clone(), report })
 }
 
@@ -359,11 +375,42 @@ fn check_settings([channels, height, width]: [usize; 3], classes: &[String], opt
     if let Some((name, _)) = named.into_iter().find(|(_, value)| *value == 0) {
         return Err(Error::Setting(format!("{name} is 0, expected at least 1")));
     }
+    // Twice the lengths of an upsampled value and their product stay within 64 bits.
+    let too_long = named.into_iter().find(|(_, value)| !Limit::Length.allows(*value));
+    let values = named.iter().try_fold(1u64, |all, (_, n)| all.checked_mul(*n as u64));
+    if let Some((name, value)) =
+        too_long.or(named.first().copied().filter(|_| !values.is_some_and(|n| Limit::Values.allows(n))))
+    {
+        let most = Limit::Values.most();
+        return Err(Error::Setting(format!(
+            "{name} is {value}, with {channels} × {height} × {width} values a picture: expected {most} values in a run at most; \
+             lower --batch, or make runs of any number with --dynamic-batch"
+        )));
+    }
     check_likeness(options)?;
     match options.tolerance > 0.0 {
         true => Ok(()),
         false => Err(Error::Setting(format!("tolerance is {}, expected a positive number", options.tolerance))),
     }
+}
+
+/// Refuses a run that cannot fit, before its pictures are made. An engine holds the values that are still to be read, and
+/// their copies in its own order; beside them lie noises and pictures, expected and found.
+fn check_memory(lowered: &Lowered, shape: &[usize; 3], options: &ExportOptions) -> Result<()> {
+    let Some(most) = options.max_memory else { return Ok(()) };
+    let picture: usize = shape.iter().product();
+    let pictures = verify::MIN_PICTURES.max(options.batch.traced()) * picture * size_of::<f32>();
+    let needed = 4 * pictures as u64 + 2 * onnx::peak_value_bytes(&lowered.graph);
+    if needed <= most {
+        return Ok(());
+    }
+    Err(Error::Setting(format!(
+        "batch is {}: to check the file takes about {} MiB, and {} MiB are free; lower --batch, or make runs of any number \
+         with --dynamic-batch",
+        options.batch.traced(),
+        needed >> 20,
+        most >> 20
+    )))
 }
 
 /// What is asked of the PSNR, which not every precision is held to.

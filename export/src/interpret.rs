@@ -17,12 +17,14 @@ pub(crate) struct Interpreter<'a> {
     /// Made into tensors where they are read: the graph and its tensors together would be the weights twice.
     constants: HashMap<&'a str, &'a TensorProto>,
     half: HashSet<&'a str>,
+    /// Nodes that read and give f16, whatever the graph declares.
+    nodes_in_half: HashSet<&'a str>,
     /// The last node that reads a value, by place.
     last_use: HashMap<&'a str, usize>,
 }
 
-/// Looks at a node, what it reads and what it gives, the latter before it is rounded to its declared type.
-pub(crate) type See<'a> = dyn FnMut(&NodeProto, &[&Tensor], &Tensor) -> Result<()> + 'a;
+/// Looks at a node, what it reads and what it gives, the latter before it is rounded to its declared type, and hands it on.
+pub(crate) type See<'a> = dyn FnMut(&NodeProto, &[&Tensor], Tensor) -> Result<Tensor> + 'a;
 
 impl<'a> Interpreter<'a> {
     pub fn new(graph: &'a GraphProto) -> Self {
@@ -32,8 +34,14 @@ impl<'a> Interpreter<'a> {
             graph,
             constants: constants(graph),
             half: half.map(|info| info.name.as_str()).collect(),
+            nodes_in_half: HashSet::new(),
             last_use: reads.map(|(name, at)| (name.as_str(), at)).collect(),
         }
+    }
+
+    /// Computes as if these nodes of a graph in single precision were in half precision.
+    pub fn in_half(self, nodes: HashSet<&'a str>) -> Self {
+        Interpreter { nodes_in_half: nodes, ..self }
     }
 
     /// The picture of noise `(B, C, H, W)` and, where the graph looks something up, rows `(B,)`; f32, u8 pictures too.
@@ -42,16 +50,19 @@ impl<'a> Interpreter<'a> {
         let index = self.graph.input.iter().map(|input| input.name.as_str()).find(|name| *name != "noise");
         values.extend(index.zip(row.cloned()));
         for (at, node) in self.graph.node.iter().enumerate() {
-            let inputs: Vec<Tensor> = node.input.iter().map(|name| self.value(&values, name)).collect::<Result<_>>()?;
+            let in_half = self.nodes_in_half.contains(node.name.as_str());
+            let read = |(i, name): (usize, &String)| match self.value(&values, name)? {
+                value if in_half && value.dtype().is_float() && reads_half(node, i) => through_half(&value),
+                value => Ok(value),
+            };
+            let inputs: Vec<Tensor> = node.input.iter().enumerate().map(read).collect::<Result<_>>()?;
             let inputs: Vec<&Tensor> = inputs.iter().collect();
             let outputs = evaluate(node, &inputs)?;
             let mut given = Vec::with_capacity(outputs.len());
             for (name, output) in node.output.iter().zip(outputs) {
-                see(node, &inputs, &output)?;
-                given.push((
-                    name.as_str(),
-                    if self.half.contains(name.as_str()) { through_half(&output)? } else { output },
-                ));
+                let output = see(node, &inputs, output)?;
+                let rounded = self.half.contains(name.as_str()) || in_half && output.dtype().is_float();
+                given.push((name.as_str(), if rounded { through_half(&output)? } else { output }));
             }
             values.extend(given);
             values.retain(|name, _| *name == "image" || self.last_use.get(name).is_some_and(|last| *last > at));
@@ -68,8 +79,14 @@ impl<'a> Interpreter<'a> {
     }
 }
 
+/// Whether an input of a node in half precision is in it: a Resize takes its region and its factors in single precision
+/// always.
+pub(crate) fn reads_half(node: &NodeProto, input: usize) -> bool {
+    node.op_type != "Resize" || input == 0
+}
+
 /// The nearest f16, as f32.
-fn through_half(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn through_half(x: &Tensor) -> Result<Tensor> {
     Ok(x.to_dtype(DType::F16)?.to_dtype(DType::F32)?)
 }
 

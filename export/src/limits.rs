@@ -15,6 +15,8 @@ pub(crate) enum Limit {
     Bytes,
     /// Graphs in nodes, and functions in functions.
     Depth,
+    /// Numbers that a run takes or gives, as the runtime has it.
+    Values,
 }
 
 impl Limit {
@@ -27,6 +29,7 @@ impl Limit {
             Limit::Nodes => 1 << 17,
             Limit::Bytes => 1 << 25,
             Limit::Depth => 48,
+            Limit::Values => 1 << 30,
         }
     }
 

@@ -347,6 +347,33 @@ pub(crate) fn constants(graph: &GraphProto) -> HashMap<&str, &TensorProto> {
     graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect()
 }
 
+/// The most bytes that the values of a graph in single precision take at a time, each from the node that gives it to the
+/// last one that reads it.
+pub(crate) fn peak_value_bytes(graph: &GraphProto) -> u64 {
+    let infos = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
+    let bytes: HashMap<&str, u64> = infos.map(|info| (info.name.as_str(), value_bytes(info))).collect();
+    let reads = graph.node.iter().enumerate().flat_map(|(at, node)| node.input.iter().map(move |name| (name, at)));
+    let last_use: HashMap<&String, usize> = reads.collect();
+    let (mut live, mut peak) = (0u64, 0u64);
+    for (at, node) in graph.node.iter().enumerate() {
+        let of = |name: &String| bytes.get(name.as_str()).copied().unwrap_or(0);
+        live += node.output.iter().map(of).sum::<u64>();
+        peak = peak.max(live);
+        let read: BTreeSet<&String> = node.input.iter().filter(|name| last_use.get(name) == Some(&at)).collect();
+        live = live.saturating_sub(read.into_iter().map(of).sum());
+    }
+    peak
+}
+
+fn value_bytes(info: &ValueInfoProto) -> u64 {
+    let dims = tensor_type(info).and_then(|tensor| tensor.shape.as_ref()).map(|shape| shape.dim.as_slice());
+    let length = |dim: &Dimension| match dim.value {
+        Some(dimension::Value::DimValue(n)) => n.unsigned_abs(),
+        _ => 1,
+    };
+    size_of::<f32>() as u64 * dims.unwrap_or_default().iter().map(length).product::<u64>()
+}
+
 /// The shape of a constant.
 pub(crate) fn dims(tensor: &TensorProto) -> Vec<usize> {
     tensor.dims.iter().map(|dim| *dim as usize).collect()

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 const SEEDS: [u64; 3] = [0, 1, 2];
 
 /// Pictures, at the least.
-const MIN_PICTURES: usize = 6;
+pub(crate) const MIN_PICTURES: usize = 6;
 
 /// Up to so many labels, each meets every seed; of more labels, each has one picture, and they take the seeds in turn.
 const MAX_CROSSED: usize = 32;
@@ -272,7 +272,7 @@ impl Limit {
 }
 
 /// PSNR of bytes that are all off by one: rounding alone takes u8 pictures into that region.
-const ONE_LEVEL_DB: f64 = 48.13;
+pub(crate) const ONE_LEVEL_DB: f64 = 48.13;
 
 /// How far values are from those expected: of [-1, 1], or steps of u8.
 pub(crate) struct Comparison {

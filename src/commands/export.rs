@@ -40,6 +40,7 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         batch: if args.dynamic_batch { Batch::Dynamic } else { Batch::Fixed(args.batch) },
         fixed_label: args.fixed_label.as_deref().map(|class| label(class, &info.classes)).transpose()?,
         output,
+        max_memory: memory::available_bytes(&Device::Cpu),
         force: args.force,
         ..ExportOptions::default()
     };
@@ -53,6 +54,11 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     let peak = memory::peak_bytes(&Device::Cpu);
     for verdict in &exported.engines {
         say(&verdict.to_string());
+    }
+    let (shown, left) = exported.kept_float.split_at(exported.kept_float.len().min(MAX_NAMES));
+    if !shown.is_empty() {
+        let more = if left.is_empty() { String::new() } else { format!(" and {} more", left.len()) };
+        say(&format!("kept in fp32, so that the likeness holds: {}{more}", shown.join(", ")));
     }
     say(&format!("{}: {} nodes, {:.2} MB", args.onnx.display(), exported.nodes, exported.bytes as f64 / 1e6));
     let mut result = match &kept {
@@ -78,6 +84,9 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     }
     Ok(result)
 }
+
+/// The longest list of nodes that a person reads.
+const MAX_NAMES: usize = 12;
 
 /// Runs the file beside the network, by the engine that verified it, and writes what was seen.
 fn write_report(

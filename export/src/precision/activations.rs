@@ -40,7 +40,9 @@ pub(crate) fn rewrite(
 ) -> Result<(GraphProto, Vec<LayerSensitivity>)> {
     let calibration = calibrate(graph, inputs)?;
     let expected = &calibration.pictures[..inputs.n_measured_runs()];
-    let psnr = |graph: &GraphProto| psnr_db(expected, &pictures(graph, inputs, expected.len())?, output(graph));
+    let psnr = |graph: &GraphProto| {
+        psnr_db(expected, &pictures(&Interpreter::new(graph), inputs, expected.len())?, output(graph))
+    };
     let wanted = psnr(&weights::rewrite(graph.clone())?)? - max_drop_db;
     let with = |layers: &HashSet<&str>| quantize(graph, layers, &calibration.ranges);
     let mut layers = Vec::new();
@@ -117,12 +119,13 @@ fn calibrate(graph: &GraphProto, inputs: &Inputs) -> Result<Calibration> {
         Ok(())
     };
     for (noise, label) in &runs {
-        let mut see = |node: &NodeProto, x: &[&Tensor], y: &Tensor| -> Result<()> {
+        let mut see = |node: &NodeProto, x: &[&Tensor], y: Tensor| -> Result<Tensor> {
             match node.op_type.as_str() {
-                _ if !layers.contains(node.name.as_str()) => Ok(()),
-                "Conv" => keep(&node.input[0], x[0]).and_then(|()| keep(&node.output[0], y)),
-                _ => keep(&node.input[0], x[0]).and_then(|()| keep(&node.input[1], x[1])),
+                _ if !layers.contains(node.name.as_str()) => {}
+                "Conv" => keep(&node.input[0], x[0]).and_then(|()| keep(&node.output[0], &y))?,
+                _ => keep(&node.input[0], x[0]).and_then(|()| keep(&node.input[1], x[1]))?,
             }
+            Ok(y)
         };
         pictures.push(picture(&interpreter, noise, label.as_ref(), &mut see)?);
     }
@@ -310,15 +313,19 @@ fn no_constant(node: &NodeProto, at: usize) -> Error {
 }
 
 /// What the graph makes in the first runs.
-fn pictures(graph: &GraphProto, inputs: &Inputs, n_runs: usize) -> Result<Vec<Tensor>> {
-    let interpreter = Interpreter::new(graph);
+pub(super) fn pictures(interpreter: &Interpreter, inputs: &Inputs, n_runs: usize) -> Result<Vec<Tensor>> {
     let runs = inputs.runs()?.into_iter().take(n_runs);
-    runs.map(|(noise, label)| picture(&interpreter, &noise, label.as_ref(), &mut |_, _, _| Ok(()))).collect()
+    runs.map(|(noise, label)| picture(interpreter, &noise, label.as_ref(), &mut |_, _, y| Ok(y))).collect()
 }
 
 /// A picture; where the graph ends in bytes, what is clipped and rounded to them. The bytes would hide what a layer costs:
 /// nothing is left of a difference where the picture is white, and most of a small one rounds away.
-fn picture(interpreter: &Interpreter, noise: &Tensor, label: Option<&Tensor>, see: &mut See) -> Result<Tensor> {
+pub(super) fn picture(
+    interpreter: &Interpreter,
+    noise: &Tensor,
+    label: Option<&Tensor>,
+    see: &mut See,
+) -> Result<Tensor> {
     let mut unclipped = None;
     let image = interpreter.run(noise, label, &mut |node, x, y| {
         if node.op_type == "Clip" {
@@ -329,7 +336,7 @@ fn picture(interpreter: &Interpreter, noise: &Tensor, label: Option<&Tensor>, se
     Ok(unclipped.unwrap_or(image))
 }
 
-fn output(graph: &GraphProto) -> Output {
+pub(super) fn output(graph: &GraphProto) -> Output {
     match graph.output.first().and_then(element_type) {
         Some(kind) if kind == DataType::Uint8 as i32 => Output::U8,
         _ => Output::F32,
@@ -337,7 +344,7 @@ fn output(graph: &GraphProto) -> Output {
 }
 
 /// Peak signal to noise ratio of pictures that span what the output does.
-fn psnr_db(expected: &[Tensor], found: &[Tensor], output: Output) -> Result<f64> {
+pub(super) fn psnr_db(expected: &[Tensor], found: &[Tensor], output: Output) -> Result<f64> {
     let square = |(a, b): (&Tensor, &Tensor)| -> candle_core::Result<f64> {
         Ok(f64::from((a - b)?.sqr()?.mean_all()?.to_scalar::<f32>()?))
     };

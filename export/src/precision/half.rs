@@ -1,21 +1,29 @@
 //! fp16: weights and activations in half precision. Islands stay in single precision: the statistics of norms, whose
 //! squares overflow and whose epsilon would vanish, everything from the last convolution on, where the picture is a
 //! small difference of large numbers, and what reads the noise, which comes in single precision: a Cast of a graph's own
-//! input is a node that CoreML leaves to the CPU.
+//! input is a node that CoreML leaves to the CPU. Where the picture is not like enough then, the nodes that lose most
+//! become islands, too.
 
+use super::activations::{output, picture, pictures, psnr_db};
 use super::{frame, places};
-use crate::interpret::Interpreter;
+use crate::interpret::{Interpreter, reads_half, through_half};
 use crate::onnx::{Attributes, Lowered, dims, element_type, initializer, int, value_info_like, values_f32};
-use crate::verify::Inputs;
+use crate::verify::{Inputs, ONE_LEVEL_DB};
 use crate::{Error, Result};
+use candle_core::{Tensor, Var};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
+use dmd_runtime::Output;
+use dmd_runtime::noise::Stream;
 use half::f16;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-/// Rewrites a graph of f32. Its constants are given up one by one, so that no two spellings of all are in memory.
-pub(crate) fn rewrite(lowered: Lowered) -> Result<GraphProto> {
-    let Lowered { mut graph, islands } = lowered;
+/// Rewrites a graph of f32, with as many more islands as it takes to be at `min_psnr_db` against it; they are named, the
+/// worst first. The graph's constants are given up one by one, so that no two spellings of all are in memory.
+pub(crate) fn rewrite(lowered: Lowered, inputs: &Inputs, min_psnr_db: f64) -> Result<(GraphProto, Vec<String>)> {
+    let Lowered { mut graph, mut islands } = lowered;
+    let lossy = lossy_nodes(&graph, &islands, inputs, min_psnr_db)?;
+    islands.extend(lossy.iter().cloned());
     let (mut result, uses) = spell(&graph, &islands)?;
     let mut constants: Vec<_> = std::mem::take(&mut graph.initializer).into_iter().map(Some).collect();
     for (at, (place, half)) in uses.iter().enumerate() {
@@ -25,12 +33,89 @@ pub(crate) fn rewrite(lowered: Lowered) -> Result<GraphProto> {
         let tensor = tensor.ok_or_else(|| Error::Malformed(vec!["a constant is read after its last use".into()]))?;
         result.initializer.push(if *half { halved(&tensor)? } else { tensor });
     }
-    Ok(result)
+    Ok((result, lossy))
+}
+
+/// The likeness is measured on other noise than the check's, and engines round on the way to a sum or at its end.
+const MARGIN_DB: f64 = 0.5;
+
+/// The nodes that have to stay in single precision, the worst first: the fewest of the ranking by [`losses`] with which
+/// the likeness holds.
+fn lossy_nodes(
+    graph: &GraphProto,
+    islands: &BTreeSet<String>,
+    inputs: &Inputs,
+    min_psnr_db: f64,
+) -> Result<Vec<String>> {
+    let is_u8 = output(graph) == Output::U8;
+    // Of bytes no more is asked than that rounding them leaves.
+    let wanted = MARGIN_DB + if is_u8 { min_psnr_db.min(ONE_LEVEL_DB) } else { min_psnr_db };
+    let nodes = half_nodes(graph, islands);
+    let expected = pictures(&Interpreter::new(graph), inputs, inputs.n_measured_runs())?;
+    let likeness = |single: &[&str]| -> Result<f64> {
+        let half = nodes.iter().copied().filter(|node| !single.contains(node)).collect();
+        let found = pictures(&Interpreter::new(graph).in_half(half), inputs, expected.len())?;
+        psnr_db(&expected, &found, output(graph))
+    };
+    if likeness(&[])? >= wanted {
+        return Ok(vec![]);
+    }
+    let losses = losses(graph, &nodes, inputs)?;
+    let mut ranked = nodes.clone();
+    ranked.sort_by(|a, b| losses[b].total_cmp(&losses[a]));
+    let (mut low, mut high) = (1, ranked.len());
+    while low < high {
+        let kept = low.midpoint(high);
+        if likeness(&ranked[..kept])? >= wanted { high = kept } else { low = kept + 1 }
+    }
+    Ok(ranked.into_iter().take(high).map(String::from).collect())
+}
+
+/// What rounding each node's values costs the pictures, to first order: the square of each value's loss times that of its
+/// effect. The effects on all pixels at once come from one way back, of a direction with random signs for each.
+fn losses<'a>(graph: &GraphProto, nodes: &[&'a str], inputs: &Inputs) -> Result<HashMap<&'a str, f64>> {
+    let mut losses: HashMap<&str, f64> = nodes.iter().map(|node| (*node, 0.0)).collect();
+    let interpreter = Interpreter::new(graph);
+    for (run, (noise, label)) in inputs.runs()?.into_iter().take(inputs.n_measured_runs()).enumerate() {
+        let mut probes = Vec::new();
+        let mut see = |node: &NodeProto, _: &[&Tensor], y: Tensor| {
+            if !y.dtype().is_float() || !losses.contains_key(node.name.as_str()) {
+                return Ok(y);
+            }
+            let lost = (y.detach() - through_half(&y.detach())?)?.sqr()?;
+            let probe = Var::zeros(y.shape(), y.dtype(), y.device())?;
+            let probed = (y + probe.as_tensor())?;
+            probes.push((node.name.clone(), lost, probe));
+            Ok(probed)
+        };
+        let image = picture(&interpreter, &noise, label.as_ref(), &mut see)?;
+        let direction = Stream::new(0, 0, run as u64).normal(image.elem_count());
+        let direction = Tensor::from_vec(direction, image.shape(), image.device())?;
+        let gradients = (image * direction)?.sum_all()?.backward()?;
+        for (node, lost, probe) in &probes {
+            let (Some(effect), Some(loss)) = (gradients.get(probe), losses.get_mut(node.as_str())) else { continue };
+            let all = f64::from((effect.sqr()? * lost)?.sum_all()?.to_scalar::<f32>()?);
+            // What cannot be held at all is worse than what loses most.
+            *loss += if all.is_nan() { f64::INFINITY } else { all };
+        }
+    }
+    Ok(losses)
+}
+
+/// The nodes that are in half precision unless they are islands.
+fn half_nodes<'a>(graph: &'a GraphProto, islands: &BTreeSet<String>) -> Vec<&'a str> {
+    let tail = tail(graph);
+    let single = |node: &NodeProto| {
+        node.input.iter().any(|name| name == "noise")
+            || tail.contains(node.name.as_str())
+            || islands.contains(&node.name)
+    };
+    graph.node.iter().filter(|node| !single(node)).map(|node| node.name.as_str()).collect()
 }
 
 /// The rewritten graph without its constants, and which of the source's it reads, in half or single precision.
 fn spell(graph: &GraphProto, islands: &BTreeSet<String>) -> Result<(GraphProto, Vec<(usize, bool)>)> {
-    let tail = tail(graph);
+    let half: HashSet<&str> = half_nodes(graph, islands).into_iter().collect();
     let infos = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
     let mut rewrite = Rewrite {
         source: graph,
@@ -42,8 +127,7 @@ fn spell(graph: &GraphProto, islands: &BTreeSet<String>) -> Result<(GraphProto, 
         result: GraphProto { value_info: vec![], ..frame(graph) },
     };
     for node in &graph.node {
-        let reads_noise = node.input.iter().any(|name| name == "noise");
-        rewrite.node(node, !reads_noise && !tail.contains(node.name.as_str()) && !islands.contains(&node.name))?;
+        rewrite.node(node, half.contains(node.name.as_str()))?;
     }
     Ok((rewrite.result, rewrite.constants))
 }
@@ -61,11 +145,11 @@ pub(crate) fn check_finite(graph: &GraphProto, inputs: &Inputs) -> Result<()> {
     for (noise, label) in inputs.runs()? {
         interpreter.run(&noise, label.as_ref(), &mut |node, _, output| {
             if !output.dtype().is_float() {
-                return Ok(());
+                return Ok(output);
             }
             let value = largest(&output.flatten_all()?.to_vec1::<f32>()?);
             let limit = if half.contains(node.output[0].as_str()) { f16::MAX.to_f32() } else { f32::MAX };
-            if value <= limit { Ok(()) } else { Err(Error::Overflow { node: node.name.clone(), value }) }
+            if value <= limit { Ok(output) } else { Err(Error::Overflow { node: node.name.clone(), value }) }
         })?;
     }
     Ok(())
@@ -108,9 +192,7 @@ impl<'a> Rewrite<'a> {
     fn node(&mut self, node: &'a NodeProto, half: bool) -> Result<()> {
         let mut copy = node.clone();
         for (at, name) in node.input.iter().enumerate() {
-            // A Resize takes its region and its factors in single precision always.
-            let follows = !(node.op_type == "Resize" && at > 0);
-            copy.input[at] = self.input(name, half && follows);
+            copy.input[at] = self.input(name, half && reads_half(node, at));
         }
         let to_bytes = node.op_type == "Cast" && Attributes(node).int("to")? == DataType::Uint8 as i64;
         for name in &node.output {
