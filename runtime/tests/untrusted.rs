@@ -66,6 +66,10 @@ fn only_what_the_exporter_writes_may_run() {
     check(&with("Loop", &[[field(1, "body"), number(20, 5), field(6, b"")].concat()]), &["node \"k\" (Loop)"]);
     check(&with("Conv", &[int("dilations", 3)]), &["node \"k\" (Conv)", "no attribute \"dilations\""]);
     check(&with("Cast", &[int("to", 8)]), &["node \"k\" (Cast)", "casts to type [8]"]);
+    // What engines may read in two ways.
+    check(&with("Softmax", &[int("axis", 1), int("axis", 2)]), &["attribute \"axis\" twice"]);
+    let both = [int("axis", 1), number(8, 2)].concat();
+    check(&with("Softmax", &[both]), &["\"axis\" holds both a number and a list"]);
     // Operators of others, by their name or under a known one.
     let mut foreign = with("Relu", &[]);
     foreign.nodes[0].extend(field(7, "my.lib"));
@@ -183,6 +187,10 @@ fn sizes_are_checked_before_memory_is_taken() {
     let pads = whole("pads", &[0, 0, 0, 0, 0, 0, i64::MAX, i64::MAX]);
     grows(vec![node("Pad", &["pre", "pads"], &["image"], &[])], vec![pads], "a length becomes");
     grows(chain(40, &|x, y| node("Concat", &[x, x], &[y], &[int("axis", 1)])), vec![], "(Concat): it gives");
+    let numbers = vec![whole("x0", &[1; 4])];
+    let doubles =
+        (0..40).map(|i| node("Concat", &[&format!("x{i}"), &format!("x{i}")], &[&format!("x{}", i + 1)], &[]));
+    grows(doubles.collect(), numbers, "(Concat): a length becomes");
     let (column, row) = (whole("column", &[1, 1, 1 << 28, 1]), whole("row", &[1, 1, 1, 1 << 28]));
     let reshape = |shape: &str| node("Reshape", &["pre", shape], &[&format!("by_{shape}")], &[]);
     grows(vec![reshape("column"), reshape("row")], vec![column, row], "has not as many values");

@@ -120,12 +120,13 @@ impl<R: Read + Seek> Walk<R> {
     }
 
     fn attribute(&mut self, end: u64) -> Walked<Attribute> {
-        let mut attribute = Attribute::default();
+        let (mut attribute, mut number_of_its_own) = (Attribute::default(), None);
         self.items(1)?;
         while let Some((number, field)) = self.field(end)? {
             match (number, field) {
                 (1, Field::Len(n)) => attribute.name = self.string(n)?,
-                (3 | 8, Field::Number(value)) => {
+                (3, Field::Number(value)) => number_of_its_own = Some(value.cast_signed()),
+                (8, Field::Number(value)) => {
                     self.items(1)?;
                     attribute.ints.push(value.cast_signed());
                 }
@@ -142,6 +143,10 @@ impl<R: Read + Seek> Walk<R> {
                 (_, field) => self.skip(field)?,
             }
         }
+        if number_of_its_own.is_some() && !attribute.ints.is_empty() {
+            attribute.foreign = Some("both a number and a list");
+        }
+        attribute.ints.extend(number_of_its_own);
         Ok(attribute)
     }
 

@@ -3,6 +3,8 @@
 //! constant that is another file's bytes. So whatever is not listed is refused before an engine sees it, whatever the
 //! engine's own checks are.
 
+use std::collections::BTreeSet;
+
 use super::graph::{Attribute, Constant, Model, Node, element_type};
 use crate::printable;
 
@@ -128,7 +130,12 @@ fn check_node(node: &Node, is_ort: bool) -> Result<(), String> {
         .flatten()
         .copied()
         .collect();
+    let mut seen = BTreeSet::new();
     for Attribute { name, ints, foreign, .. } in &node.attributes {
+        // Engines differ in which of two they take.
+        if !seen.insert(name) {
+            return refuse(format!("it has the attribute {name:?} twice"));
+        }
         if let Some(foreign) = foreign {
             return refuse(format!("its attribute {:?} holds {foreign}", name));
         }

@@ -115,7 +115,9 @@ fn compute(node: &Node, reads: &[Read]) -> Option<Vec<Int>> {
             Some(dims.get(start..end)?.to_vec())
         }
         "Concat" => {
-            (0..reads.len()).map(|at| numbers(at).cloned()).collect::<Option<Vec<_>>>().map(|parts| parts.concat())
+            let parts: Vec<_> = (0..reads.len()).map(|at| numbers(at).cloned()).collect::<Option<_>>()?;
+            let is_shape = parts.iter().map(Vec::len).sum::<usize>() <= MAX_RANK;
+            is_shape.then(|| parts.concat())
         }
         "Div" => match (numbers(0)?.as_slice(), numbers(1)?.as_slice()) {
             ([n], [m]) => Some(vec![n.checked_div(*m)?]),
