@@ -581,7 +581,7 @@ fn an_export_that_cannot_be_is_refused_with_its_remedy() {
     w.write("a.onnx.report.html", "mine");
     w.refuses(&format!("{export} --report"), 1, &["a.onnx.report.html: exists already"]);
     w.ok(&format!("{held} 2.5"));
-    assert_eq!(w.ok("inspect a.onnx")["sigma"], 2.5);
+    assert_eq!(w.ok("inspect a.onnx")["sigmas"], json!([2.5]));
 }
 
 /// `/dev/full` takes no byte: a disk that is full.

@@ -18,7 +18,7 @@ fn check(fixture: &str, prediction: &str) {
         ));
         assert_eq!(run["sigma"], expected, "{fixture} {prediction}");
         w.ok(&format!("export {name}/generator --onnx {name}.onnx"));
-        assert_eq!(w.ok(&format!("inspect {name}.onnx"))["sigma"], expected);
+        assert_eq!(w.ok(&format!("inspect {name}.onnx"))["sigmas"], serde_json::json!([expected]));
         w.ok(&format!("sample {name}/generator --npy candle.npy -n 3 --force"));
         w.ok(&format!("sample {name}.onnx --npy file.npy -n 3 --force"));
         let (candle, file) = (w.npy("candle.npy"), w.npy("file.npy"));

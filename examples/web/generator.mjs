@@ -23,7 +23,7 @@ export async function load(bytes) {
  * Without a label, a generator with classes cycles through them.
  */
 export async function* pictures({ info, session }, { seed, label, n }) {
-  const { batch, channels, height, width, classes, steps } = info;
+  const { batch, channels, height, width, classes, sigmas } = info;
   const size = channels * height * width;
   for (let first = 0; first < n; first += batch) {
     const count = Math.min(batch, n - first);
@@ -31,7 +31,7 @@ export async function* pictures({ info, session }, { seed, label, n }) {
     const noise = new Float32Array(batch * size);
     for (let i = 0; i < count; i++) noise.set(pictureNoise(seed, first + i, size), i * size);
     let [image, ms] = [undefined, 0];
-    for (const [pass, sigma] of steps.entries()) {
+    for (const [pass, sigma] of sigmas.entries()) {
       for (let i = 0; pass > 0 && i < count; i++) {
         noise.set(refine(seed, pass, first + i, image.data.subarray(i * size, (i + 1) * size), sigma), i * size);
       }
@@ -39,8 +39,8 @@ export async function* pictures({ info, session }, { seed, label, n }) {
       // A file of several passes takes a row of its tables in the place of a label.
       const row = (_, i) => pass * Math.max(1, classes.length) + (i < count ? (labelOf(info, label, first + i) ?? 0) : 0);
       const rows = BigInt64Array.from(Array.from({ length: batch }, row), BigInt);
-      if (steps.length > 1 || classes.length > 0) {
-        feeds[steps.length > 1 ? "row" : "label"] = new ort.Tensor("int64", rows, [batch]);
+      if (sigmas.length > 1 || classes.length > 0) {
+        feeds[sigmas.length > 1 ? "row" : "label"] = new ort.Tensor("int64", rows, [batch]);
       }
       const start = performance.now();
       ({ image } = await session.run(feeds));

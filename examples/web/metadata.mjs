@@ -1,19 +1,30 @@
-// What an exported file says of itself: the `dmd.*` entries of its metadata. onnxruntime-web does not hand them over,
-// so the few protobuf fields on the way to them are walked here; weights are stepped over, not read.
+// What an exported file says of itself, in its metadata: runtime/src/contract once more, and the one place where. The
+// engine, onnxruntime-web, does not hand the metadata over, so the few protobuf fields on the way to it are walked here;
+// weights are stepped over, not read.
 
 /** The description of a file of ours, or an Error that says why it is none. */
 export function describe(bytes) {
   const metadata = new Map(entries(bytes));
   if (!metadata.has("dmd.format")) throw new Error("not a file that dmd export has written");
-  const number = (key) => {
-    const value = Number(metadata.get(key));
-    if (!Number.isInteger(value) || value < 1) throw new Error(`${key} is ${metadata.get(key)}, expected a count`);
-    return value;
-  };
-  if (number("dmd.format") > 2) throw new Error("this file is newer than the page; update the page");
+  const format = count("dmd.format", metadata.get("dmd.format"));
+  if (format > 3) throw new Error("this file is newer than the page; update the page");
   if (weightsLieOutside(bytes)) {
     throw new Error("its weights lie in a file beside it, which a page is not given; export it without --external-data");
   }
+  return format < 3 ? fromEntries(metadata) : fromJson(metadata.get("dmd"));
+}
+
+/** Format 3: one entry. Where the number of pictures is free, one at a time. */
+function fromJson(json) {
+  const { inputs, outputs, classes, version, sigmas } = JSON.parse(json);
+  const [batch, ...sides] = inputs.find(({ name }) => name === "noise").shape;
+  const [channels, height, width] = sides.map((side) => count("a side of the noise", side));
+  return { batch: count("the batch", batch ?? 1), channels, height, width, output: outputs[0].type, classes, version, sigmas };
+}
+
+/** Formats 1 and 2: an entry for each thing. Files of one pass have no list of noise levels. */
+function fromEntries(metadata) {
+  const number = (key) => count(key, metadata.get(key));
   return {
     batch: number("dmd.batch"),
     channels: number("dmd.channels"),
@@ -22,9 +33,14 @@ export function describe(bytes) {
     output: metadata.get("dmd.output"),
     classes: JSON.parse(metadata.get("dmd.classes")),
     version: metadata.get("dmd.version"),
-    /** The noise level of each pass; files of one pass have no list. */
-    steps: JSON.parse(metadata.get("dmd.steps") ?? `[${metadata.get("dmd.sigma")}]`),
+    sigmas: JSON.parse(metadata.get("dmd.steps") ?? `[${metadata.get("dmd.sigma")}]`),
   };
+}
+
+function count(what, text) {
+  const value = Number(text);
+  if (!Number.isInteger(value) || value < 1) throw new Error(`${what} is ${text}, expected a count`);
+  return value;
 }
 
 /** Whether a weight (`ModelProto.graph`, 7, `GraphProto.initializer`, 5) has `TensorProto.external_data`, 13. */

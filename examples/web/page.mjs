@@ -38,8 +38,8 @@ async function open(name, read) {
     });
     if (opening !== openings) return next.session.release();
     await replace(next);
-    const { width, height, classes: names, steps } = generator.info;
-    const passes = steps.length > 1 ? `${steps.length} passes` : "one pass";
+    const { width, height, classes: names, sigmas } = generator.info;
+    const passes = sigmas.length > 1 ? `${sigmas.length} passes` : "one pass";
     const kinds = names.length > 0 ? `, ${names.length} classes` : "";
     about.textContent = `Pictures from noise in ${passes}, made in this browser: ${width} × ${height} pixels${kinds}.`;
     const every = new Option(names.length > 0 ? "All in turn" : "None", "");

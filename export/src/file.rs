@@ -182,14 +182,14 @@ pub fn prepare<N: Network>(
     if options.dialect.transposes_convs(options.precision) {
         folded.extend(fold_upsampling(&mut graph)?);
     }
-    let metadata = metadata(passes, info, shape, &classes, options)?;
+    let labels = if options.fixed_label.is_some() { 0 } else { classes.len() };
+    let metadata = describe(passes, info, shape, classes, options).to_metadata();
     let dynamic_batch = options.batch == Batch::Dynamic;
     let lowered = lower(&graph, options.dialect, dynamic_batch)?;
     // What follows works on the file's own spelling.
     drop(graph);
     check_memory(&lowered, &shape, options)?;
     let fixed = options.fixed_label;
-    let labels = if fixed.is_some() { 0 } else { classes.len() };
     let subject = Subject { passes, shape, batch: options.batch.traced(), labels, fixed };
     // The unwritable path is found before the time for what follows is spent.
     let aside = Aside::new(path, options.external_data, options.force)?;
@@ -449,49 +449,30 @@ fn class_names(max: usize, names: &[String]) -> Result<Vec<String>> {
     }
 }
 
-fn metadata<N: Network>(
+/// What the file says of itself.
+fn describe<N: Network>(
     passes: &[N],
     info: &ModelInfo,
     [channels, height, width]: [usize; 3],
-    classes: &[String],
+    classes: Vec<String>,
     options: &ExportOptions,
-) -> Result<Vec<(&'static str, String)>> {
-    let taken = if options.fixed_label.is_some() { &[] } else { classes };
-    let json = |error: serde_json::Error| Error::Setting(error.to_string());
-    let names = serde_json::to_string(taken).map_err(json)?;
-    let output = match options.output {
-        Output::F32 => "f32",
-        Output::U8 => "u8",
-    };
-    let sigmas: Vec<f64> = passes.iter().map(Network::sigma).collect();
-    let mut metadata = vec![
-        // What reads the first format knows of one pass alone.
-        ("dmd.format", if passes.len() > 1 { 2 } else { 1 }.to_string()),
-        ("dmd.version", env!("CARGO_PKG_VERSION").into()),
-        ("dmd.dialect", options.dialect.name().into()),
-        ("dmd.sigma", sigmas[0].to_string()),
-        ("dmd.batch", options.batch.traced().to_string()),
-        ("dmd.channels", channels.to_string()),
-        ("dmd.height", height.to_string()),
-        ("dmd.width", width.to_string()),
-        ("dmd.output", output.into()),
-        ("dmd.classes", names),
-        ("dmd.weights_sha256", info.weights_sha256.clone()),
-    ];
-    // Only where they say something, so that a plain file is what it was in the first version.
-    if options.precision != Precision::Fp32 {
-        metadata.push(("dmd.precision", options.precision.name().into()));
+) -> Info {
+    let fixed_class = options.fixed_label.map(|label| classes[label].clone());
+    Info {
+        dialect: options.dialect.name().into(),
+        precision: options.precision.name().into(),
+        sigmas: passes.iter().map(Network::sigma).collect(),
+        batch: options.batch.traced(),
+        dynamic_batch: options.batch == Batch::Dynamic,
+        channels,
+        height,
+        width,
+        output: options.output,
+        classes: if fixed_class.is_some() { vec![] } else { classes },
+        fixed_class,
+        weights_sha256: info.weights_sha256.clone(),
+        ..Info::default()
     }
-    if passes.len() > 1 {
-        metadata.push(("dmd.steps", serde_json::to_string(&sigmas).map_err(json)?));
-    }
-    if options.batch == Batch::Dynamic {
-        metadata.push(("dmd.dynamic_batch", "true".into()));
-    }
-    if let Some(label) = options.fixed_label {
-        metadata.push(("dmd.fixed_class", classes[label].clone()));
-    }
-    Ok(metadata)
 }
 
 /// A file is kept if no engine failed on it and one at least has run it.
@@ -567,7 +548,7 @@ impl Aside {
 
 /// The weights of the file that is replaced, if it is one of ours and has them outside.
 fn data_of(path: &Path) -> Option<PathBuf> {
-    let name = Info::read(path).ok()?.external_data?;
+    let name = Info::read(path).ok()?.file.external_data?;
     Some(data_path(path)).filter(|data| data.file_name() == Some(name.as_ref()))
 }
 

@@ -66,7 +66,7 @@ pub fn to_ort(onnx: &Path, ort: &Path, force: bool, library: Option<PathBuf>) ->
     }
     let library = library.as_deref();
     let mut aside = Aside::beside(ort)?;
-    if let Some(name) = &info.external_data {
+    if let Some(name) = &info.file.external_data {
         aside.lend(onnx, name)?;
     }
     let written = || -> Result<_> {

@@ -243,7 +243,7 @@ fn a_fixed_label_folds_into_the_graph() {
     assert!(!graph.node.iter().any(|node| node.op_type == "Gather" || node.name.starts_with("class_table")));
     let load = |path: &Path| dmd_runtime::Generator::load(path, Default::default()).unwrap();
     let (mut all, mut one) = (load(&all), load(&one));
-    assert_eq!((one.info().labelled, one.info().fixed_class.as_deref()), (false, Some("dog")));
+    assert_eq!((one.info().labelled(), one.info().fixed_class.as_deref()), (false, Some("dog")));
     let noise = dmd_runtime::picture_noise(3, 0, 2, [3, 8, 8]);
     let expected = all.run(noise.view(), &[1, 1]).unwrap().to_f32();
     let found = one.run(noise.view(), &[]).unwrap().to_f32();
@@ -340,7 +340,7 @@ fn several_passes_are_one_graph_that_makes_candles_pictures_by_every_engine() {
             for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
                 let options = dmd_runtime::Options { engine, ..Default::default() };
                 let mut generator = dmd_runtime::Generator::load(&path, options).unwrap();
-                assert_eq!(generator.info().steps, STEPS);
+                assert_eq!(generator.info().sigmas, STEPS);
                 let noise = dmd_runtime::picture_noise(6, 0, 5, [3, 8, 8]);
                 let found = generator.run_seeded(noise.view(), labels.unwrap_or(&[]), 6).unwrap().to_f32();
                 let difference = largest(&(&expected - found));
@@ -404,7 +404,7 @@ fn one_class_and_outside_weights_go_with_several_passes() {
     let options = ExportOptions { fixed_label: Some(1), external_data: true, ..Default::default() };
     export_passes(&passes, &info(&config), &options, &path).unwrap();
     let mut generator = dmd_runtime::Generator::load(&path, Default::default()).unwrap();
-    assert_eq!((generator.info().labelled, generator.info().fixed_class.as_deref()), (false, Some("1")));
+    assert_eq!((generator.info().labelled(), generator.info().fixed_class.as_deref()), (false, Some("1")));
     let expected = in_candle(&passes, 3, Some(&[1, 1]), 2);
     let found = generator.generate(&dmd_runtime::Request { seed: 3, labels: vec![], batch: 2 }).unwrap().to_f32();
     assert!(largest(&(&expected - found)) < 1e-5 * largest(&expected));
@@ -565,8 +565,8 @@ fn a_file_says_what_it_is_and_has_the_same_bytes_every_time() {
     export(&generator, &info, &options, &second).unwrap();
     assert!(fs::read(&first).unwrap() == fs::read(&second).unwrap());
     let read = dmd_runtime::Info::read(&first).unwrap();
-    assert_eq!((read.batch, read.shape(), read.output, read.opset), (2, [3, 8, 8], Output::U8, 17));
-    assert_eq!((read.sigma, read.classes, read.dialect.as_str()), (2.5, names, "portable"));
+    assert_eq!((read.batch, read.shape(), read.output, read.file.opset), (2, [3, 8, 8], Output::U8, 17));
+    assert_eq!((read.sigmas, read.classes, read.dialect.as_str()), (vec![2.5], names, "portable"));
     assert_eq!(read.weights_sha256, info.weights_sha256);
 }
 

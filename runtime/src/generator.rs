@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use ndarray::{Array4, ArrayView4, ArrayViewMut3};
 
 use crate::contract::Source;
-use crate::engine::{self, Engine, Out};
+use crate::engine::{self, Engine, Feed, Out, Values};
 use crate::images::Pixels;
 use crate::limits::{MAX_VALUES, room, zeros};
 use crate::noise::{PICTURE_NOISE, Stream, refine};
@@ -125,9 +125,9 @@ impl Generator {
         if let Some(picture) = noise.outer_iter().position(|picture| !picture.iter().all(|x| x.is_finite())) {
             return Err(Error::NoiseNotFinite { picture });
         }
-        let expected = if self.info.labelled { noise.dim().0 } else { 0 };
+        let expected = if self.info.labelled() { noise.dim().0 } else { 0 };
         if labels.len() != expected {
-            return Err(match self.info.labelled {
+            return Err(match self.info.labelled() {
                 true => Error::LabelCount { found: labels.len(), expected: format!("one per picture, {expected}") },
                 false => Error::NotLabelled,
             });
@@ -143,14 +143,14 @@ impl Generator {
     /// the bare call, to measure an engine by, and what [`generate`](Self::generate) adds to it.
     pub fn run_engine(&mut self) -> Result<()> {
         let mut nowhere = Buffer::zeros(self.info.output, 0)?;
-        let run = self.engine.run(&self.noise, &self.index, nowhere.part(0, 0));
+        let run = self.engine.run(&feeds(&self.info, &self.noise, &self.index), nowhere.part(0, 0));
         run.map_err(|reason| Error::Run { engine: self.engine_info.kind, reason })
     }
 
     fn request_labels(&self, request: &Request) -> Result<Vec<usize>> {
         let (given, n) = (&request.labels, request.batch);
         self.check_size(n)?;
-        if !self.info.labelled {
+        if !self.info.labelled() {
             return if given.is_empty() { Ok(Vec::new()) } else { Err(Error::NotLabelled) };
         }
         given.iter().try_for_each(|label| self.check_label(*label as i64).map(drop))?;
@@ -167,7 +167,7 @@ impl Generator {
 
     /// Pictures in one call where the file leaves their number free: enough to fill a machine, few enough for its memory.
     fn dynamic_chunk(&self) -> usize {
-        (MAX_VALUES / self.info.largest_value.max(1)).clamp(1, 32)
+        (MAX_VALUES / self.info.file.largest_value.max(1)).clamp(1, 32)
     }
 
     fn check_label(&self, label: i64) -> Result<usize> {
@@ -207,7 +207,7 @@ impl Generator {
             let (noise, padding) = self.noise.split_at_mut(count * values);
             noise.chunks_exact_mut(values).enumerate().for_each(|(i, picture)| fill(first + i, picture));
             padding.fill(0.0);
-            for (pass, sigma) in self.info.steps.iter().enumerate() {
+            for (pass, sigma) in self.info.sigmas.iter().enumerate() {
                 if pass > 0 {
                     let inputs = self.noise.chunks_exact_mut(values).zip(pixels.pictures(first, values));
                     for (i, (input, picture)) in inputs.take(count).enumerate() {
@@ -217,7 +217,8 @@ impl Generator {
                 for (i, row) in self.index.iter_mut().enumerate() {
                     *row = (pass * classes + labels.get(first + i).filter(|_| i < count).unwrap_or(&0)) as i64;
                 }
-                let run = self.engine.run(&self.noise, &self.index, pixels.part(first * values, count * values));
+                let feeds = feeds(&self.info, &self.noise, &self.index);
+                let run = self.engine.run(&feeds, pixels.part(first * values, count * values));
                 run.map_err(|reason| Error::Run { engine: self.engine_info.kind, reason })?;
             }
         }
@@ -230,6 +231,14 @@ impl std::fmt::Debug for Generator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Generator").field("info", &self.info).field("engine", &self.engine_info).finish_non_exhaustive()
     }
+}
+
+/// What a call gives the graph, by the names of its inputs.
+fn feeds<'a>(info: &Info, noise: &'a [f32], index: &'a [i64]) -> Vec<Feed<'a>> {
+    let shape = vec![noise.len() / info.values(), info.channels, info.height, info.width];
+    let mut feeds = vec![Feed { name: "noise", shape, values: Values::F32(noise) }];
+    feeds.extend(info.index().map(|name| Feed { name, shape: vec![index.len()], values: Values::I64(index) }));
+    feeds
 }
 
 /// Where the engine writes.

@@ -31,7 +31,7 @@ mod error;
 mod limits;
 mod printable;
 
-pub use contract::{FORMAT, Info, OPERATORS, Output};
+pub use contract::{FORMAT, FileInfo, Info, OPERATORS, Output, Port};
 pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, max_threads, rewrite};
 pub use error::{Error, Result};
 pub use generator::{Generator, Options, Request};

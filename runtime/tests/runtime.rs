@@ -73,10 +73,13 @@
 //!     fixture(sys.argv[2], names, "f32", batch=1, height=32, width=32, hidden=128, groups=32, depth=10)
 //! ```
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dmd_runtime::{EngineChoice, EngineKind, Error, Generator, Images, Info, Options, Output, Request};
+use common::Tiny;
+use dmd_runtime::{EngineChoice, EngineKind, Error, FileInfo, Generator, Images, Info, Options, Output, Request};
 use dmd_runtime::{engines, picture_noise, quantize};
 use ndarray::{Array4, s};
 
@@ -119,12 +122,12 @@ fn ramp(n: usize) -> Array4<f32> {
 fn the_files_own_description_is_read() {
     let info = Info::read(fixture("classes-u8.onnx")).unwrap();
     assert_eq!(info.shape(), [3, 8, 6]);
-    assert_eq!((info.format, info.batch, info.sigma, info.output), (1, 2, 2.5, Output::U8));
-    assert_eq!((info.dialect.as_str(), info.version.as_str(), info.opset), ("portable", "0.1.0", 17));
+    assert_eq!((info.format, info.batch, info.sigmas.as_slice(), info.output), (1, 2, &[2.5][..], Output::U8));
+    assert_eq!((info.dialect.as_str(), info.version.as_str(), info.file.opset), ("portable", "0.1.0", 17));
     assert_eq!(info.classes, ["circle", "square", "star"]);
-    assert!(info.labelled && info.nodes > 10 && info.weight_bytes > 500 && info.weights_sha256.len() == 64);
+    assert!(info.labelled() && info.file.nodes > 10 && info.file.weight_bytes > 500 && info.weights_sha256.len() == 64);
     assert_eq!([info.class("star"), info.class("1"), info.class("3"), info.class("")], [Some(2), Some(1), None, None]);
-    assert!(!Info::read(fixture("plain-f32.onnx")).unwrap().labelled);
+    assert!(!Info::read(fixture("plain-f32.onnx")).unwrap().labelled());
 }
 
 #[test]
@@ -148,7 +151,7 @@ fn outputs_are_those_of_the_python_runtime() {
 #[test]
 fn a_file_of_several_passes_runs_them_all() {
     let info = Info::read(fixture("steps-f32.onnx")).unwrap();
-    assert_eq!((info.format, info.sigma, info.passes(), info.steps.as_slice()), (2, 8.0, 3, &[8.0, 2.0, 0.5][..]));
+    assert_eq!((info.format, info.passes(), info.sigmas.as_slice()), (2, 3, &[8.0, 2.0, 0.5][..]));
     // onnxruntime 1.32.0 in a loop of numpy, with the noise of fixtures/noise.py: the first six values of three passes
     // for labels [1, 0] of seed 2^33 + 5, and the sum of all |values|.
     //
@@ -174,6 +177,92 @@ fn a_file_of_several_passes_runs_them_all() {
         let noise = picture_noise(seed, 0, 3, [1, 8, 6]);
         assert_eq!(generator.run_seeded(noise.view(), &[1, 0, 1], seed).unwrap(), more, "{engine:?}");
         assert_ne!(generator.run(noise.view(), &[1, 0, 1]).unwrap(), more, "{engine:?}: seed 0 between the passes");
+    }
+}
+
+/// Both were written by the program when it wrote these formats, from models/tests/fixtures/edm-tiny in w8, the second as a
+/// generator of three passes; the values are what it drew from them then.
+#[test]
+fn files_of_the_first_formats_make_the_pictures_that_they_made() {
+    let first = Info::read(fixture("format-1.onnx")).unwrap();
+    assert_eq!((first.format, first.batch, first.dynamic_batch, first.output), (1, 1, true, Output::U8));
+    assert_eq!((first.fixed_class.as_deref(), first.precision.as_str(), first.passes()), (Some("1"), "w8", 1));
+    let second = Info::read(fixture("format-2.onnx")).unwrap();
+    assert_eq!((second.format, second.sigmas.as_slice()), (2, &[10.0, 2.5, 0.5][..]));
+    assert_eq!(second.classes, ["0", "1", "2"]);
+    for engine in present() {
+        let make = |name| load(name, engine).generate(&request(7, &[], 3)).unwrap().to_f32();
+        for (name, expected, expected_sum, tolerance) in [
+            ("format-1.onnx", [0.137_254_95, 0.105_882_41, 0.168_627_5, -0.035_294_116], 100.282_366, 0.008),
+            ("format-2.onnx", [0.071_102_306, -0.275_491_77, -0.133_424_76, 0.019_918_784], 144.272_213, 1e-4),
+        ] {
+            let values = make(name);
+            for (value, expected) in values.iter().zip(expected) {
+                assert!((value - expected).abs() <= tolerance, "{name}, {engine:?}: {value}, expected {expected}");
+            }
+            let sum: f64 = values.iter().map(|x| f64::from(x.abs())).sum();
+            assert!((sum - expected_sum).abs() < 0.05, "{name}, {engine:?}: {sum}");
+        }
+    }
+}
+
+#[test]
+fn a_description_is_written_as_it_is_read() {
+    let described = Info {
+        dialect: "portable".into(),
+        sigmas: vec![8.0, 0.1],
+        dynamic_batch: true,
+        channels: 3,
+        height: 8,
+        width: 6,
+        classes: vec!["a \"b\"".into(), "\u{1b}c".into()],
+        weights_sha256: "0".into(),
+        ..Info::default()
+    };
+    let metadata = described.to_metadata();
+    let written = [
+        r#""version":"0.1.0","dialect":"portable","precision":"fp32","sigmas":[8.0,0.1],"#,
+        r#""inputs":[{"name":"noise","type":"f32","shape":[null,3,8,6]},{"name":"row","type":"i64","shape":[null]}],"#,
+        r#""outputs":[{"name":"image","type":"f32","shape":[null,3,8,6]}],"#,
+        r#""classes":["a \"b\"","\u001bc"],"weights_sha256":"0""#,
+    ];
+    assert_eq!(metadata, [("dmd.format", "3".into()), ("dmd", format!("{{{}}}", written.concat()))]);
+
+    // Read from a whole file; the description is then what was written, and says what is in the file.
+    let plain = |change: &dyn Fn(&mut Info)| {
+        let mut info = Info { channels: 1, height: 4, width: 4, weights_sha256: "0".into(), ..Info::default() };
+        change(&mut info);
+        let metadata = info.to_metadata().into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+        (info, Tiny { format: 3, metadata, ..Tiny::default() }.bytes())
+    };
+    let (written, bytes) = plain(&|info| info.sigmas = vec![4.0]);
+    let read = Info::from_bytes(&bytes).unwrap();
+    assert_eq!(read.file.nodes, 1);
+    assert_eq!(Info { file: FileInfo::default(), ..read }, written);
+
+    let refused = |change: &dyn Fn(&mut Info), expected: &str| {
+        let reason = error(Info::from_bytes(&plain(change).1)).to_string();
+        assert!(reason.contains(expected), "{reason}");
+    };
+    refused(&|info| info.sigmas = vec![], "the noise levels are [], expected");
+    refused(&|info| info.sigmas = vec![1.0, 2.0], "expected positive ones, descending");
+    refused(&|info| info.height = 5, "the metadata says f32 [1, 1, 5, 4]");
+    refused(&|info| info.width = 0, "a length of 0");
+    refused(&|info| info.classes = vec!["a".into()], "has no input \"label\" (i64 [1])");
+    refused(&|info| info.output = Output::U8, "the metadata says u8 [1, 4, 4, 1]");
+    for (json, expected) in [
+        ("", "is no description"),
+        ("{}", "missing field"),
+        (r#"{"version":1}"#, "invalid type"),
+        (
+            &plain(&|_| {}).0.to_metadata()[1].1.replace("\"i64\"", "\"f32\"").replace("\"noise\"", "\"nose\""),
+            "no noise",
+        ),
+        (&plain(&|_| {}).0.to_metadata()[1].1.replace("[1,1,4,4]", "[1,1,4,18446744073709551615]"), "values at once"),
+    ] {
+        let metadata = vec![("dmd.format".into(), "3".into()), ("dmd".into(), json.to_string())];
+        let reason = error(Info::from_bytes(&Tiny { format: 3, metadata, ..Tiny::default() }.bytes())).to_string();
+        assert!(reason.contains(expected), "{json}: {reason}");
     }
 }
 
@@ -345,8 +434,8 @@ fn broken_metadata_is_named() {
     let check = |from: &str, to: &str, expected: &str| check_in("classes-f32.onnx", from, to, expected);
     check("dmd.sigma", "dmd.xxxxx", "the metadata has no dmd.sigma");
     check("2.5", "two", "dmd.sigma is \"two\", expected a number");
-    check("2.5", "inf", "dmd.sigma is inf, expected a positive number");
-    check("2.5", "NaN", "dmd.sigma is NaN");
+    check("2.5", "inf", "the noise levels are [inf], expected positive ones");
+    check("2.5", "NaN", "the noise levels are [NaN]");
     check("dmd.dialect", "dmd.version", "the metadata has dmd.version twice");
     check("\"star\"]", "\"star\")", "expected a JSON array of names");
     check("dmd.output\x12\x03f32", "dmd.output\x12\x03i32", "dmd.output is \"i32\"");
@@ -362,21 +451,21 @@ fn broken_metadata_is_named() {
 
     let check = |from: &str, to: &str, expected: &str| check_in("steps-f32.onnx", from, to, expected);
     let list = "[8.0, 2.0, 0.5]";
-    check(list, "[8.0, 2.0, 8.5]", "expected two noise levels or more, descending from dmd.sigma, 8");
+    check(list, "[8.0, 2.0, 8.5]", "the noise levels are [8.0, 2.0, 8.5], expected positive ones, descending");
     check(list, "[9.0, 2.0, 0.5]", "descending from dmd.sigma, 8");
-    check(list, "[8.0, 2.0,-0.5]", "descending from dmd.sigma, 8");
+    check(list, "[8.0, 2.0,-0.5]", "expected positive ones, descending");
     check(list, "[8.0          ]", "expected two noise levels or more");
     check(list, "8.0 and 2.0 ...", "expected a JSON array of noise levels");
     // One level less than the graph has rows for; without the list, the graph is another one than promised.
-    check(list, "[8.0, 2.0     ]", "pass_table has 6 rows, 2 dmd.steps and 2 classes ask for 4");
+    check(list, "[8.0, 2.0     ]", "pass_table has 6 rows, 2 noise levels and 2 classes ask for 4");
     check("dmd.steps", "dmd.xxxxx", "pass_table has 6 rows");
     check("row", "raw", "the graph has no input \"row\" (i64 [2])");
 }
 
 #[test]
 fn a_newer_format_is_refused_as_such() {
-    let (_folder, path) = changed("classes-f32.onnx", "dmd.format\x12\x011", "dmd.format\x12\x013");
-    assert!(matches!(error(Info::read(path)), Error::NewerFormat { found: 3, .. }));
+    let (_folder, path) = changed("classes-f32.onnx", "dmd.format\x12\x011", "dmd.format\x12\x014");
+    assert!(matches!(error(Info::read(path)), Error::NewerFormat { found: 4, .. }));
 }
 
 #[test]

@@ -76,7 +76,7 @@ impl Reference {
     /// Runs a file beside the network.
     pub fn measure(&self, path: &Path, options: dmd_runtime::Options) -> Result<Compared> {
         let mut generator = dmd_runtime::Generator::load(path, options)?;
-        let labels = if generator.info().labelled { self.labels.as_slice() } else { &[] };
+        let labels = if generator.info().labelled() { self.labels.as_slice() } else { &[] };
         let images = generator.run(self.noise.view(), labels)?;
         let expected = match images.output() {
             Output::F32 => self.pictures.clone(),

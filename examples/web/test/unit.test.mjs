@@ -41,9 +41,9 @@ test("a pass reads the picture before it, noised by its own stream", () => {
 
 test("a file says what it is", async () => {
   const { classes, ...info } = describe(await readFile(new URL("classes-u8.onnx", FIXTURES)));
-  assert.deepEqual(info, { batch: 2, channels: 3, height: 8, width: 6, output: "u8", version: info.version, steps: [2.5] });
+  assert.deepEqual(info, { batch: 2, channels: 3, height: 8, width: 6, output: "u8", version: info.version, sigmas: [2.5] });
   assert.equal(classes.length, 3);
-  assert.deepEqual(describe(await readFile(new URL("steps-f32.onnx", FIXTURES))).steps, [8, 2, 0.5]);
+  assert.deepEqual(describe(await readFile(new URL("steps-f32.onnx", FIXTURES))).sigmas, [8, 2, 0.5]);
 });
 
 test("a file whose weights lie beside it says so", async () => {
@@ -51,6 +51,23 @@ test("a file whose weights lie beside it says so", async () => {
   // One more weight in its graph, with an empty entry of `external_data`.
   const outside = Uint8Array.of(...ours, (7 << 3) | 2, 4, (5 << 3) | 2, 2, (13 << 3) | 2, 0);
   assert.throws(() => describe(outside), /its weights lie in a file beside it.*export it without --external-data/);
+});
+
+test("every format says the same", async () => {
+  // Written by the program when it wrote formats 1 and 2.
+  const first = describe(await readFile(new URL("format-1.onnx", FIXTURES)));
+  assert.deepEqual([first.batch, first.output, first.classes, first.sigmas], [1, "u8", [], [2.5]]);
+  const second = describe(await readFile(new URL("format-2.onnx", FIXTURES)));
+  assert.deepEqual([second.output, second.classes, second.sigmas], ["f32", ["0", "1", "2"], [10, 2.5, 0.5]]);
+
+  // Format 3: `ModelProto.metadata_props` (14) and nothing else.
+  const field = (number, bytes) => Buffer.concat([Buffer.from([number * 8 + 2, (bytes.length & 127) | 128, bytes.length >> 7]), bytes]);
+  const file = (...entries) => Buffer.concat(entries.map(([key, value]) => field(14, Buffer.concat([field(1, Buffer.from(key)), field(2, Buffer.from(value))]))));
+  const port = (name, type, ...shape) => ({ name, type, shape });
+  const description = { version: "0.1.0", sigmas: [8, 2], classes: ["a"], inputs: [port("noise", "f32", null, 3, 8, 6), port("row", "i64", null)], outputs: [port("image", "f32", null, 3, 8, 6)] };
+  const third = describe(file(["dmd.format", "3"], ["dmd", JSON.stringify(description)]));
+  assert.deepEqual(third, { batch: 1, channels: 3, height: 8, width: 6, output: "f32", classes: ["a"], version: "0.1.0", sigmas: [8, 2] });
+  assert.throws(() => describe(file(["dmd.format", "4"])), /newer than the page/);
 });
 
 test("what is no file of ours is refused", async () => {

@@ -75,9 +75,8 @@ pub(crate) struct Outside {
     pub length: Option<u64>,
 }
 
-pub(crate) const F32: u64 = 1;
-pub(crate) const U8: u64 = 2;
-pub(crate) const I64: u64 = 7;
+const F32: u64 = 1;
+const I64: u64 = 7;
 
 /// The most bytes of a constant that are kept.
 pub(crate) const FEW: u64 = 256;
@@ -86,7 +85,7 @@ pub(crate) const FEW: u64 = 256;
 pub(crate) fn element_type(element: u64) -> Option<(&'static str, u64)> {
     Some(match element {
         F32 => ("f32", 4),
-        U8 => ("u8", 1),
+        2 => ("u8", 1),
         3 => ("i8", 1),
         6 => ("i32", 4),
         I64 => ("i64", 8),
@@ -99,6 +98,13 @@ pub(crate) fn element_type(element: u64) -> Option<(&'static str, u64)> {
 pub(crate) fn bytes(element: u64, mut dims: impl Iterator<Item = u64>) -> Option<u64> {
     let (_, size) = element_type(element)?;
     dims.try_fold(size, u64::checked_mul)
+}
+
+impl Port {
+    /// The type of its elements, by name.
+    pub fn kind(&self) -> String {
+        element_type(self.element).map_or_else(|| format!("type {}", self.element), |(name, _)| name.into())
+    }
 }
 
 impl Model {

@@ -13,10 +13,10 @@ type Dims = Vec<u64>;
 const MAX_RANK: usize = 8;
 
 /// The number of values of the largest input, value or output of the graph, whose inputs have these shapes.
-pub(super) fn check(model: &Model, inputs: &[(&str, Dims)]) -> Result<usize, String> {
+pub(super) fn check(model: &Model, inputs: &[(String, Dims)]) -> Result<usize, String> {
     let mut known: HashMap<&str, Dims> = HashMap::new();
     let constants: HashMap<&str, &Constant> = model.constants.iter().map(|c| (c.name.as_str(), c)).collect();
-    let given = inputs.iter().map(|(name, dims)| (*name, dims.clone()));
+    let given = inputs.iter().map(|(name, dims)| (name.as_str(), dims.clone()));
     for (name, dims) in model.constants.iter().map(|c| (c.name.as_str(), c.dims.clone())).chain(given) {
         define(&mut known, name, dims)?;
     }

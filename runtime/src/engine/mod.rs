@@ -17,9 +17,25 @@ mod tract;
 
 /// A loaded graph. The generator has checked the sizes of everything it hands over.
 pub(crate) trait Engine: Send {
-    /// Runs one full batch, or any number of pictures where the file leaves it free: noise `(B, C, H, W)`, and `(B)`
-    /// labels or rows where the graph takes them ([`Info::index`]). Writes the first `out.len()` values of the output; an error is the engine's own reason.
-    fn run(&mut self, noise: &[f32], index: &[i64], out: Out<'_>) -> Result<(), String>;
+    /// Runs one full batch, or any number of pictures where the file leaves it free, on a feed for each of the graph's
+    /// inputs. Writes the first `out.len()` values of the output; an error is the engine's own reason.
+    fn run(&mut self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String>;
+}
+
+/// What one input of the graph is given, lent: its first axis counts pictures.
+#[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
+pub(crate) struct Feed<'a> {
+    pub name: &'static str,
+    pub shape: Vec<usize>,
+    pub values: Values<'a>,
+}
+
+/// The values of a feed.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    I64(&'a [i64]),
 }
 
 /// Where the output goes: the graph's element type, and room for the leading pictures of the batch.

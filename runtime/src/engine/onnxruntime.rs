@@ -14,7 +14,7 @@ use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
 
-use super::{Engine, EngineInfo, EngineKind, Out, Rewrite, threads};
+use super::{Engine, EngineInfo, EngineKind, Feed, Out, Rewrite, Values, threads};
 use crate::contract::Source;
 use crate::library::{Host, Place, binary, libraries_at};
 use crate::printable::printable_lines;
@@ -33,10 +33,8 @@ static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
 
 struct OnnxRuntime {
     session: Session,
-    /// `[C, H, W]`.
-    shape: [usize; 3],
-    /// Whether the graph lists its label or row before its noise.
-    index_first: bool,
+    /// Values of one picture.
+    values: usize,
 }
 
 pub(super) fn info(library: Option<&Path>) -> Result<EngineInfo> {
@@ -51,11 +49,9 @@ pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result
         engine: EngineKind::OnnxRuntime,
         reason: printable_lines(&error.to_string()),
     })?;
-    let shape = info.shape();
-    let index_first = session.inputs().first().is_some_and(|input| input.name() != "noise");
     let Runtime { library, version, warning, .. } = runtime;
     let engine_info = EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning };
-    Ok((Box::new(OnnxRuntime { session, shape, index_first }), engine_info))
+    Ok((Box::new(OnnxRuntime { session, values: info.values() }), engine_info))
 }
 
 fn session(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<Session> {
@@ -96,30 +92,33 @@ pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<
 }
 
 impl Engine for OnnxRuntime {
-    fn run(&mut self, noise: &[f32], index: &[i64], out: Out<'_>) -> Result<(), String> {
-        self.try_run(noise, index, out).map_err(|error| printable_lines(&error.to_string()))?
+    fn run(&mut self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String> {
+        self.try_run(feeds, out).map_err(|error| printable_lines(&error.to_string()))?
     }
 }
 
 impl OnnxRuntime {
     /// The outer result is the engine's, the inner one that of the output's size.
-    fn try_run(&mut self, noise: &[f32], index: &[i64], out: Out<'_>) -> ort::Result<Result<(), String>> {
-        let values = noise.len();
-        let [c, h, w] = self.shape;
-        // Both inputs are lent, not copied.
-        let noise = SessionInputValue::from(TensorRef::from_array_view(([values / (c * h * w), c, h, w], noise))?);
-        let outputs = if index.is_empty() {
-            self.session.run([noise])?
-        } else {
-            let index = SessionInputValue::from(TensorRef::from_array_view(([index.len()], index))?);
-            self.session.run(if self.index_first { [index, noise] } else { [noise, index] })?
-        };
+    fn try_run(&mut self, feeds: &[Feed<'_>], out: Out<'_>) -> ort::Result<Result<(), String>> {
+        let pictures = feeds.first().and_then(|feed| feed.shape.first()).copied().unwrap_or(0);
+        let expected = pictures * self.values;
+        let inputs = feeds.iter().map(|feed| Ok((feed.name, lent(feed)?))).collect::<ort::Result<Vec<_>>>()?;
+        let outputs = self.session.run(inputs)?;
         let image = &outputs[0];
         Ok(match &out {
-            Out::F32(_) => out.fill_f32(image.try_extract_tensor::<f32>()?.1, values),
-            Out::U8(_) => out.fill_u8(image.try_extract_tensor::<u8>()?.1, values),
+            Out::F32(_) => out.fill_f32(image.try_extract_tensor::<f32>()?.1, expected),
+            Out::U8(_) => out.fill_u8(image.try_extract_tensor::<u8>()?.1, expected),
         })
     }
+}
+
+/// A feed as the library takes it, without a copy.
+fn lent<'a>(feed: &'a Feed<'_>) -> ort::Result<SessionInputValue<'a>> {
+    let shape = feed.shape.as_slice();
+    Ok(match feed.values {
+        Values::F32(values) => TensorRef::from_array_view((shape, values))?.into(),
+        Values::I64(values) => TensorRef::from_array_view((shape, values))?.into(),
+    })
 }
 
 /// The library of this process; searches for it on the first call.

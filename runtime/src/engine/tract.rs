@@ -11,10 +11,10 @@ use tract_onnx::model::ParseResult;
 use tract_onnx::pb;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::floats::FloatPrecisionTranslator;
-use tract_onnx::tract_core::internal::{RunOptions, bail, multithread::Executor};
+use tract_onnx::tract_core::internal::{RunOptions, bail, format_err, multithread::Executor};
 use tract_onnx::tract_core::transform::ModelTransform;
 
-use super::{Engine, EngineInfo, EngineKind, Out, threads};
+use super::{Engine, EngineInfo, EngineKind, Feed, Out, Values, threads};
 use crate::contract::{Source, bytes};
 use crate::limits;
 use crate::printable::printable_lines;
@@ -25,10 +25,11 @@ const VERSION: &str = "0.23.9";
 
 struct Tract {
     plan: Arc<TypedRunnableModel>,
-    /// `[B, C, H, W]`.
-    shape: [usize; 4],
-    /// Whether the graph lists its label or row before its noise.
-    index_first: bool,
+    /// The graph's inputs in its own order.
+    inputs: Vec<String>,
+    /// Pictures in a call, and the values of one.
+    batch: usize,
+    values: usize,
 }
 
 pub(super) fn info() -> Result<EngineInfo> {
@@ -41,7 +42,7 @@ pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result
         return Err(failed("only ONNX Runtime runs .ort files; give tract the .onnx file".into()));
     }
     // Without memory tract ends the process. What it needs at least, two of the largest values, is asked for beforehand.
-    drop(limits::room::<f32>(2 * info.largest_value)?);
+    drop(limits::room::<f32>(2 * info.file.largest_value)?);
     let engine = caught(|| load(source, info, threads(options)));
     Ok((Box::new(engine.map_err(failed)?), self::info()?))
 }
@@ -51,22 +52,24 @@ fn load(source: Source<'_>, info: &Info, threads: usize) -> TractResult<Tract> {
     // shapes of the file would contradict that.
     let onnx = tract_onnx::onnx().with_ignore_value_info(info.dynamic_batch);
     let proto = proto(source, info, &onnx)?;
-    let folder = info.data.as_ref().and_then(|data| data.parent()?.to_str());
+    let folder = info.file.data.as_ref().and_then(|data| data.parent()?.to_str());
     let ParseResult { mut model, unresolved_inputs, .. } = onnx.parse(&proto, folder)?;
     if !unresolved_inputs.is_empty() {
         bail!("nothing gives {unresolved_inputs:?}");
     }
     drop(proto);
-    let first = model.input_outlets()?.first().copied();
-    let index_first = first.is_some_and(|outlet| model.node(outlet.node).name != "noise");
+    let inputs: Vec<_> = model.input_outlets()?.iter().map(|outlet| model.node(outlet.node).name.clone()).collect();
     let executor = if threads > 1 { Executor::multithread(threads) } else { Executor::SingleThread };
     let options = RunOptions { executor: Some(executor), ..RunOptions::default() };
-    let shape = [info.batch, info.channels, info.height, info.width];
     if info.dynamic_batch {
-        for at in 0..model.input_outlets()?.len() {
-            let fact =
-                if info.index().is_some() && (at == 0) == index_first { i64::fact([1]) } else { f32::fact(shape) };
-            model.set_input_fact(at, fact.into())?;
+        for port in info.inputs() {
+            let at = inputs
+                .iter()
+                .position(|name| *name == port.name)
+                .ok_or_else(|| format_err!("no input {}", port.name))?;
+            let shape: TVec<usize> = port.shape.iter().map(|n| n.unwrap_or(info.batch)).collect();
+            let kind = if port.kind == "i64" { DatumType::I64 } else { DatumType::F32 };
+            model.set_input_fact(at, kind.fact(shape).into())?;
         }
         model.set_output_fact(0, InferenceFact::default())?;
     }
@@ -78,7 +81,7 @@ fn load(source: Source<'_>, info: &Info, threads: usize) -> TractResult<Tract> {
         FloatPrecisionTranslator::new(DatumType::F16, DatumType::F32).transform(&mut model)?;
     }
     let plan = model.into_optimized()?.into_runnable_with_options(&options)?;
-    Ok(Tract { plan, shape, index_first })
+    Ok(Tract { plan, inputs, batch: info.batch, values: info.values() })
 }
 
 /// The file as a message, in which weights outside have the name of the file that holds them, links resolved, and the
@@ -88,7 +91,7 @@ fn proto(source: Source<'_>, info: &Info, onnx: &Onnx) -> TractResult<pb::ModelP
         Source::File(path) => onnx.proto_model_for_path(path)?,
         Source::Bytes(mut bytes) => onnx.proto_model_for_read(&mut bytes)?,
     };
-    let Some(name) = info.data.as_ref().and_then(|data| data.file_name()?.to_str()) else { return Ok(proto) };
+    let Some(name) = info.file.data.as_ref().and_then(|data| data.file_name()?.to_str()) else { return Ok(proto) };
     for constant in proto.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
         let length = bytes(constant.data_type as u64, constant.dims.iter().map(|dim| *dim as u64)).unwrap_or(0);
         let entries = &mut constant.external_data;
@@ -101,11 +104,11 @@ fn proto(source: Source<'_>, info: &Info, onnx: &Onnx) -> TractResult<pb::ModelP
 }
 
 impl Engine for Tract {
-    fn run(&mut self, noise: &[f32], index: &[i64], mut out: Out<'_>) -> Result<(), String> {
-        let (batch, values) = (self.shape[0], self.shape.iter().product());
-        let rows = |call: usize| index.get(call * batch..(call + 1) * batch).unwrap_or_default();
-        for (call, noise) in noise.chunks_exact(values).enumerate() {
-            let image = caught(|| self.try_run(noise, rows(call)))?;
+    fn run(&mut self, feeds: &[Feed<'_>], mut out: Out<'_>) -> Result<(), String> {
+        let pictures = feeds.first().and_then(|feed| feed.shape.first()).copied().unwrap_or(0);
+        let values = self.batch * self.values;
+        for call in 0..pictures / self.batch {
+            let image = caught(|| self.try_run(feeds, call * self.batch))?;
             match out.part(call * values, values) {
                 part @ Out::F32(_) => {
                     let view = image.to_plain_array_view::<f32>().map_err(|error| format!("{error:#}"))?;
@@ -122,12 +125,23 @@ impl Engine for Tract {
 }
 
 impl Tract {
-    fn try_run(&self, noise: &[f32], index: &[i64]) -> TractResult<TValue> {
-        let mut inputs = tvec![Tensor::from_shape(&self.shape, noise)?.into_tvalue()];
-        if !index.is_empty() {
-            let at = if self.index_first { 0 } else { 1 };
-            inputs.insert(at, Tensor::from_shape(&[index.len()], index)?.into_tvalue());
-        }
+    /// Runs one call on the pictures from `first` on.
+    fn try_run(&self, feeds: &[Feed<'_>], first: usize) -> TractResult<TValue> {
+        let input = |name: &String| {
+            let feed = feeds
+                .iter()
+                .find(|feed| feed.name == name)
+                .ok_or_else(|| format_err!("nothing is given for {name}"))?;
+            let (mut shape, of_each) = (feed.shape.clone(), feed.shape[1..].iter().product::<usize>());
+            shape[0] = self.batch;
+            let part = first * of_each..(first + self.batch) * of_each;
+            Ok(match feed.values {
+                Values::F32(values) => Tensor::from_shape(&shape, &values[part])?,
+                Values::I64(values) => Tensor::from_shape(&shape, &values[part])?,
+            }
+            .into_tvalue())
+        };
+        let inputs = self.inputs.iter().map(input).collect::<TractResult<_>>()?;
         Ok(self.plan.run(inputs)?.remove(0))
     }
 }

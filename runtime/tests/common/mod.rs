@@ -81,6 +81,8 @@ pub struct Tiny {
     pub nodes: Vec<Vec<u8>>,
     pub weight: Vec<u8>,
     pub constants: Vec<Vec<u8>>,
+    /// Format 1 where it is 1; of another one, the metadata is all that there is.
+    pub format: u32,
     pub metadata: Vec<(String, String)>,
     /// Further fields of the graph and of the model.
     pub graph: Vec<u8>,
@@ -94,6 +96,7 @@ impl Default for Tiny {
             nodes: vec![],
             weight: floats("weight", &[1, 1, 1, 1], &[0.5]),
             constants: vec![],
+            format: 1,
             metadata: vec![],
             graph: vec![],
             model: vec![],
@@ -133,8 +136,9 @@ impl Tiny {
             ("weights_sha256", "0"),
         ];
         let own = own.map(|(key, value)| (format!("dmd.{key}"), value.to_string()));
+        let own = own.into_iter().filter(|_| self.format == 1);
         let changed = |key: &String| self.metadata.iter().any(|(other, _)| other == key);
-        let metadata = own.into_iter().filter(|(key, _)| !changed(key)).chain(self.metadata.clone());
+        let metadata = own.filter(|(key, _)| !changed(key)).chain(self.metadata.clone());
         let metadata = metadata.flat_map(|(key, value)| field(14, entry(&key, &value)));
         let opset = field(8, number(2, 17));
         [number(1, 8), field(2, "dmd"), field(7, graph), opset, metadata.collect(), self.model.clone()].concat()
