@@ -409,7 +409,8 @@ fn a_damaged_checkpoint_costs_the_steps_since_the_one_before() {
     w.ok(&line);
     w.copy("run", "whole");
     let part = "run/checkpoints/step-00000004/optimizer_generator.safetensors";
-    let damage: [(&str, fn(&mut Vec<u8>)); 4] = [
+    type Damage = fn(&mut Vec<u8>);
+    let damage: [(&str, Damage); 4] = [
         (part, |bytes| bytes.truncate(1000)),
         (part, |bytes| *bytes.last_mut().unwrap() ^= 1),
         ("run/checkpoints/step-00000004/state.json", |bytes| bytes.truncate(20)),
