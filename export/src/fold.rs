@@ -5,33 +5,47 @@
 use crate::Result;
 use crate::graph::{Conv, Graph, NodeId, Op};
 use candle_core::{DType, Device, Tensor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How often each rule was applied.
 pub type Folded = BTreeMap<&'static str, usize>;
 
 /// Applies every rule until none fits, but for [`fold_upsampling`].
 pub fn fold(graph: &mut Graph) -> Result<Folded> {
-    apply(graph, &RULES)
+    Ok(apply(graph, &RULES)?.0)
 }
 
 /// Makes one transposed convolution of a doubling by nearest neighbour and the 3×3 convolution that reads it. Four
 /// ninths of the products, sixteen ninths of the weights: whether that is a gain depends on the engine.
 pub fn fold_upsampling(graph: &mut Graph) -> Result<Folded> {
-    apply(graph, &[("upsampling_into_conv", upsampling_into_conv)])
+    Ok(apply(graph, &[("upsampling_into_conv", upsampling_into_conv)])?.0)
 }
 
-fn apply(graph: &mut Graph, rules: &[(&'static str, Rule)]) -> Result<Folded> {
-    let mut folded = Folded::new();
-    while let Some(rule) = apply_one(graph, rules)? {
-        *folded.entry(rule).or_default() += 1;
-        graph.sweep();
+/// Applies the first rule that fits anywhere, at the first node that it fits, until none does; and how often a rule has
+/// looked at a node. A rule looks again where something has changed within its sight, and nowhere else.
+fn apply(graph: &mut Graph, rules: &[(&'static str, Rule)]) -> Result<(Folded, usize)> {
+    let (mut folded, mut n_looks) = (Folded::new(), 0);
+    let mut to_look_at: Vec<BTreeSet<NodeId>> = vec![graph.ids().collect(); rules.len()];
+    graph.take_touched();
+    while let Some((place, id)) = to_look_at.iter_mut().enumerate().find_map(|(i, ids)| Some((i, ids.pop_first()?))) {
+        if !graph.is_needed(id) {
+            continue;
+        }
+        let (name, rule) = rules[place];
+        n_looks += 1;
+        let fits = rule(graph, id)?;
+        let touched = graph.take_touched();
+        if fits {
+            *folded.entry(name).or_default() += 1;
+            to_look_at.iter_mut().for_each(|ids| ids.extend(&touched));
+        }
     }
+    graph.sweep();
     graph.name_nodes();
-    Ok(folded)
+    Ok((folded, n_looks))
 }
 
-/// Looks at one node and what stands before it; rewrites and says so, or leaves all as it was.
+/// Looks at one node and what stands before or behind it, two steps far; rewrites and says so, or leaves all as it was.
 type Rule = fn(&mut Graph, NodeId) -> Result<bool>;
 
 const RULES: [(&str, Rule); 13] = [
@@ -50,26 +64,14 @@ const RULES: [(&str, Rule); 13] = [
     ("padding_into_conv", padding_into_conv),
 ];
 
-fn apply_one(graph: &mut Graph, rules: &[(&'static str, Rule)]) -> Result<Option<&'static str>> {
-    for (name, rule) in rules {
-        for id in graph.ids() {
-            if rule(graph, id)? {
-                return Ok(Some(name));
-            }
-        }
-    }
-    Ok(None)
-}
-
 /// (x·m₁ + a₁)·m₂ + a₂ = x·m₁m₂ + (a₁m₂ + a₂).
 fn affine_of_affine(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let Op::Affine { mul, add } = graph.node(id).op else { return Ok(false) };
     let source = graph.node(graph.node(id).inputs[0]);
     let Op::Affine { mul: first_mul, add: first_add } = source.op else { return Ok(false) };
     let inputs = source.inputs.clone();
-    let node = graph.node_mut(id);
-    node.op = Op::Affine { mul: first_mul * mul, add: first_add * mul + add };
-    node.inputs = inputs;
+    *graph.op_mut(id) = Op::Affine { mul: first_mul * mul, add: first_add * mul + add };
+    graph.set_inputs(id, inputs);
     Ok(true)
 }
 
@@ -87,8 +89,8 @@ fn level_of_level(graph: &mut Graph, id: NodeId) -> Result<bool> {
     if graph.n_uses(level) != 1 {
         return Ok(false);
     }
-    graph.node_mut(level).op = Op::Lookup(narrow(&(wide(&first)? * wide(&second)?)?)?);
-    graph.node_mut(id).inputs[0] = x;
+    *graph.op_mut(level) = Op::Lookup(narrow(&(wide(&first)? * wide(&second)?)?)?);
+    graph.set_inputs(id, vec![x, level]);
     Ok(true)
 }
 
@@ -114,7 +116,7 @@ fn affine_through_sum(graph: &mut Graph, id: NodeId) -> Result<bool> {
         return Ok(false);
     }
     for (side, add) in sides.into_iter().zip([0.0, add]) {
-        match &mut graph.node_mut(side).op {
+        match graph.op_mut(side) {
             Op::Affine { mul: first_mul, add: first_add } => {
                 *first_mul *= mul;
                 *first_add = *first_add * mul + add;
@@ -134,7 +136,7 @@ fn map_into_previous_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
     if graph.n_uses(source) != 1 {
         return Ok(false);
     }
-    let Op::Conv2d(conv) = &mut graph.node_mut(source).op else { return Ok(false) };
+    let Op::Conv2d(conv) = graph.op_mut(source) else { return Ok(false) };
     *conv = conv.before(&map)?;
     graph.redirect(id, source);
     Ok(true)
@@ -147,7 +149,7 @@ fn map_into_norm(graph: &mut Graph, id: NodeId) -> Result<bool> {
     if graph.n_uses(norm) != 1 {
         return Ok(false);
     }
-    let Op::GroupNorm { affine, .. } = &mut graph.node_mut(norm).op else { return Ok(false) };
+    let Op::GroupNorm { affine, .. } = graph.op_mut(norm) else { return Ok(false) };
     let [scale, shift] = match affine {
         Some([scale, shift]) => {
             [narrow(&(wide(scale)? * &map.mul)?)?, narrow(&((wide(shift)? * &map.mul)? + &map.add)?)?]
@@ -180,9 +182,9 @@ fn norm_into_class_table(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let shifts = narrow(&(scales.broadcast_mul(&wide(beta)?)? + wide(&shifts)?)?)?;
     let scales = narrow(&scales.broadcast_mul(&wide(gamma)?)?)?;
     let (norm, scale, shift) = (*norm, *scale, *shift);
-    graph.node_mut(scale).op = Op::Lookup(scales);
-    graph.node_mut(shift).op = Op::Lookup(shifts);
-    if let Op::GroupNorm { affine, .. } = &mut graph.node_mut(norm).op {
+    *graph.op_mut(scale) = Op::Lookup(scales);
+    *graph.op_mut(shift) = Op::Lookup(shifts);
+    if let Op::GroupNorm { affine, .. } = graph.op_mut(norm) {
         *affine = None;
     }
     Ok(true)
@@ -198,8 +200,8 @@ fn map_into_next_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
         return Ok(false);
     }
     let (conv, input) = (conv.after(&map)?, graph.node(source).inputs[0]);
-    let node = graph.node_mut(id);
-    (node.op, node.inputs) = (Op::Conv2d(conv), vec![input]);
+    *graph.op_mut(id) = Op::Conv2d(conv);
+    graph.set_inputs(id, vec![input]);
     Ok(true)
 }
 
@@ -213,11 +215,11 @@ fn norm_into_next_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
         return Ok(false);
     }
     for conv in convs {
-        if let Op::Conv2d(conv) = &mut graph.node_mut(conv).op {
+        if let Op::Conv2d(conv) = graph.op_mut(conv) {
             *conv = conv.after(&map)?;
         }
     }
-    if let Op::GroupNorm { affine, .. } = &mut graph.node_mut(id).op {
+    if let Op::GroupNorm { affine, .. } = graph.op_mut(id) {
         *affine = None;
     }
     Ok(true)
@@ -232,8 +234,8 @@ fn scale_into_padded_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
         return Ok(false);
     }
     let conv = conv.after(&ChannelMap::uniform(conv.weight.dims()[1], mul, 0.0)?)?;
-    graph.node_mut(id).op = Op::Conv2d(conv);
-    graph.node_mut(source).op = Op::Affine { mul: 1.0, add: add / mul };
+    *graph.op_mut(id) = Op::Conv2d(conv);
+    *graph.op_mut(source) = Op::Affine { mul: 1.0, add: add / mul };
     Ok(true)
 }
 
@@ -244,9 +246,9 @@ fn attention_scale(graph: &mut Graph, id: NodeId) -> Result<bool> {
     if scale == 1.0 || graph.n_uses(query) != 1 {
         return Ok(false);
     }
-    let Op::Conv2d(conv) = &mut graph.node_mut(query).op else { return Ok(false) };
+    let Op::Conv2d(conv) = graph.op_mut(query) else { return Ok(false) };
     *conv = conv.before(&ChannelMap::uniform(conv.weight.dims()[0], scale, 0.0)?)?;
-    graph.node_mut(id).op = Op::Attention { heads, scale: 1.0 };
+    *graph.op_mut(id) = Op::Attention { heads, scale: 1.0 };
     Ok(true)
 }
 
@@ -274,7 +276,7 @@ fn one_projection(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let bias = Tensor::cat(&[bias(q)?, bias(k)?, bias(v)?], 0)?;
     let conv = Conv { weight, bias: Some(bias), ..*q };
     graph.replace(query, "to_qkv", Op::Conv2d(conv))?;
-    graph.node_mut(id).inputs = vec![query];
+    graph.set_inputs(id, vec![query]);
     Ok(true)
 }
 
@@ -284,11 +286,10 @@ fn padding_into_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let (Op::PadRightBottom, inputs) = (&graph.node(source).op, graph.node(source).inputs.clone()) else {
         return Ok(false);
     };
-    let node = graph.node_mut(id);
-    let Op::Conv2d(conv) = &mut node.op else { return Ok(false) };
+    let Op::Conv2d(conv) = graph.op_mut(id) else { return Ok(false) };
     conv.pads[2] += 1;
     conv.pads[3] += 1;
-    node.inputs = inputs;
+    graph.set_inputs(id, inputs);
     Ok(true)
 }
 
@@ -309,8 +310,8 @@ fn upsampling_into_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let weight = along(&along(&wide(&conv.weight)?, 2)?, 3)?.transpose(0, 1)?;
     let conv = Conv { weight: narrow(&weight)?, bias: conv.bias.clone(), stride: 2, pads: [1; 4] };
     let small = graph.node(source).inputs.clone();
-    let node = graph.node_mut(id);
-    (node.op, node.inputs) = (Op::ConvTranspose2d(conv), small);
+    *graph.op_mut(id) = Op::ConvTranspose2d(conv);
+    graph.set_inputs(id, small);
     Ok(true)
 }
 
@@ -621,6 +622,28 @@ mod tests {
         let y = graph.run(&x, None).unwrap().narrow(3, 0, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         // Rows 1 1 2 2 and a border of zeros.
         assert_eq!(y, [110.0, 211.0, 221.0, 22.0]);
+    }
+
+    /// Blocks one behind the other, in each of which four rules fit.
+    fn blocks(n: usize) -> Graph {
+        let shape = [1, 4, 1, 1];
+        let network = |b: &Trace, noise: &Value, _: &Condition<Value>| {
+            (0..n).try_fold(noise.clone(), |x, _| {
+                let x = b.affine(&b.affine(&x, &[2.0], 0.0)?, &[0.5], 0.25)?;
+                let y = b.add_per_channel(&b.conv2d(&x, &conv(1, [4, 4], 1, 0))?, &vector(b, 2)?)?;
+                b.add(&x, &b.activation(&b.affine(&y, &[0.5], 0.0)?, Activation::Silu)?)
+            })
+        };
+        trace(shape, 0, network).unwrap()
+    }
+
+    /// A network of ten times as many nodes takes ten times as many looks.
+    #[test]
+    fn folding_looks_at_each_node_a_few_times_however_long_the_network_is() {
+        let (short, few) = apply(&mut blocks(20), &RULES).unwrap();
+        let (long, many) = apply(&mut blocks(200), &RULES).unwrap();
+        assert_eq!(short.values().sum::<usize>() * 10, long.values().sum::<usize>());
+        assert!(many <= 11 * few, "{few} looks, then {many}");
     }
 
     #[test]

@@ -4,13 +4,17 @@
 use crate::{Error, Result};
 use candle_core::Tensor;
 use dmd_models::{Activation, shapes};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 /// A one-step network as a list of nodes, each after those it reads.
 #[derive(Clone, Debug)]
 pub struct Graph {
     nodes: Vec<Node>,
     output: NodeId,
+    /// Which nodes read each one, once for each time.
+    readers: Vec<Vec<NodeId>>,
+    /// Nodes that were changed, or are read by others than before, since this was last taken.
+    touched: Vec<NodeId>,
     /// Pictures per run.
     pub batch: usize,
     /// Number of labels; 0 for an unconditional network.
@@ -124,7 +128,8 @@ impl Graph {
     pub(crate) fn new(noise: [usize; 4], classes: usize) -> Self {
         let input =
             Node { name: "noise".into(), op: Op::Noise, inputs: vec![], shape: noise.to_vec(), layer: "noise".into() };
-        Graph { nodes: vec![input], output: NodeId(0), batch: noise[0], classes, passes: 1 }
+        let (nodes, readers, touched) = (vec![input], vec![vec![]], vec![]);
+        Graph { nodes, output: NodeId(0), readers, touched, batch: noise[0], classes, passes: 1 }
     }
 
     /// Rows of its tables; 0 where nothing depends on a label or a pass.
@@ -152,8 +157,52 @@ impl Graph {
         &self.nodes[id.0]
     }
 
-    pub(crate) fn node_mut(&mut self, id: NodeId) -> &mut Node {
-        &mut self.nodes[id.0]
+    /// The operation at a place, to be changed.
+    pub(crate) fn op_mut(&mut self, id: NodeId) -> &mut Op {
+        self.touched.push(id);
+        &mut self.nodes[id.0].op
+    }
+
+    /// Lets a node read other values. What nothing reads then is gone for all that is asked of the graph, and from its
+    /// nodes with the next [`sweep`](Self::sweep).
+    pub(crate) fn set_inputs(&mut self, id: NodeId, inputs: Vec<NodeId>) {
+        inputs.iter().for_each(|input| self.readers[input.0].push(id));
+        let before = std::mem::replace(&mut self.nodes[id.0].inputs, inputs);
+        self.touched.push(id);
+        self.forget(id, before);
+    }
+
+    /// Takes back that a node reads these values, and all that only it needed.
+    fn forget(&mut self, reader: NodeId, inputs: Vec<NodeId>) {
+        let mut open: Vec<(NodeId, NodeId)> = inputs.into_iter().map(|input| (reader, input)).collect();
+        while let Some((reader, id)) = open.pop() {
+            let readers = &mut self.readers[id.0];
+            if let Some(place) = readers.iter().position(|other| *other == reader) {
+                readers.swap_remove(place);
+            }
+            self.touched.push(id);
+            if !self.is_needed(id) {
+                open.extend(std::mem::take(&mut self.nodes[id.0].inputs).into_iter().map(|input| (id, input)));
+            }
+        }
+    }
+
+    /// Whether anything reads a node, or asks for it.
+    pub(crate) fn is_needed(&self, id: NodeId) -> bool {
+        id.0 == 0 || id == self.output || !self.readers[id.0].is_empty()
+    }
+
+    /// The nodes that were changed since this was last asked, and what reads them or is read by them, two steps far.
+    pub(crate) fn take_touched(&mut self) -> BTreeSet<NodeId> {
+        let mut all: BTreeSet<NodeId> = std::mem::take(&mut self.touched).into_iter().collect();
+        let mut edge: Vec<NodeId> = all.iter().copied().collect();
+        for _ in 0..2 {
+            let beside = |id: &NodeId| self.readers[id.0].iter().chain(&self.nodes[id.0].inputs).copied();
+            let next: Vec<NodeId> = edge.iter().flat_map(beside).collect();
+            edge = next.into_iter().filter(|id| all.insert(*id)).collect();
+        }
+        all.retain(|id| self.is_needed(*id));
+        all
     }
 
     /// Appends a node of this layer, which may be empty. It gets its name from [`Graph::name_nodes`].
@@ -163,8 +212,11 @@ impl Graph {
             let name = if layer.is_empty() { op.kind() } else { layer };
             Error::Node { node: name.into(), message }
         })?;
+        let id = NodeId(self.nodes.len());
+        inputs.iter().for_each(|input| self.readers[input.0].push(id));
         self.nodes.push(Node { name: String::new(), op, inputs, shape, layer: layer.into() });
-        Ok(NodeId(self.nodes.len() - 1))
+        self.readers.push(vec![]);
+        Ok(id)
     }
 
     /// Gives a node another operation on the same inputs, and a name of its own within the module of its layer.
@@ -173,9 +225,12 @@ impl Graph {
             "" => part.to_string(),
             module => format!("{module}.{part}"),
         };
-        let replaced = self.push(&layer, op, self.node(id).inputs.clone())?;
-        self.nodes.swap_remove(id.0);
-        debug_assert_eq!(replaced.0, self.nodes.len(), "the new node stands in the old one's place");
+        let inputs = &self.nodes[id.0].inputs;
+        let shapes: Vec<&[usize]> = inputs.iter().map(|id| self.node(*id).shape.as_slice()).collect();
+        let shape = op.shape(self.batch, &shapes).map_err(|message| Error::Node { node: layer.clone(), message })?;
+        let node = &mut self.nodes[id.0];
+        (node.op, node.shape, node.layer) = (op, shape, layer);
+        self.touched.push(id);
         Ok(())
     }
 
@@ -188,24 +243,33 @@ impl Graph {
 
     /// How often the value of a node is read; the picture itself counts as read once.
     pub fn n_uses(&self, id: NodeId) -> usize {
-        let reads: usize = self.nodes.iter().map(|node| node.inputs.iter().filter(|input| **input == id).count()).sum();
-        reads + usize::from(self.output == id)
+        self.readers[id.0].len() + usize::from(self.output == id)
     }
 
     /// The nodes that read a value.
     pub fn consumers(&self, id: NodeId) -> Vec<NodeId> {
-        self.ids().filter(|reader| self.node(*reader).inputs.contains(&id)).collect()
+        let mut readers = self.readers[id.0].clone();
+        readers.sort_unstable();
+        readers.dedup();
+        readers
     }
 
     /// Lets everything that read `from` read `to`, which must come earlier.
     pub(crate) fn redirect(&mut self, from: NodeId, to: NodeId) {
-        for input in self.nodes.iter_mut().flat_map(|node| &mut node.inputs) {
-            if *input == from {
-                *input = to;
-            }
+        let readers = std::mem::take(&mut self.readers[from.0]);
+        for reader in &readers {
+            let inputs = &mut self.nodes[reader.0].inputs;
+            inputs.iter_mut().filter(|input| **input == from).for_each(|input| *input = to);
         }
+        self.touched.extend(&readers);
+        self.touched.push(to);
+        self.readers[to.0].extend(readers);
         if self.output == from {
             self.output = to;
+        }
+        if !self.is_needed(from) {
+            let inputs = std::mem::take(&mut self.nodes[from.0].inputs);
+            self.forget(from, inputs);
         }
     }
 
@@ -231,6 +295,11 @@ impl Graph {
             *input = place[input.0];
         }
         self.output = place[self.output.0];
+        self.touched.clear();
+        self.readers = vec![vec![]; self.nodes.len()];
+        for (id, node) in self.nodes.iter().enumerate() {
+            node.inputs.iter().for_each(|input| self.readers[input.0].push(NodeId(id)));
+        }
     }
 
     /// A node of a layer is named after it. A sum or a product is named after the layer before it, a concatenation or
