@@ -16,149 +16,171 @@ use std::path::Path;
 
 /// A distillation, whole: what `--config` may hold and what `config.toml` in the run records. The defaults are plain
 /// distribution matching, which needs nothing but a teacher.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Updates of the generator.
+    /// Updates of the generator: 1 or more.
     pub steps: u64,
-    /// Samples per update.
+    /// Samples per update: 1 or more, a multiple of accumulate.
     pub batch: usize,
-    /// Parts that an update's batch is run in, to save memory; the gradient is that of the whole batch.
+    /// Parts that an update's batch is run in, to save memory; their gradients add up to the batch's. A divisor of
+    /// batch.
     pub accumulate: usize,
-    /// Whether the networks' blocks are computed again for their gradient instead of being kept, to save memory.
+    /// Whether the networks' blocks are computed again for their gradient instead of being kept, to save memory: true
+    /// or false (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
     pub grad_checkpoint: bool,
-    /// What the networks compute in on a GPU: f32 (products in TF32) or bf16. Weights, norms' statistics, losses and the
-    /// optimiser are f32 always.
+    /// What the networks compute in on a GPU: "f32" (products in TF32) or "bf16". Weights, norms' statistics, losses
+    /// and the optimiser are f32 always.
     pub precision: Precision,
-    /// Everything random follows from it.
+    /// Everything random follows from it: 0 or more.
     pub seed: u64,
-    /// Updates of the fake score per update of the generator (two-time-scale rule, DMD2 section 4.2).
+    /// Updates of the fake score per update of the generator: 1 or more (two-time-scale rule, DMD2, section 4.2, which
+    /// names 5; SiD makes 1).
     pub ratio: u64,
-    /// Where the fake score's samples come from.
+    /// Where the fake score's samples come from: "fresh", new ones for every update; "shared", its first update takes
+    /// those of the generator's update, as in DMD2's code.
     pub samples: Samples,
-    /// Pictures for the adversarial term: a folder or a zip, as for `teacher train`; empty for none.
+    /// Pictures for the adversarial term: a folder or a zip, those that the teacher was trained on; "" for none.
     pub data: String,
-    /// Steps between lines of metrics.jsonl.
+    /// Steps between lines of metrics.jsonl: 1 or more.
     pub log_every: u64,
-    /// Steps between sample grids.
+    /// Steps between sample grids: 1 or more.
     pub sample_every: u64,
-    /// Steps between checkpoints.
+    /// Steps between checkpoints: 1 or more.
     pub checkpoint_every: u64,
-    /// The student.
+    /// The student, which makes a picture in one step or a few.
     pub generator: GeneratorSettings,
-    /// The teacher.
+    /// The teacher, which stays as it is.
     pub real_score: RealScoreSettings,
-    /// The critic that learns the generator's distribution.
+    /// The critic, which learns the generator's distribution while it changes.
     pub fake_score: FakeScoreSettings,
     /// What the generator learns from.
     pub loss: LossSettings,
     /// What happens when a run goes astray.
     pub guards: GuardSettings,
-    /// Both networks' optimiser.
+    /// AdamW, for all networks (Loshchilov and Hutter 2019, algorithm 2).
     pub optimizer: AdamW,
 }
 
 /// Settings of the generator.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GeneratorSettings {
-    /// The noise level it is held at: a number, or "max" for the teacher's last, T − 1.
+    /// The noise level it is held at: a number within the teacher's levels, or "max" for the last of them, T − 1. 2.5
+    /// in SiD, the last in DMD.
     pub sigma: Sigma,
-    /// Noise levels of a generator of few steps, descending, in the place of `sigma`: each pass but the first noises the
-    /// picture before it to its level and cleans it again. Trained by backward simulation (DMD2, section 4.5). Empty:
-    /// one step.
+    /// Noise levels of a generator of a few steps, descending, in the place of sigma; [] for one step. Trained by
+    /// backward simulation (DMD2, section 4.5).
     pub steps: Vec<f64>,
-    /// Another run, or its generator's folder, to go on from instead of the teacher; empty for the teacher.
+    /// Another run, or its generator's folder, to go on from, as in a second stage; "" for the teacher. It should be
+    /// held at the same sigma.
     pub start: String,
-    /// Learning rate.
+    /// Learning rate: above 0.
     pub rate: f64,
-    /// Steps of linear warm-up.
+    /// Updates of linear warm-up: 0 or more.
     pub warmup: u64,
-    /// How the rate goes on.
+    /// How the rate goes on: "constant", or down to 0 at the last update by a half "cosine" (Loshchilov and Hutter
+    /// 2017, SGDR, equation 5) or "linear".
     pub decay: Decay,
-    /// Decay of the average of its weights: a number, or several, of which the first is the one exported.
+    /// Decay of the moving average of its weights, which is what is exported: 0 or more and below 1; 0 is no average.
+    /// Of a list, such as [0.99, 0.999], the first is exported and the others are kept beside it.
     pub ema: Ema,
-    /// Range of noise levels of the distribution-matching loss, as fractions of T.
+    /// Range of noise levels of the scores' loss, as fractions of T: 0 <= low < high <= 1. [0.02, 0.98] in DMD and
+    /// DMD2, [0, 0.8] in SiD.
     pub t_range: [f64; 2],
 }
 
 /// Settings of the real score.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RealScoreSettings {
-    /// Classifier-free guidance: uncond + scale·(cond − uncond). 1 is none. Pairs must be made with the same.
+    /// Classifier-free guidance, uncond + scale·(cond − uncond): 0 or more; 1 is none (Ho and Salimans 2022, equation
+    /// 6, with scale = 1 + w). Pairs must be made with the same.
     pub guidance_scale: f64,
 }
 
 /// Settings of the fake score.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FakeScoreSettings {
-    /// Learning rate.
+    /// Learning rate, of the discriminator too: above 0.
     pub rate: f64,
-    /// Updates of linear warm-up.
+    /// Its own updates of linear warm-up, ratio of them a step: 0 or more.
     pub warmup: u64,
-    /// How the rate goes on.
+    /// How the rate goes on: "constant", "cosine" or "linear", as the generator's.
     pub decay: Decay,
-    /// Weight of a noise level in its loss.
+    /// Weight of a noise level in its loss on x0: "edm", 1/σ² + 1/σ_data² (DMD, algorithm 3, for EDM); "snr", 1/σ² (the
+    /// same for Stable Diffusion: the plain loss on epsilon); "uniform", 1 (FastGen).
     pub weight: CriticWeight,
-    /// Range of noise levels it is trained at, as fractions of T.
+    /// Range of noise levels that it learns, as fractions of T: 0 <= low < high <= 1. All of them in DMD and DMD2.
     pub t_range: [f64; 2],
 }
 
 /// What the generator learns from.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LossSettings {
-    /// What is made of the two scores.
+    /// What is made of the two scores: "distribution-matching" (DMD, equations 7 and 8, in the form of algorithm 2), or
+    /// { score-identity = { alpha = 1.2 } }, which is a table of its own in a file (SiD, equations 22 and 23).
     pub scores: ScoreLoss,
-    /// The divergence that distribution matching brings down; all but reverse-kl need `loss.gan`.
+    /// The divergence that distribution matching brings down, by the weight h of a sample whose density is r times
+    /// higher in the data: "reverse-kl" (h = 1), "softened-reverse-kl" (1/(r + 1)), "jensen-shannon" (r/(r + 1)),
+    /// "squared-hellinger" (√r/4), "forward-kl" (r), "jeffreys" (r + 1) or "neyman" (1/r). All but the first need
+    /// loss.gan and distribution matching (f-distill, theorem 1 and table 1).
     pub divergence: Divergence,
-    /// What a batch leaves of the mean density ratio of its range of noise levels, for those divergences.
+    /// What a batch leaves of the mean r of its range of noise levels, for those divergences: 0 or more and below 1. In
+    /// f-distill 0 for CIFAR-10 and 0.5 for ImageNet-64.
     pub ratio_memory: f64,
-    /// The regression term (DMD, equation 9).
+    /// The regression term, towards the teacher's picture of the same noise (DMD, equation 9).
     pub regression: RegressionSettings,
-    /// The adversarial term (DMD2, section 4.3).
+    /// The adversarial term: heads on the fake score's encoder tell real pictures from the generator's (DMD2, section
+    /// 4.3; with score identity, SiDA).
     pub gan: GanSettings,
 }
 
 /// Settings of the regression term.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RegressionSettings {
-    /// Weight; 0 leaves the term out.
+    /// Its weight: 0 or more; 0 leaves it out. 0.25 in DMD.
     pub weight: f64,
-    /// How far two pictures are apart.
+    /// How far two pictures are apart: "l2"; "pseudo-huber" (Song and Dhariwal 2024, section 3.3); "teacher-features",
+    /// by the teacher's own encoder (Zhang et al. 2018, LPIPS, equation 1); or { onnx = "FILE" }, by the outputs of any
+    /// ONNX network.
     pub distance: Distance,
-    /// What `dmd pairs` wrote.
+    /// The folder that `dmd pairs` wrote; "" for none.
     pub pairs: String,
 }
 
 /// Settings of the adversarial term.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GanSettings {
-    /// Weight in the generator's loss.
+    /// Its weight in the generator's loss: 0 or more. 3e-3 in DMD2 for ImageNet-64.
     pub weight: f64,
-    /// Weight of the discriminator's loss beside the fake score's, which share an encoder; 0 leaves the term out.
+    /// Weight of the discriminator's loss beside the fake score's, which share an encoder: 0 or more; 0 leaves the
+    /// whole term out. 1e-2 in DMD2.
     pub critic_weight: f64,
-    /// Weight of the approximate R1 penalty within the discriminator's loss.
+    /// Weight of the approximate R1 penalty within the discriminator's loss: 0 or more (Lin et al. 2025, APT, section
+    /// 3.4).
     pub r1: f64,
-    /// Updates of the generator before the term joins.
+    /// Updates of the generator before the term joins: 0 or more.
     pub start_step: u64,
-    /// Resolutions of the fake score's encoder that get a head, from the bottleneck upwards.
+    /// Resolutions of the encoder that get a head, from the bottleneck upwards: 1, as in DMD2, up to as many as it has.
     pub resolutions: usize,
-    /// Range of noise levels of the discriminator's inputs, as fractions of T.
+    /// Range of noise levels of the discriminator's inputs, as fractions of T: 0 <= low < high <= 1. All of them in
+    /// DMD2.
     pub t_range: [f64; 2],
 }
 
 /// What happens when a run goes astray.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GuardSettings {
-    /// Updates in a row that may be skipped because a loss or a gradient is not finite.
+    /// Updates in a row that may be skipped because a loss or a gradient is not finite: 0 or more.
     pub skip: u64,
-    /// Times that a run with more of them goes back to its last checkpoint and on at half the rates, before it stops.
+    /// Times that a run with more of them goes back to its last checkpoint and on at half the rates, before it stops: 0
+    /// or more.
     pub returns: u64,
 }
 
@@ -234,21 +256,22 @@ impl CriticWeight {
 }
 
 /// What the generator's loss makes of the two scores.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum ScoreLoss {
     /// Distribution matching (DMD).
     #[default]
     DistributionMatching,
-    /// The score-identity loss (SiD).
+    /// The score-identity loss (SiD, equations 22 and 23). alpha is how much of the squared gap between the scores is
+    /// taken away: above 0. 1.2 in SiD for one step at low resolution, 1 elsewhere.
     ScoreIdentity {
-        /// Its alpha: 1.2 in the paper for one step at low resolution, 1 elsewhere.
+        /// As above.
         alpha: f64,
     },
 }
 
 /// How far two pictures are apart.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, DocumentedFieldsOpt, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Distance {
     /// Mean square.
@@ -258,7 +281,7 @@ pub enum Distance {
     /// Features of the teacher's own encoder at a low noise level: perceptual, with nothing to download.
     #[default]
     TeacherFeatures,
-    /// Features of this ONNX network: one picture input (B, C, H, W) in [-1, 1], feature maps as outputs.
+    /// The network: one picture input (B, C, H, W) in [-1, 1], feature maps as outputs.
     Onnx(String),
 }
 

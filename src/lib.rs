@@ -25,6 +25,7 @@ pub mod device;
 pub mod eval;
 pub mod memory;
 pub mod npy;
+pub mod onnx_sizes;
 pub mod output;
 pub mod picture;
 pub mod report;

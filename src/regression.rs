@@ -2,6 +2,7 @@
 
 use crate::config::Distance;
 use crate::loss::{l2, perceptual, pseudo_huber};
+use crate::{memory, onnx_sizes};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_onnx::onnx::{GraphProto, ModelProto, NodeProto, ValueInfoProto, tensor_shape_proto, type_proto};
@@ -105,7 +106,7 @@ impl Features {
                 .collect::<Result<_>>()?;
             rows.extend((0..len).map(|i| maps.iter().flat_map(|map| &map[i]).map(|v| f64::from(*v)).collect()));
         }
-        let width = rows[0].len();
+        let width = rows.first().map_or(0, Vec::len);
         Ok(Array2::from_shape_vec((n, width), rows.concat())?)
     }
 }
@@ -241,10 +242,11 @@ impl FeatureNetwork {
             candle_onnx::simple_eval(&port.declared, values.clone())?;
         }
         for (node, graph) in &self.nodes {
+            onnx_sizes::check_room(node, &values)?;
             match (node.op_type.as_str(), node.input.first().and_then(|name| values.get(name))) {
                 ("MaxPool", Some(x)) => {
                     let pooled = max_pool(node, x)?;
-                    values.insert(node.output[0].clone(), pooled);
+                    values.extend(node.output.first().map(|name| (name.clone(), pooled)));
                 }
                 _ => values.extend(candle_onnx::simple_eval(graph, values.clone())?),
             }
@@ -258,6 +260,8 @@ impl FeatureNetwork {
 fn resized(x: &Tensor, to: [Option<usize>; 2]) -> candle_core::Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
     let [rows, columns] = [to[0].unwrap_or(h), to[1].unwrap_or(w)];
+    memory::room("pictures in the size that the file declares", &[b, c, rows.max(h), columns.max(w)])
+        .map_err(|error| candle_core::Error::Msg(error.to_string()))?;
     if [rows, columns] == [h, w] {
         return Ok(x.clone());
     }
