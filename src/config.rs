@@ -8,6 +8,7 @@ use crate::optim::{AdamW, Decay};
 use crate::train::Settings;
 use anyhow::{Context, Result, bail, ensure};
 use dmd_models::{Precision, UNetConfig};
+use documented::DocumentedFieldsOpt;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -5,6 +5,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use dmd_models::Weights;
 use dmd_models::ops::{self, AdamwStep};
+use documented::DocumentedFieldsOpt;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
