@@ -71,6 +71,24 @@ pub fn check(needs: &Needs, on: &Device) -> Result<()> {
     Ok(())
 }
 
+/// Refuses pictures that cannot fit, before their noise is drawn: `n` of them, each of so many values, `batch` at a time.
+pub fn check_pictures(cost: Cost, values: usize, n: usize, batch: usize, on: &Device) -> Result<()> {
+    let Some(available) = available_bytes(&Device::Cpu) else { return Ok(()) };
+    // Noise and pictures, once as arrays and once as tensors.
+    let held = 4.0 * values as f64 * n as f64;
+    // What a pass holds at its widest: at least half of what lies between its blocks.
+    let at_once = if on.is_cpu() { 0.5 * cost.between as f64 * batch.min(n) as f64 } else { 0.0 };
+    let needed = (held + at_once) * size_of::<f32>() as f64;
+    ensure!(
+        needed <= available as f64,
+        "{n} pictures of {values} values, {} at a time, take at least {:.0} MiB, and {} MiB are free: ask for fewer, or lower --batch",
+        batch.min(n),
+        needed / f64::from(1 << 20),
+        available >> 20
+    );
+    Ok(())
+}
+
 const REMEDY: &str = "lower --batch, give --grad-checkpoint (on a GPU, --precision bf16 too), or raise a run's accumulate, which goes through a batch in parts";
 
 /// Refuses, before any memory is taken, numbers of f32 that the machine has no room for: `what` an option or a file asks

@@ -4,6 +4,7 @@ use crate::memory::{self, Work};
 use crate::random::picture_noise;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
+use dmd_models::cost::cost;
 use dmd_models::denoiser::Generator;
 use dmd_models::{Condition, Denoiser, Eager};
 use ndarray::Array4;
@@ -127,6 +128,13 @@ impl Model {
         }
     }
 
+    /// Refuses pictures that memory cannot hold: `n` of them of this size, `batch` at a time.
+    pub fn check_memory(&self, n: usize, size: [usize; 2], batch: usize) -> Result<()> {
+        let network = &self.denoiser().network;
+        let [c, h, w] = [network.takes().channels, size[0], size[1]];
+        memory::check_pictures(cost(network, [c, h, w])?, c * h * w, n, batch, network.device())
+    }
+
     /// Pictures `(N, C, H, W)`, around [-1, 1], from noise of the same shape, `batch` at a time.
     pub fn pictures(&self, noise: &Tensor, labels: &[i64], batch: usize) -> Result<Array4<f32>> {
         let (n, c, h, w) = noise.dims4()?;
@@ -177,6 +185,7 @@ impl Model {
         labels: &[i64],
         batch: usize,
     ) -> Result<Array4<f32>> {
+        self.check_memory(n, [h, w], batch)?;
         let c = self.denoiser().network.takes().channels;
         self.pictures(&picture_noise(seed, 0, n, [c, h, w], &Device::Cpu)?, labels, batch)
     }

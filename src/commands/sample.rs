@@ -23,6 +23,9 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
         check_free(path, args.force)?;
     }
     let mut source = Source::open(args, threads)?;
+    if let Source::Folder { model, shape: [_, h, w], .. } = &source {
+        model.check_memory(args.n.unwrap_or(PICTURES), [*h, *w], args.batch)?;
+    }
     let noise = noise(args, source.shape())?;
     let labels = labels(&args.class, source.classes(), noise.dim().0)?;
     args.out.iter().chain(&args.npy).try_for_each(|path| make_parent(path))?;
