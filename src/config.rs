@@ -486,7 +486,7 @@ pub fn check_guidance(setting: &str, scale: f64, unet: &UNetConfig, null_class: 
     );
     ensure!(
         scale == 1.0 || null_class,
-        "{setting} is {scale}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1"
+        "{setting} is {scale}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1; where the last row of its class table stands for no class, say \"null_class\": true in its dmd.json"
     );
     Ok(())
 }

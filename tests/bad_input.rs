@@ -64,7 +64,9 @@ fn a_corrupt_picture_is_named_and_skipped_or_refused() {
 fn broken_weights_are_named() {
     let w = Workplace::new().with_fixture("edm-tiny");
     let whole = std::fs::read(w.path(WEIGHTS)).unwrap();
-    for n_bytes in [0, 5, 4000, whole.len() - 1] {
+    w.write(WEIGHTS, "");
+    w.refuses(DISTILL, 1, &["the teacher: ", WEIGHTS, "not a safetensors file, but an empty file"]);
+    for n_bytes in [5, 4000, whole.len() - 1] {
         w.write(WEIGHTS, &whole[..n_bytes]);
         let size = format!("not a whole safetensors file ({n_bytes} bytes)");
         w.refuses(DISTILL, 1, &["the teacher: ", WEIGHTS, &size]);

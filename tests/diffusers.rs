@@ -1,8 +1,10 @@
 //! Teachers that diffusers wrote distil, export and sample here, whatever their network speaks: noise, v, x0, or EDM's F.
 
 mod common;
-use common::{Workplace, max_difference};
+use common::{Workplace, max_difference, stderr};
 use serde_json::json;
+use std::path::Path;
+use std::process::Command;
 
 /// Distils two steps at diffusers' highest noise level and at an inner one, exports, and compares the pictures.
 fn check(fixture: &str, prediction: &str) {
@@ -82,6 +84,94 @@ fn a_pipeline_of_another_kind_is_refused_by_its_part() {
     w.refuses(
         "distill --teacher teacher --out run",
         1,
-        &["_class_name is \"FlowMatchEulerDiscreteScheduler\", supported: DDPMScheduler"],
+        &["_class_name is \"FlowMatchEulerDiscreteScheduler\", which is not supported: flow matching"],
     );
+}
+
+#[test]
+fn a_teacher_of_few_timesteps_is_told_the_way_out() {
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    w.edit_json("teacher/scheduler/scheduler_config.json", |s| s["num_train_timesteps"] = json!(100));
+    w.refuses(
+        "distill --teacher teacher --out run --steps 1 --batch 2",
+        1,
+        &["generator.sigma is 2.5, expected within", "--set generator.sigma=max takes the highest"],
+    );
+    let run = w.ok("distill --teacher teacher --out run --steps 1 --batch 2 --set generator.sigma=max");
+    assert!((run["sigma"].as_f64().unwrap() - 1.323).abs() < 1e-3, "{run}");
+}
+
+#[test]
+fn a_foreign_teacher_is_said_to_be_one_and_told_how_to_name_its_null_row() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    assert_eq!(w.ok("inspect teacher")["made_by"], "diffusers 0.42.1");
+    w.refuses("sample teacher --npy a.npy -n 1 --guidance 2", 1, &["\"null_class\": true in its dmd.json"]);
+    w.write("teacher/dmd.json", r#"{ "classes": ["cat", "dog"], "null_class": true }"#);
+    w.ok("sample teacher --npy a.npy -n 1 --steps 2 --guidance 2 --class dog");
+    assert_eq!(w.ok("inspect teacher")["classes"], json!(["cat", "dog"]));
+}
+
+#[test]
+fn pictures_that_no_memory_holds_are_refused_with_the_number() {
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    w.edit_json("teacher/unet/config.json", |c| c["sample_size"] = json!(100_000));
+    w.refuses("sample teacher --npy a.npy -n 1", 1, &["sample_size is 100000, expected 1 to 8192"]);
+    w.edit_json("teacher/unet/config.json", |c| c["sample_size"] = json!(8192));
+    w.refuses("sample teacher --npy a.npy -n 100000", 1, &["take at least", "MiB are free"]);
+}
+
+#[test]
+fn what_was_done_to_a_folder_to_read_it_is_said() {
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    w.edit_json("teacher/scheduler/scheduler_config.json", |s| {
+        *s = json!({ "_class_name": "HeunDiscreteScheduler" });
+    });
+    let unet = "teacher/unet/diffusion_pytorch_model";
+    std::fs::rename(w.path(&format!("{unet}.safetensors")), w.path(&format!("{unet}.ema.safetensors"))).unwrap();
+    let said = stderr(&w.run("inspect teacher"));
+    assert!(said.contains("warning: teacher: model_index.json names DDPMScheduler as the scheduler"), "{said}");
+    assert!(said.contains("warning: teacher/unet: the weights are those of the variant \"ema\""), "{said}");
+}
+
+/// A Python with diffusers: `DMD_PYTHON`, or else `python3`. Without one there is nothing to compare with.
+fn python() -> Option<String> {
+    let python = std::env::var("DMD_PYTHON").unwrap_or("python3".into());
+    let found = Command::new(&python).args(["-c", "import torch, diffusers, PIL"]).output();
+    let found = found.is_ok_and(|output| output.status.success());
+    if !found {
+        eprintln!("left out: {python} has no diffusers");
+    }
+    found.then_some(python)
+}
+
+/// Pictures of one noise by `dmd sample` and by `examples/python/pictures.py`.
+fn both(w: &Workplace, python: &str, folder: &str, more: &str, tolerance: f32) {
+    let size = w.ok(&format!("inspect {folder}"))["size"][0].as_u64().unwrap() as usize;
+    dmd::npy::write(&w.path("noise.npy"), &dmd_runtime::picture_noise(3, 0, 3, [3, size, size])).unwrap();
+    w.ok(&format!("sample {folder} --noise noise.npy --npy ours.npy --force {more}"));
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/python/pictures.py");
+    let mut command = Command::new(python);
+    command.arg(script).arg(w.path(folder)).args(["--noise", "noise.npy", "--npy", "theirs.npy", "--steps", "4"]);
+    let output = command.current_dir(w.path("")).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let (ours, theirs) = (w.npy("ours.npy"), w.npy("theirs.npy"));
+    // A pipeline's pictures are clamped; a generator's are not.
+    let ours = if more.is_empty() { ours } else { ours.mapv(|v| v.clamp(-1.0, 1.0)) };
+    let scale = ours.iter().fold(1f32, |max, v| max.max(v.abs()));
+    let difference = max_difference(&ours, &theirs);
+    assert!(difference <= tolerance * scale, "{folder}: {difference} of {scale}");
+}
+
+#[test]
+fn diffusers_makes_the_same_pictures_of_our_folders() {
+    let Some(python) = python() else { return };
+    let w = Workplace::new();
+    // 2e-3: the Karras table in f32 there, over four steps from sigma 80.
+    let teacher = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pretrained/emoji-16");
+    both(&w, &python, teacher.to_str().unwrap(), "--sampler euler --steps 4", 2e-3);
+    for fixture in ["edm-tiny", "ddpm-tiny"] {
+        let w = Workplace::new().with_fixture(fixture);
+        w.ok("distill --teacher teacher --out run --steps 1 --batch 2");
+        both(&w, &python, "run/generator", "", 1e-4);
+    }
 }

@@ -115,7 +115,7 @@ impl Denoiser {
             return Err(Error::Config(match self.network.takes().told.is_empty() {
                 true => "guidance needs a teacher with classes, and this one has none".into(),
                 false => {
-                    "guidance needs a teacher that also knows pictures without a class: train it with label dropout"
+                    "guidance needs a teacher that also knows pictures without a class: train it with label dropout, or say \"null_class\": true in its dmd.json where the last row of its class table stands for no class"
                         .into()
                 }
             }));

@@ -51,9 +51,10 @@ impl From<Error> for candle_core::Error {
 }
 
 impl Error {
-    /// Puts a path before a message.
+    /// Puts a path before a message. The message may hold names from the file: what would command a terminal is spelled
+    /// out.
     pub fn file(path: impl AsRef<Path>, message: impl std::fmt::Display) -> Self {
-        Error::File { path: path.as_ref().to_path_buf(), message: message.to_string() }
+        Error::File { path: path.as_ref().to_path_buf(), message: printable(&message.to_string()) }
     }
 
     /// Puts a path before an error of the operating system.
@@ -61,4 +62,20 @@ impl Error {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { path, source }
     }
+}
+
+/// A text without control characters and marks that turn or break a line; they are written as Rust writes them.
+pub(crate) fn printable(text: &str) -> String {
+    let commands = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().fold(String::with_capacity(text.len()), |mut text, c| {
+        if commands(c) {
+            text.extend(c.escape_default())
+        } else {
+            text.push(c)
+        }
+        text
+    })
 }

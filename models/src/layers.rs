@@ -1,7 +1,7 @@
 //! Layers: named parameters and nothing else. What is done with them is a [`Backend`](crate::backend::Backend)'s
 //! business. Names are diffusers' tensor names without the final `.weight` or `.bias`.
 
-use crate::{Error, Result, Weights};
+use crate::{Error, Result, Weights, limits};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeSet;
 
@@ -176,10 +176,14 @@ impl<'a> Loader<'a> {
         if self.problems.is_empty() {
             return Ok(());
         }
+        Err(self.misfit())
+    }
+
+    fn misfit(&mut self) -> Error {
         let more = self.problems.len().saturating_sub(MAX_PROBLEMS);
         self.problems.truncate(MAX_PROBLEMS);
         let tail = if more > 0 { format!("; and {more} more") } else { String::new() };
-        Err(Error::Weights(self.problems.join("; ") + &tail))
+        Error::Weights(self.problems.join("; ") + &tail)
     }
 }
 
@@ -196,8 +200,12 @@ impl Source for Loader<'_> {
             }
             None => self.problems.push(format!("tensor \"{name}\" {shape:?} is missing")),
         }
-        // A stand-in, so that the walk goes on and finds the other problems; `finish` never lets it out.
-        Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+        if self.problems.len() > limits::MISSING_TENSORS {
+            return Err(self.misfit());
+        }
+        // A stand-in, so that the walk goes on and finds the other problems; `finish` never lets it out. One number,
+        // whatever the shape: a config may ask for what no memory holds.
+        Ok(Tensor::zeros(1, DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
     }
 }
 
@@ -220,7 +228,13 @@ impl<'a> Random<'a> {
 
 impl Source for Random<'_> {
     fn tensor(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
-        let count = shape.iter().product();
+        let count: usize = shape.iter().product();
+        if count > limits::PARAMETERS - self.weights.n_parameters().min(limits::PARAMETERS) {
+            return Err(Error::Config(format!(
+                "the network has more than {} parameters, which is more than is drawn here: its config asks for too wide or too many layers",
+                limits::PARAMETERS
+            )));
+        }
         let values: Vec<f32> = match init {
             Init::Const(value) => vec![value; count],
             Init::Uniform(bound) => {

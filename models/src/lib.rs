@@ -3,6 +3,7 @@
 #![deny(missing_docs)]
 
 mod error;
+mod limits;
 mod weights;
 
 pub mod backend;

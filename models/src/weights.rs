@@ -1,13 +1,14 @@
 //! Named tensors: read from and written to safetensors (one file, or diffusers' sharded index), held on a device,
 //! made trainable or frozen. Bytes from outside are untrusted: nothing is allocated before the header was checked.
 
-use crate::{Error, Result};
+use crate::folder::json;
+use crate::{Error, Result, limits};
 use candle_core::{DType, Device, Tensor, Var};
 use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
-use std::path::Path;
+use std::io::{Read, Seek};
+use std::path::{Component, Path};
 
 /// The parameters of a network by diffusers' tensor names, in the order of the names.
 #[derive(Clone, Debug, Default)]
@@ -137,18 +138,29 @@ fn load_file(path: &Path, device: &Device) -> Result<Weights> {
 
 /// A safetensors file at its first tensor, and its header, which accounts for every byte that follows.
 fn open(path: &Path) -> Result<(fs::File, safetensors::tensor::Metadata)> {
-    let mut file = fs::File::open(path).map_err(Error::io(path))?;
+    let mut file = fs::File::open(path).map_err(missing(path))?;
     let file_bytes = file.metadata().map_err(Error::io(path))?.len();
     let not_whole = |e: &dyn std::fmt::Display| {
         Error::file(path, format!("not a whole safetensors file ({file_bytes} bytes): {e}"))
     };
-    let mut length = [0u8; 8];
-    file.read_exact(&mut length).map_err(|_| not_whole(&"it has no header"))?;
-    let (header_bytes, rest) = (u64::from_le_bytes(length), file_bytes.saturating_sub(8));
+    let mut start = Vec::new();
+    file.by_ref().take(SIGNATURE_BYTES).read_to_end(&mut start).map_err(Error::io(path))?;
+    // A header is an object, after eight bytes of its length.
+    if start.get(8) != Some(&b'{')
+        && let Some(what) = what_it_is(&start).or_else(|| text_of(&start))
+    {
+        return Err(Error::file(path, format!("not a safetensors file, but {what}")));
+    }
+    let length = start.first_chunk::<8>().ok_or_else(|| not_whole(&"it has no header"))?;
+    let (header_bytes, rest) = (u64::from_le_bytes(*length), file_bytes.saturating_sub(8));
     let Some(data_bytes) = rest.checked_sub(header_bytes) else {
         return Err(not_whole(&format!("a header of {header_bytes} bytes does not fit")));
     };
+    if header_bytes > limits::HEADER_BYTES {
+        return Err(not_whole(&format!("a header of {header_bytes} bytes, expected at most {}", limits::HEADER_BYTES)));
+    }
     let mut header = vec![0u8; header_bytes as usize];
+    file.seek(std::io::SeekFrom::Start(8)).map_err(Error::io(path))?;
     file.read_exact(&mut header).map_err(Error::io(path))?;
     let header: safetensors::tensor::Metadata = serde_json::from_slice(&header).map_err(|e| not_whole(&e))?;
     match header.data_len() as u64 {
@@ -157,19 +169,74 @@ fn open(path: &Path) -> Result<(fs::File, safetensors::tensor::Metadata)> {
     }
 }
 
+/// Says of a link that leads nowhere where it led.
+pub(crate) fn missing(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    move |error| match fs::read_link(path) {
+        Ok(target) if error.kind() == std::io::ErrorKind::NotFound => {
+            let annex = target.components().any(|part| part.as_os_str() == "annex");
+            let remedy = if annex { ": run `git annex get` in its repository" } else { "" };
+            Error::file(path, format!("a link to {}, which is not there{remedy}", target.display()))
+        }
+        _ => Error::io(path)(error),
+    }
+}
+
+/// As much of a file as tells what it is.
+const SIGNATURE_BYTES: u64 = 512;
+const PICKLED: &str = "pickled weights, which can run any code when they are read: load them in Python and save them with save_pretrained(…, safe_serialization=True)";
+
+/// What a file is, by its first bytes, that is not what its name says.
+pub(crate) fn what_it_is(start: &[u8]) -> Option<String> {
+    let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start).trim_ascii_start();
+    let head = text[..text.len().min(64)].to_ascii_lowercase();
+    let begins = |signatures: &[&[u8]]| signatures.iter().any(|signature| start.starts_with(signature));
+    let what = if text.is_empty() {
+        "an empty file"
+    } else if head.starts_with(b"version https://git-lfs") {
+        "a pointer of Git LFS in the file's place: run `git lfs pull` in its repository"
+    } else if head.starts_with(b"/annex/objects/") {
+        "a pointer of git-annex in the file's place: run `git annex get` in its repository"
+    } else if [&b"<!doctype"[..], b"<html", b"<head", b"<?xml", b"<!--"].iter().any(|tag| head.starts_with(tag)) {
+        "a web page, as a download that failed leaves it: download it again"
+    } else if begins(&[b"PK\x03\x04", b"PK\x05\x06"]) {
+        return Some(format!("a zip archive. torch.save writes such: {PICKLED}"));
+    } else if let [0x80, 2..=5, opcode, ..] = start
+        && *opcode != 0
+    {
+        return Some(format!("a Python pickle: {PICKLED}"));
+    } else if begins(&[b"\x1f\x8b", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh", b"Rar!"])
+        || start.get(257..262) == Some(b"ustar")
+    {
+        "an archive: unpack it"
+    } else if begins(&[b"GGUF", b"\x93NUMPY", b"\x89HDF", b"TFL3"]) || start.get(4..8) == Some(b"TFL3") {
+        "a file of another format (GGUF, NumPy, HDF5 or TFLite)"
+    } else {
+        return None;
+    };
+    Some(what.to_string())
+}
+
+/// Text in the place of weights, by its first line.
+fn text_of(start: &[u8]) -> Option<String> {
+    // A character may be cut off at the end.
+    let text = String::from_utf8_lossy(start);
+    let line: String = text.lines().next()?.chars().take(40).collect();
+    let is_text = !text.contains('\0') && !line.contains(char::REPLACEMENT_CHARACTER);
+    is_text.then(|| format!("text: \"{line}\""))
+}
+
 fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = fs::read_to_string(index).map_err(Error::io(index))?;
-    let parsed: Index =
-        serde_json::from_str(&text).map_err(|e| Error::file(index, format!("not a weight index: {e}")))?;
+    let parsed: Index = serde_json::from_value(json::read(index)?)
+        .map_err(|e| Error::file(index, format!("not a weight index: {e}")))?;
     let folder = index.parent().unwrap_or(Path::new("."));
     let mut weights = Weights::default();
     let mut shards: BTreeMap<&str, Weights> = BTreeMap::new();
     for (name, shard) in &parsed.weight_map {
-        if Path::new(shard).components().count() != 1 {
+        if !matches!(Path::new(shard).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
             return Err(Error::file(index, format!("shard \"{shard}\" is not a plain file name")));
         }
         if !shards.contains_key(shard.as_str()) {

@@ -3,7 +3,8 @@
 
     python make_fixtures.py OUT          (OUT: models/tests/fixtures; its three sub-folders are replaced)
 
-The committed fixtures were made with diffusers 0.42.1, torch 2.15.0 (CPU, one thread), safetensors 0.8.0.
+The committed fixtures were made with diffusers 0.42.1, torch 2.15.0 (CPU, one thread), safetensors 0.8.0; two of the
+schedulers want scipy and torchsde too.
 The same versions on the same machine give the same bytes; other ones differ in the last bits of the outputs.
 
 unet/NAME/           config.json and weights as `UNet2DModel.save_pretrained` writes them, and io.safetensors:
@@ -14,11 +15,13 @@ unet/NAME/           config.json and weights as `UNet2DModel.save_pretrained` wr
                                      as f64, so that the fourier embedding and its last division are f64
                      F16 weights were rounded before the output was computed: they are exact, read them as f32.
 schedulers/NAME/     scheduler_config.json as diffusers writes it, and expected.json (see `schedulers` below)
+scheduler_classes.json  the noise levels of every class that is taken (see `scheduler_classes` below)
 ddpm-tiny/, edm-tiny/  what `DDPMPipeline.save_pretrained` writes, and io.safetensors (see `folders` below)
 
 The script ends by loading every folder again and comparing, and by checking that the networks differ in every field.
 """
 
+import inspect
 import json
 import math
 import shutil
@@ -400,6 +403,51 @@ def schedulers(out):
         write(out / f"edm-{kind.split('_')[0]}", scheduler, edm_numbers(scheduler))
 
 
+CONFIGS = {
+    "default": {},
+    "100 steps": {"num_train_timesteps": 100},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "scaled": {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.01},
+    "linear": {"beta_schedule": "linear", "beta_start": 0.001},
+    "trained": {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
+    "edm": {"sigma_min": 0.01, "sigma_max": 50.0, "rho": 5.0},
+    "exponential": {"sigma_schedule": "exponential"},
+}
+
+
+def scheduler_classes(out):
+    """For every class in src/folder/schedulers.json, which must have its keys and defaults: the first, last and middle
+    sigma of the configs above that it has all keys of, and whether it clips by default."""
+    table = json.loads((Path(__file__).parent / "../src/folder/schedulers.json").read_text())
+    classes = {}
+    for name, defaults in table.items():
+        kind = getattr(diffusers, name)
+        parameters = inspect.signature(kind.__init__).parameters
+        assert defaults == {k: v.default for k, v in parameters.items() if k not in ("self", "kwargs")}, name
+        sigmas = {}
+        for label, config in CONFIGS.items():
+            euler = name == "EulerDiscreteScheduler" or name == "UniPCMultistepScheduler"  # sigma_min of their sampler
+            if all(key in defaults for key in config) and not (euler and "sigma_min" in config) and not (name == "UnCLIPScheduler" and label == "cosine"):
+                sigmas[label] = ends(kind, config)
+        classes[name] = {"clip": bool(kind().config.get("clip_sample", False)), "sigmas": sigmas}
+    rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in classes.items())
+    out.write_text('{\n  "configs": ' + json.dumps(CONFIGS) + ',\n  "classes": {\n' + rows + "\n  }\n}\n")
+
+
+def ends(kind, config):
+    if "trained_betas" in config:  # one class wants an array
+        config = {**config, "trained_betas": np.array(config["trained_betas"], dtype=np.float32)}
+    scheduler = kind(**config)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+    if hasattr(scheduler, "alphas_cumprod"):
+        alphas = scheduler.alphas_cumprod.double()
+        table = ((1 - alphas) / alphas) ** 0.5
+    else:
+        table = scheduler.sigmas[:-1].double().sort().values
+    return [float(f"{float(table[i]):.6g}") for i in (0, -1, len(table) // 2)]
+
+
 def write(folder, scheduler, numbers):
     scheduler.save_pretrained(folder)
     lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in numbers.items()]
@@ -526,6 +574,7 @@ def main():
         shutil.rmtree(out / part, ignore_errors=True)
     networks(out / "unet")
     schedulers(out / "schedulers")
+    scheduler_classes(out / "scheduler_classes.json")
     folders(out)
     check(out)
 

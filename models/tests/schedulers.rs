@@ -8,7 +8,7 @@
 use dmd_models::denoiser::Coefficients;
 use dmd_models::folder::Scheduler;
 use dmd_models::{NoiseLevels, Prediction};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::Path;
 
 struct Case {
@@ -192,4 +192,150 @@ fn eighteen_euler_steps_end_where_those_of_diffusers_end() {
         all_close(name, &x, &numbers(&run["end_f64"]), 1e-11);
         all_close(name, &x, &numbers(&run["end"]), 5e-6);
     }
+}
+
+fn read(json: Value) -> Result<Scheduler, String> {
+    Scheduler::from_json(Path::new("s.json"), &json.to_string()).map_err(|error| error.to_string())
+}
+
+/// A class with nothing in its file, and with a few settings: what diffusers' class of that name makes of them. The
+/// fixture's sigmas are the first, the last and the middle one, from its f32 tables: relative 1e-3.
+#[test]
+fn every_class_has_the_defaults_and_levels_of_diffusers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/scheduler_classes.json");
+    let fixture: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let classes = fixture["classes"].as_object().unwrap();
+    assert_eq!(classes.len(), 25);
+    for (class, expected) in classes {
+        for (name, sigmas) in expected["sigmas"].as_object().unwrap() {
+            let mut json = fixture["configs"][name].clone();
+            json["_class_name"] = class.as_str().into();
+            let scheduler = read(json).unwrap();
+            let table = scheduler.levels().unwrap();
+            let table = table.sigmas();
+            for (ours, theirs) in [table[0], table[table.len() - 1], table[table.len() / 2]].iter().zip(numbers(sigmas))
+            {
+                close(&format!("{class} {name}"), *ours, theirs, 1e-3);
+            }
+            assert_eq!(Some(scheduler.clip().is_some()), expected["clip"].as_bool(), "{class}");
+        }
+    }
+}
+
+#[test]
+fn spellings_of_old_releases_mean_what_they_meant() {
+    let old = json!({ "_class_name": "DDPMScheduler", "_diffusers_version": "0.9.0", "predict_epsilon": false, "timesteps": 100,
+        "clip_predicted_image": false, "tensor_format": "pt", "timestep_values": null, "clip_alpha_at_one": true });
+    let scheduler = read(old).unwrap();
+    assert_eq!((scheduler.prediction(), scheduler.clip()), (Prediction::Sample, None));
+    assert_eq!(scheduler.levels().unwrap().len(), 100);
+    let with = |key: &str, value: Value| {
+        read(json!({ "_class_name": "DDIMScheduler", key: value, "prediction_type": "epsilon" }))
+    };
+    assert_eq!(with("predict_epsilon", json!(true)).unwrap().prediction(), Prediction::Epsilon);
+    assert_eq!(with("num_timesteps", json!(50)).unwrap().levels().unwrap().len(), 50);
+    let message = with("predict_epsilon", json!(false)).unwrap_err();
+    assert_eq!(message, "s.json: predict_epsilon and prediction_type say two different things: take one of them out");
+    let message = with("predict_epsilon", json!("no")).unwrap_err();
+    assert_eq!(message, "s.json: predict_epsilon is \"no\", expected true or false");
+}
+
+/// diffusers keeps the keys of the scheduler before when a pipeline changes to another. Those of a sampler change
+/// nothing; those that say what the model is would be passed over there.
+#[test]
+fn keys_of_another_class_are_passed_over_only_where_they_say_nothing() {
+    let with = |class: &str, key: &str, value: Value| read(json!({ "_class_name": class, key: value }));
+    for (class, key, value) in [
+        ("EulerDiscreteScheduler", "clip_sample", json!(true)),
+        ("DPMSolverMultistepScheduler", "skip_prk_steps", json!(true)),
+        ("PNDMScheduler", "rescale_betas_zero_snr", json!(false)),
+        ("PNDMScheduler", "variance_type", json!("fixed_small")),
+        ("RePaintScheduler", "prediction_type", json!("epsilon")),
+        ("DDIMScheduler", "use_karras_sigmas", json!(true)),
+        ("UniPCMultistepScheduler", "predict_x0", json!(true)),
+    ] {
+        let scheduler = with(class, key, value).unwrap();
+        assert_eq!(scheduler.levels().unwrap(), read(json!({ "_class_name": class })).unwrap().levels().unwrap());
+        assert!(scheduler.clip().is_none() || ["DDIMScheduler", "RePaintScheduler"].contains(&class), "{class}");
+    }
+    for (class, key, value) in [
+        ("PNDMScheduler", "rescale_betas_zero_snr", json!(true)),
+        ("RePaintScheduler", "prediction_type", json!("v_prediction")),
+        ("DDPMScheduler", "sigma_data", json!(0.5)),
+        ("EDMEulerScheduler", "beta_start", json!(0.1)),
+        ("DDPMScheduler", "use_flow_sigmas", json!(true)),
+        ("DDPMScheduler", "timestep_type", json!("continuous")),
+        ("UnCLIPScheduler", "trained_betas", json!([0.1, 0.2])),
+    ] {
+        let message = with(class, key, value.clone()).unwrap_err();
+        let expected = format!("s.json: {key} is {value}, which {class} does not have and diffusers passes over: ");
+        assert!(message.starts_with(&expected), "{message}");
+    }
+    let message = with("DDPMScheduler", "beta_strat", json!(0.1)).unwrap_err();
+    assert_eq!(message, "s.json: unknown key \"beta_strat\", did you mean \"beta_start\"?");
+}
+
+#[test]
+fn keys_that_make_another_model_are_refused_by_name() {
+    for (class, fields, expected) in [
+        (
+            "DPMSolverMultistepScheduler",
+            json!({ "use_flow_sigmas": true }),
+            "use_flow_sigmas is true and prediction_type \"epsilon\": flow matching, ",
+        ),
+        (
+            "UniPCMultistepScheduler",
+            json!({ "prediction_type": "flow_prediction" }),
+            "use_flow_sigmas is false and prediction_type \"flow_prediction\": flow matching, ",
+        ),
+        (
+            "EulerDiscreteScheduler",
+            json!({ "timestep_type": "continuous", "prediction_type": "v_prediction" }),
+            "timestep_type is continuous with v_prediction: ",
+        ),
+        (
+            "EulerDiscreteScheduler",
+            json!({ "timestep_type": 3 }),
+            "timestep_type is \"\", expected discrete or continuous",
+        ),
+        (
+            "UnCLIPScheduler",
+            json!({ "beta_schedule": "linear" }),
+            "beta_schedule is \"linear\", UnCLIPScheduler has squaredcos_cap_v2 alone",
+        ),
+        ("DPMSolverSinglestepScheduler", json!({ "variance_type": "learned" }), "variance_type is learned: "),
+        (
+            "DDPMScheduler",
+            json!({ "trained_betas": [0.1, 0.2] }),
+            "trained_betas has 2 entries, num_train_timesteps is 1000: ",
+        ),
+        ("DDPMScheduler", json!({ "beta_end": "0.02" }), "beta_end is \"0.02\": invalid type: string"),
+        (
+            "DDPMScheduler",
+            json!({ "num_train_timesteps": 1000.5 }),
+            "num_train_timesteps is 1000.5: invalid type: floating point",
+        ),
+        ("DDPMScheduler", json!({ "clip_sample_range": 0.0 }), "clip_sample_range is 0, expected a positive number"),
+    ] {
+        let mut json = fields.clone();
+        json["_class_name"] = class.into();
+        let message = read(json).unwrap_err();
+        assert!(message.starts_with(&format!("s.json: {expected}")), "{message}");
+    }
+}
+
+#[test]
+fn a_file_with_pythons_infinity_is_carried_through() {
+    let text = r#"{ "_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity }"#;
+    let scheduler = Scheduler::from_json(Path::new("s.json"), text).unwrap();
+    assert_eq!(
+        scheduler.to_json(),
+        "{\n  \"_class_name\": \"DPMSolverMultistepScheduler\",\n  \"lambda_min_clipped\": -Infinity\n}"
+    );
+    let message =
+        Scheduler::from_json(Path::new("s.json"), r#"{ "_class_name": "DDPMScheduler", "beta_end": Infinity }"#);
+    assert_eq!(
+        message.unwrap_err().to_string(),
+        "s.json: beta_end is Infinity: invalid type: string \"Infinity\", expected f64"
+    );
 }

@@ -14,7 +14,7 @@ pub fn run(args: &InspectArgs) -> Result<Value> {
     let path = &args.path;
     let found = if is_exported(path) {
         serde_json::to_value(dmd_runtime::Info::read(path)?)?
-    } else if path.join("model_index.json").exists() || path.join("unet").is_dir() {
+    } else if ["model_index.json", "unet", "scheduler_config.json"].iter().any(|part| path.join(part).exists()) {
         model(path)?
     } else if path.join("config.toml").exists() {
         training_run(path)?
@@ -50,10 +50,19 @@ fn model(path: &Path) -> Result<Value> {
         "sigma": folder.about.sigma,
         "steps": folder.about.sigmas(),
         "data": folder.about.data,
-        "made_by": format!("dmd {}", folder.about.version).trim().to_string(),
+        "made_by": made_by(&folder),
         "block_out_channels": folder.config.block_out_channels,
         "run": folder.about.run,
     }))
+}
+
+/// The program that wrote a folder, where it says so.
+fn made_by(folder: &ModelFolder) -> Option<String> {
+    if !folder.about.version.is_empty() {
+        return Some(format!("dmd {}", folder.about.version));
+    }
+    let scheduler = folder.scheduler.json()["_diffusers_version"].as_str();
+    scheduler.map(|version| format!("diffusers {version}"))
 }
 
 fn training_run(path: &Path) -> Result<Value> {

@@ -298,7 +298,9 @@ fn noise_levels(config: &Config, teacher: &ModelFolder) -> Result<Vec<f64>> {
     for sigma in &sigmas {
         ensure!(
             (low..=high).contains(sigma),
-            "generator.{name} is {sigma}, expected within the teacher's noise levels, {low} to {high}"
+            "generator.{name} is {sigma}, expected within the teacher's noise levels, {low} to {high}: \
+             --set generator.{name}={} takes the highest",
+            if name == "sigma" { "max".into() } else { format!("[{high}]") }
         );
     }
     Ok(sigmas)

@@ -1,12 +1,17 @@
-//! `scheduler_config.json`: which noise levels a model was trained on and what its output means. The settings of
-//! diffusers' own samplers (spacing, solver order, thresholding) do not concern a model's meaning and are left alone;
-//! the file is carried through unchanged.
+//! `scheduler_config.json`: which noise levels a model was trained on and what its output means. Every key is honoured,
+//! refused, or known to be a setting of diffusers' own sampler (spacing, solver order, thresholding), which does not
+//! concern a model's meaning. `schedulers.json` has the keys of each class and their defaults, as diffusers 0.42 has
+//! them; the file itself is carried through unchanged.
 
+use super::json;
+use crate::networks::unet2d::nearest;
 use crate::noise_levels::Betas;
-use crate::{Error, NoiseLevels, Prediction, Result};
+use crate::{Error, NoiseLevels, Prediction, Result, limits};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::LazyLock;
 
 /// A diffusers scheduler, read for what it says about the model.
 #[derive(Clone, Debug)]
@@ -60,30 +65,36 @@ impl Default for Fields {
     }
 }
 
-/// Schedulers that are different samplers over the same beta schedule.
-const BETA_SCHEDULERS: [&str; 12] = [
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "KDPM2DiscreteScheduler",
-    "DEISMultistepScheduler",
+/// The keys of every class that is taken, with their defaults.
+static CLASSES: LazyLock<BTreeMap<String, Map<String, Value>>> = LazyLock::new(|| {
+    json::parse(Path::new("schedulers.json"), include_str!("schedulers.json"))
+        .and_then(|table| serde_json::from_value(table).map_err(|e| Error::Config(e.to_string())))
+        .expect("the table is part of the program, and a test reads it")
+});
+
+/// Keys that say what the model is; all others are settings of a sampler.
+const MEANINGS: [&str; 15] = [
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "use_flow_sigmas",
+    "timestep_type",
+    "variance_type",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "sigma_schedule",
+    "rho",
 ];
-const EDM_SCHEDULERS: [&str; 2] = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"];
-/// Above this many levels a table is a mistake in the file, not a schedule.
-const MAX_TIMESTEPS: usize = 1_000_000;
 
 impl Scheduler {
-    /// Reads `scheduler_config.json`; an unknown scheduler, schedule or prediction type is refused by name.
+    /// Reads `scheduler_config.json`; an unknown scheduler, key, schedule or prediction type is refused by name.
     pub fn from_json(path: &Path, text: &str) -> Result<Self> {
-        let json: Value = serde_json::from_str(text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
-        Self::from_value(json).map_err(|e| Error::file(path, e))
+        Self::from_value(json::parse(path, text)?).map_err(|e| Error::file(path, e))
     }
 
     /// The scheduler of a model trained here: `EDMEulerScheduler`, 1000 levels, ρ = 7.
@@ -102,36 +113,64 @@ impl Scheduler {
         }))
     }
 
-    fn from_value(json: Value) -> Result<Self> {
-        let class_name = json.get("_class_name").and_then(Value::as_str).unwrap_or_default().to_string();
-        let fields: Fields = serde_json::from_value(json.clone()).map_err(|e| Error::Config(e.to_string()))?;
+    pub(super) fn from_value(json: Value) -> Result<Self> {
+        let keys = json.as_object().ok_or_else(|| Error::Config("not a JSON object".into()))?;
+        let class_name = match keys.get("_class_name").map(|class| (class, class.as_str())) {
+            Some((_, Some(class))) => class.to_string(),
+            Some((other, None)) => return Err(Error::Config(format!("_class_name is {other}, expected a name"))),
+            None => return Err(Error::Config("has no _class_name, which names the scheduler".into())),
+        };
+        let Some(defaults) = CLASSES.get(&class_name) else {
+            return Err(Error::Config(format!("_class_name is \"{class_name}\", {}", why_not(&class_name))));
+        };
+        let fields = fields(defaults, keys, &class_name)?;
         let scheduler = Scheduler { json, class_name, fields };
         scheduler.check()?;
         Ok(scheduler)
     }
 
+    /// Whether diffusers' class of this name, which a folder's index may give, would make the same model of the file.
+    pub(super) fn same_as(&self, class: &str) -> bool {
+        let mut json = self.json.clone();
+        json["_class_name"] = class.into();
+        let same = |other: Scheduler| Ok(other.prediction() == self.prediction() && other.levels()? == self.levels()?);
+        class == self.class_name || Self::from_value(json).and_then(same).unwrap_or(false)
+    }
+
     fn check(&self) -> Result<()> {
         let f = &self.fields;
         let refuse = |message: String| Err(Error::Config(message));
-        if !self.is_edm() && !BETA_SCHEDULERS.contains(&self.class_name.as_str()) {
+        if f.use_flow_sigmas || f.prediction_type == "flow_prediction" {
             return refuse(format!(
-                "_class_name is \"{}\", supported: {} and {}",
-                self.class_name,
-                BETA_SCHEDULERS.join(", "),
-                EDM_SCHEDULERS.join(", ")
+                "use_flow_sigmas is {} and prediction_type \"{}\": {FLOW}",
+                f.use_flow_sigmas, f.prediction_type
             ));
         }
-        if f.use_flow_sigmas {
-            return refuse("use_flow_sigmas is true: flow-matching models are not supported".into());
+        match self.json.get("timestep_type").map(|kind| kind.as_str().unwrap_or_default()) {
+            Some("continuous") if f.prediction_type == "v_prediction" => {
+                return refuse("timestep_type is continuous with v_prediction: the network is told ln(sigma)/4 instead of a timestep, which is not supported".into());
+            }
+            None | Some("discrete" | "continuous") => {}
+            Some(other) => return refuse(format!("timestep_type is \"{other}\", expected discrete or continuous")),
         }
-        if f.variance_type.as_deref().is_some_and(|v| v.starts_with("learned")) {
+        if let Some(learned) = f.variance_type.as_deref().filter(|v| v.starts_with("learned")) {
+            return refuse(format!("variance_type is {learned}: learned variances are not supported"));
+        }
+        limits::check("num_train_timesteps", f.num_train_timesteps, limits::NOISE_LEVELS)?;
+        if self.class_name == "UnCLIPScheduler" && f.beta_schedule != "squaredcos_cap_v2" {
             return refuse(format!(
-                "variance_type is {}: learned variances are not supported",
-                f.variance_type.as_deref().unwrap_or_default()
+                "beta_schedule is \"{}\", UnCLIPScheduler has squaredcos_cap_v2 alone",
+                f.beta_schedule
             ));
         }
-        if !(2..=MAX_TIMESTEPS).contains(&f.num_train_timesteps) {
-            return refuse(format!("num_train_timesteps is {}, expected 2 to {MAX_TIMESTEPS}", f.num_train_timesteps));
+        if let Some(betas) = &f.trained_betas
+            && betas.len() != f.num_train_timesteps
+        {
+            return refuse(format!(
+                "trained_betas has {} entries, num_train_timesteps is {}: expected one for each",
+                betas.len(),
+                f.num_train_timesteps
+            ));
         }
         let predictions: &[&str] = if self.is_edm() {
             &["epsilon", "v_prediction"]
@@ -145,17 +184,25 @@ impl Scheduler {
                 predictions.join(", ")
             ));
         }
-        if self.is_edm() && (f.sigma_data.is_nan() || f.sigma_data <= 0.0) {
+        if !(f.sigma_data > 0.0 && f.sigma_data.is_finite()) {
             return refuse(format!("sigma_data is {}, expected a positive number", f.sigma_data));
+        }
+        if !(f.clip_sample_range > 0.0 && f.clip_sample_range.is_finite()) {
+            return refuse(format!("clip_sample_range is {}, expected a positive number", f.clip_sample_range));
         }
         self.levels().map(|_| ())
     }
 
     fn is_edm(&self) -> bool {
-        EDM_SCHEDULERS.contains(&self.class_name.as_str())
+        self.class_name.starts_with("EDM")
     }
 
-    /// The file as it was.
+    /// The text of the file, as Python reads it.
+    pub fn to_json(&self) -> String {
+        json::text(&self.json)
+    }
+
+    /// The file as it was; Python's infinities are strings of their name.
     pub fn json(&self) -> &Value {
         &self.json
     }
@@ -206,9 +253,112 @@ impl Scheduler {
         )
     }
 
-    /// The range that diffusers' sampler clamps x0 to: on by default for DDPM and DDIM.
+    /// The range that diffusers' sampler clamps x0 to, for the classes that do.
     pub fn clip(&self) -> Option<f64> {
-        let default = matches!(self.class_name.as_str(), "DDPMScheduler" | "DDIMScheduler");
-        self.fields.clip_sample.unwrap_or(default).then_some(self.fields.clip_sample_range)
+        self.fields.clip_sample.unwrap_or(false).then_some(self.fields.clip_sample_range)
+    }
+}
+
+/// What the keys of a file say, on top of the defaults of its class.
+fn fields(defaults: &Map<String, Value>, keys: &Map<String, Value>, class: &str) -> Result<Fields> {
+    let mut whole: Map<String, Value> = defaults.clone();
+    let mut said_by: BTreeMap<String, &str> = BTreeMap::new();
+    // Keys that begin with an underscore are diffusers' own bookkeeping (class name, version, origin).
+    for (written, value) in keys.iter().filter(|(key, _)| !key.starts_with('_')) {
+        let (key, value) = modern(written, value)?;
+        let known = defaults.contains_key(key);
+        if !known {
+            // diffusers keeps the settings of the scheduler before when a pipeline changes to another, and ignores them.
+            let elsewhere = CLASSES.values().any(|keys| keys.contains_key(key)) || OF_OLD_SAMPLERS.contains(&key);
+            if !elsewhere {
+                let known: Vec<&str> = defaults.keys().map(String::as_str).collect();
+                return Err(Error::Config(format!("unknown key \"{written}\"{}", nearest(written, &known))));
+            }
+            if MEANINGS.contains(&key) && !says_nothing(key, &value) {
+                return Err(Error::Config(format!(
+                    "{written} is {}, which {class} does not have and diffusers passes over: take it out, or name the scheduler that the model was trained with",
+                    json::shown(&value)
+                )));
+            }
+            continue;
+        }
+        if let Some(other) = said_by.insert(key.to_string(), written)
+            && whole[key] != value
+        {
+            return Err(Error::Config(format!("{other} and {written} say two different things: take one of them out")));
+        }
+        whole.insert(key.to_string(), value);
+        // One at a time, so that the message can name it.
+        if let Err(reason) = serde_json::from_value::<Fields>(Value::Object(whole.clone())) {
+            return Err(Error::Config(format!("{written} is {}: {reason}", json::shown(&keys[written]))));
+        }
+    }
+    serde_json::from_value(Value::Object(whole)).map_err(|e| Error::Config(e.to_string()))
+}
+
+/// A key and its value as diffusers 0.42 spells them; releases 0.0 to 0.10 had other names.
+fn modern<'a>(key: &'a str, value: &Value) -> Result<(&'a str, Value)> {
+    Ok(match key {
+        "predict_epsilon" => match value {
+            Value::Bool(true) => ("prediction_type", "epsilon".into()),
+            Value::Bool(false) => ("prediction_type", "sample".into()),
+            _ => return Err(Error::Config(format!("predict_epsilon is {value}, expected true or false"))),
+        },
+        "timesteps" | "num_timesteps" => ("num_train_timesteps", value.clone()),
+        "clip_predicted_image" => ("clip_sample", value.clone()),
+        "timestep_values" if !value.is_null() => {
+            return Err(Error::Config("timestep_values is given: a model of chosen timesteps is not supported".into()));
+        }
+        _ => (key, value.clone()),
+    })
+}
+
+/// Settings of samplers that diffusers no longer has.
+const OF_OLD_SAMPLERS: [&str; 6] =
+    ["tensor_format", "timestep_values", "clip_alpha_at_one", "denoise_final", "set_alpha_to_zero", "dtype"];
+
+/// Whether a key that a class does not have would say no more than its absence.
+fn says_nothing(key: &str, value: &Value) -> bool {
+    matches!(value, Value::Null | Value::Bool(false))
+        || matches!((key, value.as_str()), ("prediction_type", Some("epsilon")) | ("timestep_type", Some("discrete")))
+        || (key == "variance_type" && value.as_str().is_some_and(|variance| variance.starts_with("fixed")))
+}
+
+const FLOW: &str = "flow matching, whose networks predict the velocity between noise and picture, is not supported";
+
+/// Why a scheduler is not taken.
+fn why_not(class: &str) -> String {
+    let begins = |names: &[&str]| names.iter().any(|name| class.starts_with(name));
+    let reason = if begins(&["FlowMa", "LTXEuler", "Helios", "MiniMaxH3", "Piflow"]) {
+        FLOW
+    } else if begins(&["SCM"]) {
+        "TrigFlow, whose noise levels are angles, is not supported"
+    } else if begins(&["CMStochastic", "ConsistencyDecoder"]) {
+        "a consistency model makes its pictures in one pass already, and is no teacher"
+    } else if begins(&["VQDiffusion", "Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound"]) {
+        "its model predicts tokens, not pictures"
+    } else if begins(&["ScoreSde", "KarrasVe", "IPNDM", "DDPMWuerstchen", "CosineDPM"]) {
+        "its networks are told a continuous time of its own in the place of a timestep"
+    } else if begins(&["CogVideoX"]) {
+        "its signal-to-noise ratios are shifted for video"
+    } else {
+        let taken: Vec<&str> = CLASSES.keys().map(String::as_str).collect();
+        return format!("which is not known here{}; supported: {}", nearest(class, &taken), taken.join(", "));
+    };
+    format!("which is not supported: {reason}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A class with its own defaults is read, and every meaning is one of its fields or looked at by name.
+    #[test]
+    fn the_table_of_classes_reads_and_each_class_stands_for_itself() {
+        assert_eq!(CLASSES.len(), 25);
+        for class in CLASSES.keys() {
+            let read = Scheduler::from_value(serde_json::json!({ "_class_name": class }));
+            assert!(read.is_ok(), "{class}: {read:?}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! `config.json` of a `UNet2DModel`: what each field may be here, and why the rest is refused.
 
-use crate::{Activation, Error, Result};
+use crate::folder::json;
+use crate::{Activation, Error, Result, limits};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -104,7 +105,7 @@ impl Default for UNetConfig {
 
 /// One number for a square, or `[height, width]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a whole number, or two: [height, width]")]
 pub enum SampleSize {
     /// Height and width alike.
     Square(usize),
@@ -167,33 +168,43 @@ impl UNetConfig {
     /// Reads `config.json`. An unknown key, a value of a wrong kind, or a combination that this network does not have
     /// is refused by name.
     pub fn from_json(path: &Path, text: &str) -> Result<Self> {
-        let value: serde_json::Value =
-            serde_json::from_str(text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
-        let fields = value.as_object().ok_or_else(|| Error::file(path, "not a JSON object"))?;
-        let known = serde_json::to_value(UNetConfig::default()).map_err(|e| Error::file(path, e))?;
-        let known: Vec<&str> = known.as_object().into_iter().flatten().map(|(k, _)| k.as_str()).collect();
-        if let Some(class) = fields.get("_class_name").and_then(|c| c.as_str())
-            && class != "UNet2DModel"
-        {
-            return Err(Error::file(path, format!("_class_name is {class}, only UNet2DModel is supported")));
+        Self::from_value(&json::parse(path, text)?).map_err(|e| Error::file(path, e))
+    }
+
+    pub(crate) fn from_value(value: &serde_json::Value) -> Result<Self> {
+        let refuse = |message: String| Err(Error::Config(message));
+        let Some(fields) = value.as_object() else { return refuse("not a JSON object".into()) };
+        let mut whole = serde_json::to_value(UNetConfig::default()).map_err(|e| Error::Config(e.to_string()))?;
+        let known: Vec<String> = whole.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
+        let known: Vec<&str> = known.iter().map(String::as_str).collect();
+        if let Some(class) = fields.get("_class_name").filter(|class| *class != "UNet2DModel") {
+            let class = class.as_str().map_or_else(|| class.to_string(), str::to_string);
+            return refuse(format!("_class_name is {class}, only UNet2DModel is supported"));
         }
+        let mut said_by = std::collections::BTreeMap::new();
         // Keys that begin with an underscore are diffusers' own bookkeeping (class name, version, origin).
-        if let Some(key) = fields.keys().find(|k| !k.starts_with('_') && !known.contains(&k.as_str())) {
-            return Err(Error::file(path, format!("unknown key \"{key}\"{}", nearest(key, &known))));
-        }
-        // One field at a time, so that the message can name it.
-        let mut whole = serde_json::to_value(UNetConfig::default()).map_err(|e| Error::file(path, e))?;
-        for (key, field) in fields.iter().filter(|(k, _)| !k.starts_with('_')) {
+        for (written, field) in fields.iter().filter(|(key, _)| !key.starts_with('_')) {
+            let key = modern(written);
+            if OF_AVERAGES.contains(&key) {
+                continue;
+            }
+            if !known.contains(&key) {
+                return refuse(format!("unknown key \"{written}\"{}", nearest(written, &known)));
+            }
             let kept = std::mem::replace(&mut whole[key], field.clone());
+            if let Some(other) = said_by.insert(key, written)
+                && kept != *field
+            {
+                return refuse(format!("{other} and {written} say two different things: take one of them out"));
+            }
+            // One field at a time, so that the message can name it.
             if let Err(reason) = serde_json::from_value::<UNetConfig>(whole.clone()) {
-                return Err(Error::file(
-                    path,
-                    format!("{key} is {field}, which is not supported: {reason} (default: {kept})"),
-                ));
+                let field = json::shown(field);
+                return refuse(format!("{written} is {field}, which is not supported: {reason} (default: {kept})"));
             }
         }
-        let config: UNetConfig = serde_json::from_value(whole).map_err(|e| Error::file(path, e))?;
-        config.validate().map_err(|e| Error::file(path, e))?;
+        let config: UNetConfig = serde_json::from_value(whole).map_err(|e| Error::Config(e.to_string()))?;
+        config.validate()?;
         Ok(config)
     }
 
@@ -237,22 +248,27 @@ impl UNetConfig {
         {
             return refuse(format!("mid_block_type is {mid}, supported: UNetMidBlock2D or null"));
         }
-        for (name, value) in [
-            ("in_channels", self.in_channels),
-            ("out_channels", self.out_channels),
-            ("layers_per_block", self.layers_per_block),
-            ("norm_num_groups", self.norm_num_groups),
-        ] {
-            if value == 0 {
-                return refuse(format!("{name} is 0, expected at least 1"));
-            }
+        limits::check("levels of block_out_channels", levels, limits::LEVELS)?;
+        limits::check("layers_per_block", self.layers_per_block, limits::LAYERS)?;
+        let channels = self.block_out_channels.iter().map(|&channels| ("block_out_channels", channels));
+        let widths = [
+            ("in_channels", Some(self.in_channels)),
+            ("out_channels", Some(self.out_channels)),
+            ("norm_num_groups", Some(self.norm_num_groups)),
+            ("attention_head_dim", self.attention_head_dim),
+            ("attn_norm_num_groups", self.attn_norm_num_groups),
+            ("time_embedding_dim", self.time_embedding_dim),
+        ];
+        for (name, value) in channels.chain(widths.into_iter().filter_map(|(name, value)| Some((name, value?)))) {
+            limits::check(name, value, limits::CHANNELS)?;
         }
-        if self.attention_head_dim == Some(0)
-            || self.attn_norm_num_groups == Some(0)
-            || self.num_class_embeds == Some(0)
-            || self.time_embedding_dim == Some(0)
+        for (name, rows) in
+            [("num_class_embeds", self.num_class_embeds), ("num_train_timesteps", self.num_train_timesteps)]
         {
-            return refuse("attention_head_dim, attn_norm_num_groups, num_class_embeds and time_embedding_dim must not be 0 (null leaves them out)".into());
+            rows.map_or(Ok(()), |rows| limits::check(name, rows, limits::ROWS))?;
+        }
+        for side in self.size().into_iter().flatten() {
+            limits::check("sample_size", side, limits::SIDE)?;
         }
         if self.downsample_padding > 1 {
             return refuse(format!(
@@ -371,8 +387,38 @@ fn unsupported_block(field: &str, name: &str, supported: &str) -> Error {
     Error::Config(format!("{field} holds {name}: {reason}; supported: {supported}"))
 }
 
+/// A key as diffusers 0.42 spells it; the first releases had other names.
+fn modern(key: &str) -> &str {
+    match key {
+        "image_size" | "resolution" => "sample_size",
+        "num_res_blocks" => "layers_per_block",
+        "block_channels" => "block_out_channels",
+        "down_blocks" => "down_block_types",
+        "up_blocks" => "up_block_types",
+        "downscale_freq_shift" => "freq_shift",
+        "resnet_num_groups" => "norm_num_groups",
+        "resnet_act_fn" => "act_fn",
+        "resnet_eps" => "norm_eps",
+        "num_head_channels" => "attention_head_dim",
+        _ => key,
+    }
+}
+
+/// What diffusers' `EMAModel` adds of itself to the config of averaged weights.
+const OF_AVERAGES: [&str; 9] = [
+    "decay",
+    "inv_gamma",
+    "max_value",
+    "min_decay",
+    "min_value",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+];
+
 /// ", did you mean …?" for a misspelt key, or nothing.
-fn nearest(key: &str, known: &[&str]) -> String {
+pub(crate) fn nearest(key: &str, known: &[&str]) -> String {
     let best = known.iter().max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
     best.map(|name| format!(", did you mean \"{name}\"?")).unwrap_or_default()
 }

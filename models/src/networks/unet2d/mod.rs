@@ -13,6 +13,7 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
 mod config;
+pub(crate) use config::nearest;
 pub use config::{ClassEmbedding, Resampling, SampleSize, TimeEmbedding, TimeScaleShift, UNetConfig};
 
 /// A UNet with its parameters in place. Cheap to clone: the tensors are shared.

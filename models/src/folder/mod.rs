@@ -1,11 +1,16 @@
 //! A model folder is a diffusers folder: `model_index.json`, `unet/`, `scheduler/`. What diffusers has no field for
 //! (the generator's sigma, class names, where the data came from) lies beside it in `dmd.json`.
 
+pub(crate) mod json;
+mod layout;
 mod scheduler;
 pub use scheduler::Scheduler;
 
+use crate::error::printable;
+use crate::networks::unet2d::TimeEmbedding;
 use crate::{Architecture, Condition, Denoiser, Error, Generator, Network, Result, UNet, UNetConfig, Way, Weights};
 use candle_core::{DType, Device, Tensor};
+use layout::{Layout, WEIGHTS, weights_file};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,11 +29,13 @@ pub struct ModelFolder {
     pub about: About,
 }
 
-/// What a folder of ours says of itself.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What a folder of ours says of itself. A person may write the same of a teacher from elsewhere: every field may be left
+/// out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct About {
     /// Teacher or generator.
+    #[serde(default)]
     pub kind: Kind,
     /// The noise level a generator is held at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -45,7 +52,8 @@ pub struct About {
     /// Where the pictures came from and under which licence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<String>,
-    /// Version of dmd that wrote the folder.
+    /// Version of dmd that wrote the folder; empty where none did.
+    #[serde(default)]
     pub version: String,
     /// The configuration of the run that made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -60,44 +68,39 @@ impl About {
 }
 
 /// What a folder holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// A many-step diffusion model.
+    #[default]
     Teacher,
     /// A one-step generator.
     Generator,
 }
 
-const WEIGHTS: &str = "diffusion_pytorch_model";
-
 impl ModelFolder {
     /// Reads a folder. Errors name the file, and say what is missing for it to be a model.
     pub fn load(path: &Path, device: &Device) -> Result<Self> {
-        if !path.is_dir() {
-            let what = if path.exists() { "is a file, expected a model folder" } else { "no such folder" };
-            return Err(Error::file(path, what));
+        let layout = Layout::of(path)?;
+        let config_path = layout.unet.join("config.json");
+        let config = UNetConfig::from_value(&json::read(&config_path)?).map_err(|e| Error::file(&config_path, e))?;
+        let scheduler =
+            Scheduler::from_value(json::read(&layout.scheduler)?).map_err(|e| Error::file(&layout.scheduler, e))?;
+        if let Some(class) = layout.scheduler_class.filter(|class| !scheduler.same_as(class)) {
+            log::warn!(
+                "{}: model_index.json names {} as the scheduler, which knows other noise levels than {} in its own file; the file is taken",
+                path.display(),
+                printable(&class),
+                scheduler.class_name()
+            );
         }
-        refuse_other_pipelines(path)?;
-        let config_path = path.join("unet/config.json");
-        let config = UNetConfig::from_json(&config_path, &read_text(&config_path)?)?;
-        let scheduler_path = path.join("scheduler/scheduler_config.json");
-        let scheduler = Scheduler::from_json(&scheduler_path, &read_text(&scheduler_path)?)?;
-        let weights_path = weights_file(&path.join("unet"))?;
-        let weights = modern_names(Weights::load(&weights_path, device)?);
+        let weights_path = weights_file(&layout.unet)?;
+        let weights = Weights::load(&weights_path, device)?;
+        let weights = plain_names(weights, &weights_path).map_err(|e| Error::file(&weights_path, e))?;
         let about_path = path.join("dmd.json");
         let about = match about_path.exists() {
-            true => serde_json::from_str(&read_text(&about_path)?).map_err(|e| Error::file(&about_path, e))?,
-            false => About {
-                kind: Kind::Teacher,
-                sigma: None,
-                steps: Vec::new(),
-                classes: Vec::new(),
-                null_class: false,
-                data: None,
-                version: String::new(),
-                run: None,
-            },
+            true => serde_json::from_value(json::read(&about_path)?).map_err(|e| Error::file(&about_path, e))?,
+            false => About::default(),
         };
         let folder = ModelFolder { config, scheduler, weights, about };
         folder.check().map_err(|e| Error::file(path, e))?;
@@ -123,13 +126,13 @@ impl ModelFolder {
             fs::create_dir_all(path.join(folder)).map_err(Error::io(path))?;
         }
         let text = |name: &str, text: String| crate::write_whole(&path.join(name), (text + "\n").as_bytes());
-        let json = |value: &serde_json::Value| format!("{value:#}");
+        let pretty = |value: &serde_json::Value| format!("{value:#}");
         let weights = self.weights.to(dtype, &Device::Cpu)?;
         weights.save(&path.join(format!("unet/{WEIGHTS}.safetensors")), &self.metadata())?;
         text("unet/config.json", self.config.to_json()?)?;
-        text("scheduler/scheduler_config.json", json(self.scheduler.json()))?;
-        text("dmd.json", json(&serde_json::to_value(&self.about).map_err(|e| Error::Config(e.to_string()))?))?;
-        text("model_index.json", json(&self.model_index()))
+        text("scheduler/scheduler_config.json", self.scheduler.to_json())?;
+        text("dmd.json", pretty(&serde_json::to_value(&self.about).map_err(|e| Error::Config(e.to_string()))?))?;
+        text("model_index.json", pretty(&self.model_index()))
     }
 
     /// The model, with f32 weights on this device, outside the autograd graph.
@@ -192,6 +195,15 @@ impl ModelFolder {
         if self.config.class_embed_type.is_some() {
             return refuse("class_embed_type timestep and identity have no list of classes to draw from, supported for whole models: null with num_class_embeds".into());
         }
+        if self.config.time_embedding_type == TimeEmbedding::Learned {
+            return refuse("time_embedding_type is learned, a table of whole timesteps: the noise levels of sampling and distillation lie between them, supported for whole models: positional, fourier".into());
+        }
+        if let Some((name, tensor)) = self.weights.iter().find(|(_, tensor)| !tensor.dtype().is_float()) {
+            return refuse(format!(
+                "tensor \"{name}\" is {:?}: quantised weights are not supported, expected F32, F16, BF16 or F64",
+                tensor.dtype()
+            ));
+        }
         if self.config.sample_size.is_none() {
             return refuse("unet/config.json has no sample_size, which tells the size of the pictures".into());
         }
@@ -216,15 +228,31 @@ impl ModelFolder {
             (Kind::Generator, sigma) => {
                 refuse(format!("dmd.json says generator with sigma {sigma:?}, expected a positive number"))
             }
-            (Kind::Teacher, _) => Ok(()),
+            (Kind::Teacher, None) if self.about.steps.is_empty() => Ok(()),
+            (Kind::Teacher, _) => {
+                refuse("dmd.json has sigma or steps, which a generator has: it says no kind, or teacher".into())
+            }
         }
     }
 
     fn model_index(&self) -> serde_json::Value {
+        let class = self.scheduler.class_name();
+        let scales = ["EDM", "Euler", "KDPM2Ancestral"].iter().any(|begin| class.starts_with(begin));
+        let plain = ["DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler"];
+        // The pipelines of diffusers that take any UNet2DModel: one scales its noise and its network's input and hands on
+        // classes, and nothing in it is of consistency models; one takes these schedulers as they are; one makes DDIM's of
+        // all others.
+        let pipeline = if scales || self.config.num_class_embeds.is_some() {
+            "ConsistencyModelPipeline"
+        } else if plain.contains(&class) {
+            "DDPMPipeline"
+        } else {
+            "DDIMPipeline"
+        };
         serde_json::json!({
-            "_class_name": "DDPMPipeline",
+            "_class_name": pipeline,
             "_diffusers_version": "0.42.0",
-            "scheduler": ["diffusers", self.scheduler.class_name()],
+            "scheduler": ["diffusers", class],
             "unet": ["diffusers", "UNet2DModel"],
         })
     }
@@ -253,55 +281,39 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-fn read_text(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(Error::io(path))
-}
-
-/// Latent and text-conditional pipelines look alike from outside; say which part is not taken here.
-fn refuse_other_pipelines(path: &Path) -> Result<()> {
-    for part in ["vae", "text_encoder", "transformer"] {
-        if path.join(part).is_dir() {
-            return Err(Error::file(
-                path,
-                format!(
-                    "has a {part}/ folder: only pixel-space UNet2DModel pipelines are supported, not latent or text-conditional ones"
-                ),
-            ));
-        }
-    }
-    if !path.join("unet").is_dir() {
-        let found = if path.join("config.json").exists() {
-            " (a bare UNet: put it into a folder unet/ beside a folder scheduler/)"
-        } else {
-            ""
-        };
-        return Err(Error::file(path, format!("not a diffusers folder: it has no unet/{found}")));
-    }
-    Ok(())
-}
-
-fn weights_file(unet: &Path) -> Result<PathBuf> {
-    let candidates = [".safetensors", ".safetensors.index.json", ".fp16.safetensors"]
-        .map(|end| unet.join(format!("{WEIGHTS}{end}")));
-    if let Some(found) = candidates.iter().find(|path| path.exists()) {
-        return Ok(found.clone());
-    }
-    let pickle = unet.join(format!("{WEIGHTS}.bin"));
-    let remedy = if pickle.exists() {
-        "; there is a pickled .bin, save it again with save_pretrained(…, safe_serialization=True)"
-    } else {
-        ""
-    };
-    Err(Error::file(unet, format!("has no {WEIGHTS}.safetensors{remedy}")))
-}
-
-/// Attention layers of old files go by other names; diffusers renames them on loading too.
-fn modern_names(weights: Weights) -> Weights {
-    let legacy = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
-    let mut renamed = Weights::default();
+/// Names as the network has them. What a wrapper put before or into them comes off, and is said; attention layers of old
+/// files go by their new names, as in diffusers.
+fn plain_names(weights: Weights, path: &Path) -> Result<Weights> {
+    const WRAPPERS: [&str; 3] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."];
+    const LEGACY: [(&str, &str); 4] =
+        [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
+    let unwrapped = |name: &str| WRAPPERS.iter().fold(name.to_string(), |name, wrapper| name.replace(wrapper, ""));
+    // One prefix of all, such as that of a module within another.
+    let first = weights.names().map(unwrapped).find(|name| name.ends_with(".conv_in.weight")).unwrap_or_default();
+    let prefix = first.strip_suffix("conv_in.weight").unwrap_or_default();
+    let prefix = if weights.names().all(|name| unwrapped(name).starts_with(prefix)) { prefix } else { "" };
+    let mut plain = Weights::default();
+    let mut wrapped = None;
     for (name, tensor) in weights.iter() {
-        let old = legacy.iter().find(|(old, _)| name.contains(".attentions.") && name.contains(old));
-        renamed.insert(old.map_or(name.to_string(), |(old, new)| name.replace(old, new)), tensor.clone());
+        let unwrapped = unwrapped(name);
+        let mut inner = unwrapped[prefix.len()..].to_string();
+        if inner.len() < name.len() {
+            wrapped = Some(name);
+        }
+        if let Some((old, new)) = LEGACY.iter().find(|(old, _)| inner.contains(".attentions.") && inner.contains(old)) {
+            inner = inner.replace(old, new);
+        }
+        if plain.get(&inner).is_some() {
+            return Err(Error::Config(format!("tensor \"{inner}\" is there twice, under an old or wrapped name too")));
+        }
+        plain.insert(inner, tensor.clone());
     }
-    renamed
+    if let Some(name) = wrapped {
+        log::warn!(
+            "{}: what a wrapper put into the names of its tensors is taken off (\"{}\")",
+            path.display(),
+            printable(name)
+        );
+    }
+    Ok(plain)
 }
