@@ -11,6 +11,8 @@ use crate::limits::MAX_THREADS_PER_CORE;
 use crate::{Error, Info, Options, Result};
 
 #[cfg(feature = "onnxruntime")]
+pub mod network;
+#[cfg(feature = "onnxruntime")]
 mod onnxruntime;
 #[cfg(feature = "tract")]
 mod tract;

@@ -22,8 +22,8 @@ use crate::{Error, Info, Options, Result, Tried};
 
 /// The library of this process, once it is found. It is never unloaded: its threads and its environment live on.
 #[derive(Clone)]
-struct Runtime {
-    environment: Environment,
+pub(super) struct Runtime {
+    pub(super) environment: Environment,
     library: PathBuf,
     version: String,
     warning: Option<String>,
@@ -54,7 +54,7 @@ pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result
     Ok((Box::new(OnnxRuntime { session, values: info.values() }), engine_info))
 }
 
-fn session(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<Session> {
+pub(super) fn session(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<Session> {
     let mut builder = Session::builder(environment)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_intra_threads(threads)?
@@ -122,7 +122,7 @@ fn lent<'a>(feed: &'a Feed<'_>) -> ort::Result<SessionInputValue<'a>> {
 }
 
 /// The library of this process; searches for it on the first call.
-fn runtime(asked: Option<&Path>) -> Result<Runtime> {
+pub(super) fn runtime(asked: Option<&Path>) -> Result<Runtime> {
     let mut runtime = RUNTIME.lock().unwrap_or_else(PoisonError::into_inner);
     match (&*runtime, asked) {
         (Some(runtime), None) => Ok(runtime.clone()),
