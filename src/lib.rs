@@ -20,6 +20,7 @@ pub mod teacher;
 pub mod train;
 
 pub mod aside;
+pub mod classes;
 pub mod data;
 pub mod device;
 pub mod eval;

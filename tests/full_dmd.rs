@@ -35,7 +35,7 @@ fn pictures() -> Pictures {
         channels: 3,
         height: 8,
         width: 8,
-        skipped: Vec::new(),
+        ..Pictures::default()
     }
 }
 
@@ -74,7 +74,7 @@ fn networks(config: &Config) -> Networks {
 fn networks_of(teacher: &ModelFolder, config: &Config, fake_score: Option<Weights>) -> Networks {
     let guidance = config.real_score.guidance_scale;
     let beginning = Beginning {
-        reality: config.loss.gan.on().then(|| Reality::new(pictures(), teacher).unwrap()),
+        reality: config.loss.gan.on().then(|| Reality::new(pictures(), Path::new("pictures"), teacher).unwrap()),
         pairs: (config.loss.regression.weight > 0.0).then(|| pairs(teacher, guidance)),
         fake_score,
         ..Beginning::default()
@@ -387,10 +387,10 @@ fn guidance_is_a_straight_line_through_both_answers() {
 #[test]
 fn real_pictures_speak_the_teachers_labels() {
     let teacher = teacher();
-    let reality = Reality::new(pictures(), &teacher).unwrap();
+    let reality = Reality::new(pictures(), Path::new("pictures"), &teacher).unwrap();
     assert_eq!(reality.pictures.labels, [1, 1, 1, 1, 0, 0, 0, 0]);
     let mut other = pictures();
     other.classes[0] = "green".into();
-    let error = Reality::new(other, &teacher).err().unwrap().to_string();
-    assert!(error.contains("class \"green\" is none of the teacher's (blue, red)"), "{error}");
+    let error = Reality::new(other, Path::new("pictures"), &teacher).err().unwrap().to_string();
+    assert!(error.contains("class \"green\" is none of the model's (blue, red)"), "{error}");
 }

@@ -76,7 +76,7 @@ fn draw(source: &mut Source, args: &ScoreArgs, labels: &[i64], seed: u64) -> Res
 /// At most `n` pictures of a data set, spread evenly over it, and their classes as the model's labels.
 pub fn pictures(path: &Path, [c, h, w]: [usize; 3], n: usize, classes: &[String]) -> Result<(Array4<f32>, Vec<i64>)> {
     let options = DataOptions { size: [h, w], grey: c == 1, unconditional: classes.is_empty(), strict: false };
-    let all = data::load(path, &options)?;
+    let all = data::load(path, &options, |_, _| {})?;
     let n = n.min(all.len());
     let picks: Vec<usize> = (0..n).map(|i| i * all.len() / n).collect();
     let (pixels, found) = all.batch(&picks, &vec![false; n]);

@@ -23,8 +23,12 @@ pub fn run(args: &TeacherTrainArgs) -> Result<Value> {
         unconditional: settings.unconditional,
         strict: args.strict,
     };
-    let pictures = data::load(&args.data, &options)?;
-    describe(&pictures);
+    let pictures = data::load_aloud(&args.data, &options)?;
+    if let ([_, .., folder], []) = (&pictures.shared[..], &pictures.classes[..])
+        && !settings.unconditional
+    {
+        say(&format!("all pictures lie in one folder, {folder}: one class is none, so the teacher learns no classes"));
+    }
     let unet = unet(&settings, &pictures)?;
     let result = teacher::train(&settings, unet, &pictures, &args.out, &device, args.force)?;
     say(&format!("peak memory {}", memory::readable(memory::peak_bytes(&device))));
@@ -58,32 +62,6 @@ fn settings(args: &TeacherTrainArgs) -> Result<TeacherSettings> {
     }
     Ok(s)
 }
-
-fn describe(pictures: &Pictures) {
-    let classes = match pictures.classes.len() {
-        0 => "no classes".to_string(),
-        n => format!("{n} classes ({})", pictures.classes.join(", ")),
-    };
-    say(&format!(
-        "{} pictures, {}x{}, {} channels, {classes}",
-        pictures.len(),
-        pictures.height,
-        pictures.width,
-        pictures.channels
-    ));
-    for skipped in pictures.skipped.iter().take(MAX_NAMED) {
-        say(&format!("skipped {}: {}", skipped.name, skipped.reason));
-    }
-    if !pictures.skipped.is_empty() {
-        say(&format!(
-            "{} pictures skipped because they cannot be read (--strict refuses them)",
-            pictures.skipped.len()
-        ));
-    }
-}
-
-/// Broken pictures named one by one; a broken disk would fill the screen.
-const MAX_NAMED: usize = 20;
 
 /// The network that the settings name, fitted to the pictures.
 fn unet(settings: &TeacherSettings, pictures: &Pictures) -> Result<UNetConfig> {

@@ -6,19 +6,20 @@
 
 use std::io::Cursor;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use image::imageops::FilterType;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 
 use super::DataOptions;
+use super::source::{ending, never_read};
 
 /// Two bombs at a time must not fill a small machine: 16,384 pixels a side, 256 MiB a picture.
 const MAX_SIDE: u32 = 16_384;
 const MAX_DECODED_BYTES: u64 = 256 << 20;
 
 /// Decodes a picture into `pixels`, `[C, H, W]` with the size and channels of `options`.
-pub fn decode(bytes: &[u8], options: &DataOptions, pixels: &mut [u8]) -> Result<()> {
-    let image = flatten_on_white(read(bytes)?);
+pub fn decode(name: &str, bytes: &[u8], options: &DataOptions, pixels: &mut [u8]) -> Result<()> {
+    let image = flatten_on_white(read(name, bytes)?);
     let image = if options.grey { DynamicImage::ImageLuma8(image.to_luma8()) } else { image };
     let image = fit(image, options.size);
     let (height, width, channels) = (image.height() as usize, image.width() as usize, if options.grey { 1 } else { 3 });
@@ -28,10 +29,18 @@ pub fn decode(bytes: &[u8], options: &DataOptions, pixels: &mut [u8]) -> Result<
     Ok(())
 }
 
-/// The file's content says what it is, not its name.
-fn read(bytes: &[u8]) -> Result<DynamicImage> {
+/// The file's content says what it is; its name only where a format has no mark to know it by.
+fn read(name: &str, bytes: &[u8]) -> Result<DynamicImage> {
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-    ensure!(reader.format().is_some(), "its content is no PNG, JPEG, WebP, GIF or BMP");
+    if reader.format().is_none() && ending(name).as_deref() == Some("tga") {
+        reader.set_format(ImageFormat::Tga);
+    }
+    // A raw photo may be a TIFF that holds a small preview: that is not the picture.
+    ensure!(reader.format() != Some(ImageFormat::Tiff) || !never_read(name), "{}", not_read("a raw photo"));
+    if !reader.format().is_some_and(|format| format.reading_enabled()) {
+        let found = kind(bytes).or(reader.format().map(|format| format.extensions_str()[0]));
+        bail!("{}", found.map_or("its content is no picture of a kind that is read".into(), not_read));
+    }
     // The decoder fills what is missing with grey; the others notice by themselves.
     ensure!(
         reader.format() != Some(ImageFormat::Jpeg) || jpeg_has_end(bytes),
@@ -49,6 +58,37 @@ fn read(bytes: &[u8]) -> Result<DynamicImage> {
     let mut image = DynamicImage::from_decoder(decoder)?;
     image.apply_orientation(orientation);
     Ok(image)
+}
+
+fn not_read(kind: &str) -> String {
+    match kind {
+        "Git LFS" => "is a pointer of Git LFS and not the picture: fetch it with git lfs pull".into(),
+        "HTML" => "is a web page and not the picture: the download failed".into(),
+        kind => format!("its content is {kind}, which is not read here: convert it to PNG"),
+    }
+}
+
+/// What a file is that is not read, by how it begins (at a byte, with this).
+fn kind(bytes: &[u8]) -> Option<&'static str> {
+    const KINDS: [(usize, &[u8], &str); 15] = [
+        (4, b"ftypavi", "AVIF"),
+        (4, b"ftyphe", "HEIC"),
+        (4, b"ftypmif1", "HEIC"),
+        (4, b"ftypmsf1", "HEIC"),
+        (4, b"ftypcrx", "a raw photo"),
+        (0, b"\xff\x0a", "JPEG XL"),
+        (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+        (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+        (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+        (0, b"8BPS", "Photoshop's"),
+        (0, b"gimp xcf", "GIMP's"),
+        (0, b"<svg", "SVG"),
+        (0, b"<?xml", "SVG"),
+        (0, b"version https://git-lfs", "Git LFS"),
+        (0, b"<!", "HTML"),
+    ];
+    let begins = |(at, mark, _): &&(usize, &[u8], &str)| bytes.get(*at..).is_some_and(|rest| rest.starts_with(mark));
+    KINDS.iter().find(begins).map(|(.., kind)| *kind)
 }
 
 /// Whether the end marker (FF D9) comes after the first scan. It cannot stand within a scan, where FF is followed by 00 or

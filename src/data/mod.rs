@@ -5,18 +5,23 @@
 //!
 //! Classes are folders. The folders that every picture shares say nothing (a zip usually holds one such folder, or
 //! `archive/train`) and are dropped; what is left of a picture's path, without its file name, is its class: `cats`, or
-//! `cats/black` for nested folders. Class names and pictures are sorted by their path, byte by byte, so the same files
+//! `cats/black` for nested folders. Where the pictures are for a model whose classes are known, a folder that all share and
+//! that is named like one of them is that class. Class names and pictures are sorted by their path, byte by byte, so the same files
 //! give the same numbers as a folder and as a zip, on every machine.
 
 mod decode;
+mod parts;
 mod source;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 
+use crate::classes::{listed, nameless};
+use crate::output;
 use source::Source;
 
 /// How pictures are read.
@@ -32,8 +37,20 @@ pub struct DataOptions {
     pub strict: bool,
 }
 
+impl DataOptions {
+    /// Pictures for a model that makes `[C, H, W]`; those that cannot be read are left out.
+    pub fn of_model([channels, height, width]: [usize; 3], conditional: bool) -> Result<Self> {
+        ensure!(
+            [1, 3].contains(&channels),
+            "the model's pictures have {channels} channels, those of files are read with 3, or with 1 for grey: \
+             such a model can be compared with another model's pictures only"
+        );
+        Ok(DataOptions { size: [height, width], grey: channels == 1, unconditional: !conditional, strict: false })
+    }
+}
+
 /// A data set in memory. `pixels` holds `len()` pictures, the rest describes them.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pictures {
     /// `[N, C, H, W]`, 0 to 255.
     pub pixels: Vec<u8>,
@@ -48,6 +65,10 @@ pub struct Pictures {
     pub width: usize,
     /// Pictures that could not be read, in the order of their path.
     pub skipped: Vec<Skipped>,
+    /// The folders that all pictures share, from the outermost, the one that was given first; none of them is a class.
+    pub shared: Vec<String>,
+    /// What a person should know besides.
+    pub notes: Vec<String>,
 }
 
 /// A picture that was left out, and why.
@@ -57,26 +78,62 @@ pub struct Skipped {
     pub reason: String,
 }
 
-/// Reads every picture under `path`, a folder or a zip of PNG, JPEG, WebP, GIF (its first frame) and BMP files.
+/// Reads the pictures and says what was found, with a bar while it goes on.
+pub fn load_aloud(path: &Path, options: &DataOptions) -> Result<Pictures> {
+    /// Broken pictures named one by one; a broken disk would fill the screen.
+    const MAX_NAMED: usize = 20;
+    let bar = output::progress(0, 0)?;
+    let pictures = load(path, options, |n_done, n| {
+        bar.set_length(n as u64);
+        bar.set_position(n_done as u64);
+    });
+    bar.finish_and_clear();
+    let pictures = pictures?;
+    let Pictures { channels, height, width, classes, skipped, .. } = &pictures;
+    let in_classes = match classes.len() {
+        0 => "no classes".to_string(),
+        n => format!("{n} classes ({})", listed(classes)),
+    };
+    let n = pictures.len();
+    output::say(&format!("{}: {n} pictures, {height}x{width}, {channels} channels, {in_classes}", path.display()));
+    for Skipped { name, reason } in skipped.iter().take(MAX_NAMED) {
+        output::say(&format!("skipped {name}: {reason}"));
+    }
+    if !skipped.is_empty() {
+        output::warn(&format!(
+            "{} of {} pictures are left out, because they cannot be read",
+            skipped.len(),
+            n + skipped.len()
+        ));
+    }
+    pictures.notes.iter().for_each(|note| output::say(note));
+    Ok(pictures)
+}
+
+/// Reads every picture under `path`, a folder or a zip of PNG, JPEG, WebP, GIF (its first frame), BMP, TIFF, TGA, QOI, ICO
+/// and PNM files. `done` hears how many of how many are through.
 ///
-/// Hidden files, `__MACOSX` and files that are no pictures are passed over.
-pub fn load(path: &Path, options: &DataOptions) -> Result<Pictures> {
+/// Hidden files, `__MACOSX` and files that are no pictures are passed over; pictures of other kinds are skipped by name.
+pub fn load(path: &Path, options: &DataOptions, done: impl Fn(usize, usize) + Sync) -> Result<Pictures> {
     let [height, width] = options.size;
     ensure!(height > 0 && width > 0, "picture size {height}x{width}: height and width must be at least 1");
     let source = Source::open(path)?;
     let names = source.pictures()?;
-    let folders = class_folders(&names, options).with_context(|| path.display().to_string())?;
+    let (shared, folders) = class_folders(path, &names, options).with_context(|| path.display().to_string())?;
 
     let channels = if options.grey { 1 } else { 3 };
     let picture_len = channels * height * width;
     let mut pixels = allocate(names.len(), picture_len)
         .with_context(|| format!("{}: {} pictures at {height}x{width}", path.display(), names.len()))?;
+    let n_done = AtomicUsize::new(0);
     let failures: Vec<Option<Skipped>> = pixels
         .par_chunks_exact_mut(picture_len)
         .enumerate()
         .map(|(index, pixels)| {
-            let read = source.read(index).and_then(|bytes| decode::decode(&bytes, options, pixels));
-            read.err().map(|error| Skipped { name: names[index].clone(), reason: format!("{error:#}") })
+            let name = &names[index];
+            let read = source.read(index).and_then(|bytes| decode::decode(name, &bytes, options, pixels));
+            done(1 + n_done.fetch_add(1, Relaxed), names.len());
+            read.err().map(|error| Skipped { name: name.clone(), reason: format!("{error:#}") })
         })
         .collect();
     let kept: Vec<usize> = (0..names.len()).filter(|&index| failures[index].is_none()).collect();
@@ -91,18 +148,31 @@ pub fn load(path: &Path, options: &DataOptions) -> Result<Pictures> {
             first.reason
         );
     }
+    let classes: BTreeSet<&str> = folders.iter().copied().collect();
+    let left: BTreeSet<&str> = kept.iter().filter_map(|&index| folders.get(index).copied()).collect();
+    if let Some(lost) = classes.difference(&left).next() {
+        let of_it = names.iter().zip(&folders).filter(|(_, folder)| folder == &lost).map(|(name, _)| name);
+        let (first, n) =
+            (skipped.iter().find(|skipped| of_it.clone().any(|name| *name == skipped.name)), of_it.count());
+        let first = first.map_or_else(String::new, |first| format!("; the first is {}: {}", first.name, first.reason));
+        bail!(
+            "{}: none of the {n} pictures of class \"{lost}\" can be read{first}. Convert them, or take the folder away",
+            path.display()
+        );
+    }
 
     for (to, &from) in kept.iter().enumerate() {
         pixels.copy_within(from * picture_len..(from + 1) * picture_len, to * picture_len);
     }
     pixels.truncate(kept.len() * picture_len);
-    // From the pictures that were read: a class of which none is left could not be learnt.
     let folders: Vec<&str> = kept.iter().filter_map(|&index| folders.get(index).copied()).collect();
-    let classes: Vec<&str> = folders.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+    let classes: Vec<&str> = classes.into_iter().collect();
     let labels = folders.iter().map(|folder| classes.partition_point(|class| class < folder) as u32).collect();
     let classes = classes.into_iter().map(str::to_owned).collect();
-    let names = kept.iter().map(|&index| names[index].clone()).collect();
-    Ok(Pictures { pixels, labels, names, classes, channels, height, width, skipped })
+    let names: Vec<String> = kept.iter().map(|&index| names[index].clone()).collect();
+    let notes = source.others().map(|others| format!("passed over other files: {others}")).into_iter();
+    let notes = notes.chain(parts::note(&names, options.unconditional)).collect();
+    Ok(Pictures { pixels, labels, names, classes, channels, height, width, skipped, shared, notes })
 }
 
 impl Pictures {
@@ -114,6 +184,32 @@ impl Pictures {
     /// True for a set without pictures, which `load` never gives.
     pub fn is_empty(&self) -> bool {
         self.names.is_empty()
+    }
+
+    /// The label that a model with these classes has for each picture; none where the pictures have no classes. `path` is
+    /// where they are from.
+    pub fn labels_of(&self, path: &Path, classes: &[String]) -> Result<Option<Vec<u32>>> {
+        let label_of = |class: &String| classes.iter().position(|name| name == class).map(|label| label as u32);
+        if self.classes.is_empty() {
+            let mut suffixes = (0..self.shared.len()).map(|first| self.shared[first..].join("/"));
+            let label = suffixes.find_map(|folder| label_of(&folder));
+            return Ok(label.map(|label| vec![label; self.len()]));
+        }
+        let label_of = |class: &String| {
+            label_of(class).with_context(|| {
+                let remedy = match nameless(classes) {
+                    true => format!(
+                        "the model has only numbers for its classes: name them in its dmd.json, in the order of their labels, \
+                         as {{\"classes\": [{}]}}, or rename the folders to numbers",
+                        listed(&self.classes.iter().map(|class| format!("{class:?}")).collect::<Vec<_>>())
+                    ),
+                    false => "rename the folders like the classes".into(),
+                };
+                format!("{}: class \"{class}\" is none of the model's ({}); {remedy}", path.display(), listed(classes))
+            })
+        };
+        let labels = self.classes.iter().map(label_of).collect::<Result<Vec<u32>>>()?;
+        Ok(Some(self.labels.iter().map(|label| labels[*label as usize]).collect()))
     }
 
     /// Indices to train on and indices held out, each ascending. `held_out` is a fraction in `[0, 1)`; where it is not
@@ -154,19 +250,25 @@ impl Pictures {
     }
 }
 
-/// The class of each picture: its folder, without the folders that all share. Empty where there are no classes.
-fn class_folders<'a>(names: &'a [String], options: &DataOptions) -> Result<Vec<&'a str>> {
-    if options.unconditional {
-        return Ok(Vec::new());
-    }
+/// The folders that all pictures share, and the class of each picture: its folder without those. No classes where there
+/// are none.
+fn class_folders<'a>(path: &Path, names: &'a [String], options: &DataOptions) -> Result<(Vec<String>, Vec<&'a str>)> {
     let folders: Vec<&str> = names.iter().map(|name| name.rsplit_once('/').map_or("", |(folder, _)| folder)).collect();
     // Names are sorted, so what the first and the last share is shared by all.
     let (first, last) = (folders[0], folders[folders.len() - 1]);
-    let shared = first.split('/').zip(last.split('/')).take_while(|(a, b)| a == b).map(|(a, _)| a.len() + 1).sum();
-    let folders: Vec<&str> = folders.into_iter().map(|folder| folder.get(shared..).unwrap_or("")).collect();
+    let inside: Vec<&str> = first.split('/').zip(last.split('/')).take_while(|(a, b)| a == b).map(|(a, _)| a).collect();
+    let n_shared = inside.iter().map(|folder| folder.len() + 1).sum();
+    let given = path.canonicalize().ok().and_then(|path| Some(path.file_stem()?.to_string_lossy().into_owned()));
+    let inside = inside.into_iter().filter(|folder| !folder.is_empty()).map(String::from);
+    let shared = [given.unwrap_or_default()].into_iter().chain(inside).collect();
+    if options.unconditional {
+        return Ok((shared, Vec::new()));
+    }
+    let folders: Vec<&str> = folders.into_iter().map(|folder| folder.get(n_shared..).unwrap_or("")).collect();
+    parts::refuse(path, &folders)?;
 
     let mut beside = names.iter().zip(&folders).filter(|(_, folder)| folder.is_empty()).map(|(name, _)| name);
-    let Some(first) = beside.next() else { return Ok(folders) };
+    let Some(first) = beside.next() else { return Ok((shared, folders)) };
     let n_beside = 1 + beside.count();
     if n_beside < names.len() {
         bail!(
@@ -175,7 +277,7 @@ fn class_folders<'a>(names: &'a [String], options: &DataOptions) -> Result<Vec<&
             names.len()
         );
     }
-    Ok(Vec::new())
+    Ok((shared, Vec::new()))
 }
 
 /// Room for all pixels, or an error where the machine has none.

@@ -2,17 +2,32 @@
 //!
 //! Bytes from outside are untrusted: every file has a size limit, whatever its headers say.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail, ensure};
+use walkdir::{DirEntry, WalkDir};
 use zip::ZipArchive;
+
+use crate::classes::listed;
 
 /// More than any photo needs; a zip bomb wants more.
 const MAX_FILE_BYTES: u64 = 256 << 20;
-const EXTENSIONS: [&str; 6] = ["png", "jpg", "jpeg", "webp", "gif", "bmp"];
+/// Endings of pictures that are read.
+const READ: [&str; 20] = [
+    "png", "apng", "jpg", "jpeg", "jpe", "jif", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff", "pbm", "pgm",
+    "ppm", "pnm", "tga", "qoi", "ico",
+];
+/// Endings of pictures that are not, and are named for that: a set must not shrink in silence.
+const NOT_READ: [&str; 31] = [
+    "avif", "avifs", "heic", "heif", "hif", "jxl", "jp2", "j2k", "jpf", "jpx", "jxr", "svg", "svgz", "psd", "xcf",
+    "exr", "hdr", "dds", "pcx", "eps", "cr2", "cr3", "nef", "arw", "dng", "orf", "rw2", "raf", "pef", "srw", "raw",
+];
+/// Enough of a file to tell what it is.
+const HEAD: u64 = 32;
 
 /// A folder or a zip, and the pictures in it, sorted by name.
 pub struct Source {
@@ -20,8 +35,8 @@ pub struct Source {
     /// Names use `/` whatever the machine.
     names: Vec<String>,
     store: Store,
-    /// A file that is no picture, for the message when nothing else is there.
-    other: Option<String>,
+    /// Files that are no pictures: how many of each ending.
+    others: BTreeMap<String, usize>,
 }
 
 enum Store {
@@ -37,24 +52,25 @@ impl Source {
     /// Lists a folder or a zip.
     pub fn open(path: &Path) -> Result<Source> {
         let metadata = fs::metadata(path).with_context(|| format!("{}: cannot read", path.display()))?;
-        let mut source = if metadata.is_dir() { open_folder(path)? } else { open_zip(path)? };
-        source.path = path.to_owned();
-        Ok(source)
+        if metadata.is_dir() { open_folder(path) } else { open_zip(path) }
     }
 
     /// The names of all pictures, sorted; at least one.
     pub fn pictures(&self) -> Result<Vec<String>> {
-        let found = match &self.other {
-            Some(other) => format!("only other files, such as {other}"),
-            None => "nothing".to_owned(),
-        };
-        let expected = EXTENSIONS.join(", ");
+        let found = self.others().map_or("nothing".into(), |others| format!("only other files: {others}"));
+        let expected = READ.join(", ");
         ensure!(
             !self.names.is_empty(),
             "{}: no pictures; expected {expected} files, found {found}",
             self.path.display()
         );
         Ok(self.names.clone())
+    }
+
+    /// Files that are no pictures, by ending; none where there are none.
+    pub fn others(&self) -> Option<String> {
+        let kinds: Vec<String> = self.others.iter().map(|(ending, n)| format!("{n} {ending}")).collect();
+        (!kinds.is_empty()).then(|| listed(&kinds))
     }
 
     /// The bytes of a picture, by its index in `pictures()`.
@@ -69,73 +85,101 @@ impl Source {
     }
 }
 
+/// Every file under a folder. Links are followed, but for those that lead nowhere, or back to a folder above.
 fn open_folder(root: &Path) -> Result<Source> {
     let mut files = Vec::new();
-    walk(root, "", &mut vec![canonical(root)?], &mut files)?;
-    let (names, paths, other) = pick_pictures(files);
-    Ok(Source { path: PathBuf::new(), names, store: Store::Folder(paths), other })
-}
-
-/// Adds every file under `folder`. `above` holds the folders on the way here, because a link may lead back to one.
-fn walk(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, files: &mut Vec<(String, PathBuf)>) -> Result<()> {
-    let cannot_read = || format!("{}: cannot read the folder", folder.display());
-    for entry in fs::read_dir(folder).with_context(cannot_read)? {
-        let entry = entry.with_context(cannot_read)?;
-        let (name, path) = (entry.file_name().to_string_lossy().into_owned(), entry.path());
-        // A link that leads nowhere is like a file that is no picture.
-        let Ok(metadata) = fs::metadata(&path) else { continue };
-        if metadata.is_dir() && !is_hidden(&name) {
-            let target = canonical(&path)?;
-            if !above.contains(&target) {
-                above.push(target);
-                walk(&path, &format!("{prefix}{name}/"), above, files)?;
-                above.pop();
+    let is_shown = |entry: &DirEntry| entry.depth() == 0 || !is_hidden(&entry.file_name().to_string_lossy());
+    for entry in WalkDir::new(root).follow_links(true).into_iter().filter_entry(is_shown) {
+        match entry {
+            Ok(entry) if entry.file_type().is_file() => {
+                let inside = entry.path().strip_prefix(root).expect("what lies in a folder begins with its path");
+                let parts: Vec<_> = inside.iter().map(|part| part.to_string_lossy()).collect();
+                files.push((parts.join("/"), entry.into_path()));
             }
-        } else if metadata.is_file() {
-            files.push((format!("{prefix}{name}"), path));
+            Ok(_) => {}
+            Err(error) => {
+                let leads_nowhere = error.path().is_some_and(|path| path.is_symlink() && !path.exists());
+                if error.loop_ancestor().is_none() && !leads_nowhere {
+                    return Err(error).with_context(|| format!("{}: cannot read the folder", root.display()));
+                }
+            }
         }
     }
-    Ok(())
-}
-
-fn canonical(path: &Path) -> Result<PathBuf> {
-    path.canonicalize().with_context(|| format!("{}: cannot read the folder", path.display()))
+    let head = |path: &PathBuf| -> Option<Vec<u8>> { head(File::open(path).ok()?) };
+    let (names, paths, others) = pick_pictures(files, head);
+    Ok(Source { path: root.into(), names, store: Store::Folder(paths), others })
 }
 
 fn open_zip(path: &Path) -> Result<Source> {
     let file = File::open(path).with_context(|| format!("{}: cannot open", path.display()))?;
-    let archive = ZipArchive::new(BufReader::new(file)).with_context(|| {
+    let n_bytes = file.metadata().with_context(|| format!("{}: cannot read", path.display()))?.len();
+    let mut archive = ZipArchive::new(BufReader::new(file)).with_context(|| {
         format!("{}: expected a folder or a zip of pictures, found a file that is no zip", path.display())
     })?;
-    let mut files = Vec::new();
+    let (mut files, mut n_claimed) = (Vec::new(), 0_u64);
     for index in 0..archive.len() {
         let entry = archive.by_index_data(index).with_context(|| format!("{}: entry {index}", path.display()))?;
+        n_claimed = n_claimed.saturating_add(entry.compressed_size());
         if !entry.is_dir() {
             let name = String::from_utf8_lossy(entry.name_raw()).replace('\\', "/");
             let parts: Vec<&str> = name.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
             files.push((parts.join("/"), index));
         }
     }
-    let (names, entries, other) = pick_pictures(files);
-    Ok(Source { path: PathBuf::new(), names, store: Store::Zip { archive: Mutex::new(archive), entries }, other })
+    // Entries that share their bytes are how a small file claims to hold very much.
+    ensure!(
+        n_claimed <= n_bytes,
+        "{}: its entries claim {n_claimed} bytes, the file has {n_bytes}: they overlap, as only a zip bomb's do",
+        path.display()
+    );
+    let (names, entries, others) = pick_pictures(files, |index| head(archive.by_index(*index).ok()?));
+    Ok(Source { path: path.into(), names, store: Store::Zip { archive: Mutex::new(archive), entries }, others })
 }
 
-/// Sorts by name and keeps pictures: their names, where they lie, and one file that is none.
-fn pick_pictures<T: Ord>(mut files: Vec<(String, T)>) -> (Vec<String>, Vec<T>, Option<String>) {
+/// Sorts by name and keeps pictures: their names, where they lie, and how many others there are. A name says by its
+/// ending what it is; of one without an ending the content does, which `head` begins.
+fn pick_pictures<T: Ord>(
+    mut files: Vec<(String, T)>,
+    mut head: impl FnMut(&T) -> Option<Vec<u8>>,
+) -> (Vec<String>, Vec<T>, BTreeMap<String, usize>) {
     files.retain(|(name, _)| !name.split('/').any(is_hidden));
     files.sort_unstable();
-    let (pictures, others): (Vec<_>, Vec<_>) = files.into_iter().partition(|(name, _)| has_picture_extension(name));
-    let (names, places) = pictures.into_iter().unzip();
-    (names, places, others.into_iter().next().map(|(name, _)| name))
+    let (mut names, mut places, mut others) = (Vec::new(), Vec::new(), BTreeMap::new());
+    for (name, place) in files {
+        let is_picture = match ending(&name) {
+            Some(ending) => READ.contains(&ending.as_str()) || never_read(&name),
+            None => head(&place).is_some_and(|head| image::guess_format(&head).is_ok()),
+        };
+        if is_picture {
+            names.push(name);
+            places.push(place);
+        } else {
+            let kind = ending(&name).map_or("without an ending".into(), |ending| format!(".{ending}"));
+            *others.entry(kind).or_default() += 1;
+        }
+    }
+    (names, places, others)
 }
 
 fn is_hidden(part: &str) -> bool {
     part.starts_with('.') || part == "__MACOSX"
 }
 
-fn has_picture_extension(name: &str) -> bool {
-    let extension = Path::new(name).extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
-    extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str()))
+/// A name's ending in small letters.
+pub fn ending(name: &str) -> Option<String> {
+    Path::new(name).extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase())
+}
+
+/// Whether a name is that of a picture of a kind that is not read.
+pub fn never_read(name: &str) -> bool {
+    ending(name).is_some_and(|ending| NOT_READ.contains(&ending.as_str()))
+}
+
+/// The first bytes of a file.
+fn head(reader: impl Read) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    reader.take(HEAD).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
 }
 
 /// Reads to the end, but never more than `limit` bytes, so that a lying header costs nothing.

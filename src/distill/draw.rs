@@ -1,15 +1,17 @@
 //! What one update draws: a whole batch at once, so that running it in parts changes nothing but the memory it takes.
 
 use super::networks::Networks;
+use crate::classes::listed;
 use crate::config::{Config, Samples};
 use crate::data::Pictures;
 use crate::fingerprint;
 use crate::pairs::PairBatch;
 use crate::random::{Purpose, Random};
 use crate::sample::input_of_pass;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
 use candle_core::Tensor;
 use dmd_models::{Condition, ModelFolder};
+use std::path::Path;
 
 /// Noise to inject: one level per sample, and unit noise `(B, C, H, W)`.
 pub struct Injection {
@@ -103,23 +105,17 @@ pub struct Reality {
 }
 
 impl Reality {
-    /// Pictures for a teacher: of its size, channels and classes. Labels become the teacher's.
-    pub fn new(mut pictures: Pictures, teacher: &ModelFolder) -> Result<Self> {
-        let n_classes = teacher.n_classes().unwrap_or(0);
-        let names = teacher.classes();
-        if n_classes > 0 {
-            let label_of = |class: &String| -> Result<u32> {
-                let label = names.iter().position(|name| name == class);
-                ensure!(
-                    label.is_some(),
-                    "--data: its class \"{class}\" is none of the teacher's ({}); the folders must be named alike",
-                    names.join(", ")
-                );
-                Ok(label.unwrap_or(0) as u32)
-            };
-            ensure!(!pictures.classes.is_empty(), "--data: has no classes, the teacher has {n_classes}");
-            let labels = pictures.classes.iter().map(label_of).collect::<Result<Vec<u32>>>()?;
-            pictures.labels.iter_mut().for_each(|label| *label = labels[*label as usize]);
+    /// Pictures for a teacher, read from `path`: of its size, channels and classes. Labels become the teacher's.
+    pub fn new(mut pictures: Pictures, path: &Path, teacher: &ModelFolder) -> Result<Self> {
+        if let Some(n) = teacher.n_classes() {
+            let labels = pictures.labels_of(path, &teacher.classes())?;
+            pictures.labels = labels.with_context(|| {
+                format!(
+                    "{}: has no class folders, the teacher has {n} classes ({})",
+                    path.display(),
+                    listed(&teacher.classes())
+                )
+            })?;
         }
         Ok(Reality { pictures })
     }

@@ -123,7 +123,7 @@ impl<'a> Distillation<'a> {
         let known_teacher = fingerprint::teacher(&teacher)?;
         let sigmas = noise_levels(config, &teacher)?;
         let guidance = config.real_score.guidance_scale;
-        check_guidance("real_score.guidance_scale", guidance, &teacher.config, teacher.about.null_class)?;
+        check_guidance("real_score.guidance_scale", guidance, teacher.n_classes().is_some(), teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher, &sigmas, begins)?;
@@ -255,7 +255,7 @@ impl Trainee for Distillation<'_> {
         let model = Model::of_steps(denoiser, &self.networks.sigmas, self.config.seed);
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
-        picture::save_png(path, &grid)
+        picture::save(path, &grid)
     }
 }
 
@@ -316,13 +316,11 @@ fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64], begins: boo
     };
     let reality = match config.loss.gan.on() {
         true => {
-            let options = DataOptions {
-                size: teacher.size()?,
-                grey: teacher.config.in_channels == 1,
-                unconditional: teacher.n_classes().is_none(),
-                strict: false,
-            };
-            Some(Reality::new(data::load(Path::new(&config.data), &options)?, teacher)?)
+            let [height, width] = teacher.size()?;
+            let shape = [teacher.config.in_channels, height, width];
+            let (path, options) =
+                (Path::new(&config.data), DataOptions::of_model(shape, teacher.n_classes().is_some())?);
+            Some(Reality::new(data::load_aloud(path, &options)?, path, teacher)?)
         }
         false => None,
     };
