@@ -15,7 +15,10 @@ pub struct Cli {
     /// Print one machine-readable result object on stdout, and nothing else there.
     #[arg(long, global = true)]
     pub json: bool,
-    /// CPU threads (default: all cores).
+    /// Print warnings, errors and results only.
+    #[arg(long, global = true)]
+    pub quiet: bool,
+    /// CPU threads, at most four for each core (default: all cores).
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
     /// What to do.
@@ -53,6 +56,11 @@ pub enum Command {
     Bench(BenchCommand),
     /// Draw what each part of the method is for: on points of the plane, or one step of a picture model.
     Ablate(AblateArgs),
+    /// Print what a shell needs to complete the command line, as `dmd completions bash > ~/.local/share/bash-completion/completions/dmd`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
     /// Distil, export and run the small model that comes with the project, and show it all in one picture.
     Demo(DemoArgs),
 }
@@ -60,7 +68,7 @@ pub enum Command {
 /// What can be done with a teacher.
 #[derive(Debug, Subcommand)]
 pub enum TeacherCommand {
-    /// Train one from a folder or zip of pictures (PNG, JPEG, WebP, GIF, BMP); nested folders are classes.
+    /// Train one from a folder or zip of pictures (PNG, JPEG, WebP, GIF, BMP, TIFF …); nested folders are classes.
     Train(TeacherTrainArgs),
 }
 
@@ -241,7 +249,7 @@ pub enum ConfigCommand {
 /// `dmd export`.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// A generator's folder, such as RUN/generator.
+    /// A generator's folder, or the run that made it.
     pub generator: PathBuf,
     /// The file to write.
     #[arg(long, value_name = "FILE")]
@@ -338,13 +346,19 @@ pub enum OutputKind {
 }
 
 /// `dmd sample`.
-#[derive(Debug, Parser)]
+#[derive(Debug, Args)]
 pub struct SampleArgs {
-    /// A teacher's folder, a generator's folder or an .onnx file.
+    /// A teacher's folder, a generator's folder, a run or an .onnx file.
     pub model: PathBuf,
-    /// The grid to write.
+    /// The grid to write; its ending says in which format.
     #[arg(long, value_name = "GRID.png")]
     pub out: Option<PathBuf>,
+    /// Write single pictures of their own size, in folders named like the classes, as `teacher train --data` takes them.
+    #[arg(long, value_name = "DIR")]
+    pub pictures: Option<PathBuf>,
+    /// Write the raw samples, f32 (N, C, H, W).
+    #[arg(long, value_name = "FILE.npy")]
+    pub npy: Option<PathBuf>,
     /// Number of pictures [default: 16, or as many as --noise holds].
     #[arg(short, value_name = "N")]
     pub n: Option<usize>,
@@ -354,30 +368,27 @@ pub struct SampleArgs {
     /// Class by name or index, or `all` for each in turn.
     #[arg(long, default_value = "all", value_name = "NAME|INDEX|all")]
     pub class: String,
-    /// Sampler of a teacher.
-    #[arg(long, default_value = "heun", value_enum)]
-    pub sampler: Sampler,
+    /// Sampler of a teacher [default: heun].
+    #[arg(long, value_enum)]
+    pub sampler: Option<Sampler>,
     /// Steps of a teacher's sampler [default: 18].
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Classifier-free guidance of a teacher trained with label dropout: uncond + SCALE·(cond − uncond); 1 is none.
-    #[arg(long, default_value_t = 1.0, value_name = "SCALE")]
-    pub guidance: f64,
+    /// Classifier-free guidance of a teacher trained with label dropout: uncond + SCALE·(cond − uncond) [default: 1, none].
+    #[arg(long, value_name = "SCALE")]
+    pub guidance: Option<f64>,
     /// Noise to start from instead of a seed: f32 (N, C, H, W), unit normal.
     #[arg(long, value_name = "FILE.npy", conflicts_with = "seed")]
     pub noise: Option<PathBuf>,
-    /// Write the raw samples, f32 (N, C, H, W).
-    #[arg(long, value_name = "FILE.npy")]
-    pub npy: Option<PathBuf>,
-    /// Pictures per pass on candle.
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    pub batch: usize,
-    /// Where a folder's model runs.
-    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
-    pub device: Choice,
-    /// What runs an .onnx file.
-    #[arg(long, default_value = "auto", value_enum)]
-    pub engine: Engine,
+    /// Pictures per pass of a folder's model [default: 64].
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Where a folder's model runs [default: auto].
+    #[arg(long, value_name = "auto|cpu|cuda[:N]")]
+    pub device: Option<Choice>,
+    /// What runs an .onnx file [default: auto].
+    #[arg(long, value_enum)]
+    pub engine: Option<Engine>,
     /// Replace existing files.
     #[arg(long)]
     pub force: bool,
@@ -397,26 +408,28 @@ pub enum Engine {
 /// `dmd score`.
 #[derive(Debug, Args)]
 pub struct ScoreArgs {
-    /// A teacher's folder, a generator's folder or an .onnx file.
+    /// A teacher's folder, a generator's folder, a run or an .onnx file.
     pub model: PathBuf,
     /// What to compare its pictures with: a folder or zip of pictures, or another model. May be repeated.
     #[arg(long, value_name = "PATH", required = true)]
     pub against: Vec<PathBuf>,
-    /// Pictures of each, at most.
+    /// Pictures of each, at most; scores of different numbers do not compare.
     #[arg(short, default_value_t = 2048, value_name = "N")]
     pub n: usize,
-    /// What the kernel distance (KID) looks with: a model folder's encoder, or an ONNX network such as an Inception.
+    /// What the kernel distance (KID) and the Fréchet distance (FID) look with: a model folder's encoder, or an ONNX network
+    /// such as an Inception. FILE.toml beside FILE.onnx says what it is fed; docs/recipes.md has the keys.
     #[arg(long, value_name = "PATH")]
     pub features: Option<PathBuf>,
-    /// Guidance of a teacher; 1 is none.
-    #[arg(long, default_value_t = 1.0, value_name = "SCALE")]
-    pub guidance: f64,
-    /// Seed of the noise.
+    /// Guidance of the teachers among the models [default: 1, none].
+    #[arg(long, value_name = "SCALE")]
+    pub guidance: Option<f64>,
+    /// Seed of the noise. The model and a reference that is a model get each their own, which neither `sample` nor `pairs`
+    /// nor training draws from any seed.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
-    /// Where a folder's model runs.
-    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
-    pub device: Choice,
+    /// Where the models of folders run [default: auto].
+    #[arg(long, value_name = "auto|cpu|cuda[:N]")]
+    pub device: Option<Choice>,
 }
 
 /// `dmd inspect`.

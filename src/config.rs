@@ -7,7 +7,7 @@ use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
 use crate::train::Settings;
 use anyhow::{Context, Result, bail, ensure};
-use dmd_models::{Precision, UNetConfig};
+use dmd_models::Precision;
 use documented::DocumentedFieldsOpt;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -479,9 +479,9 @@ impl LossSettings {
 }
 
 /// Refuses to guide a teacher that cannot be; `setting` is where `scale` was given.
-pub fn check_guidance(setting: &str, scale: f64, unet: &UNetConfig, null_class: bool) -> Result<()> {
+pub fn check_guidance(setting: &str, scale: f64, has_classes: bool, null_class: bool) -> Result<()> {
     ensure!(
-        scale == 1.0 || unet.num_class_embeds.is_some(),
+        scale == 1.0 || has_classes,
         "{setting} is {scale}, but the teacher has no classes to be guided by: leave it at 1"
     );
     ensure!(

@@ -1,5 +1,6 @@
 //! Where tensors live: `--device auto|cpu|cuda[:N]`, and how many threads the CPU gets.
 
+use crate::cli::WrongUsage;
 use crate::output;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
@@ -76,17 +77,23 @@ pub fn check_precision(precision: Precision, device: &Device) -> Result<()> {
     Ok(())
 }
 
+/// The number of CPU threads that `--threads` comes to: held to a few for each core, aloud.
+pub fn threads(asked: usize) -> Result<usize> {
+    if asked == 0 {
+        return Err(WrongUsage("--threads is 0, expected at least 1".into()).into());
+    }
+    let most = dmd_runtime::max_threads();
+    if asked > most {
+        output::warn(&format!("--threads {asked} are too many for this machine: {most} are used"));
+    }
+    Ok(asked.min(most))
+}
+
 /// Sets the number of CPU threads of this process (all cores where none is given); call once, before the first tensor,
 /// from the thread that will do the work: it becomes one of them, so that a parallel operation need not wake another
 /// thread to begin.
 pub fn use_threads(n: Option<usize>) -> Result<()> {
     let n = n.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    ensure!(n > 0, "--threads is 0, expected at least 1");
-    let most = dmd_runtime::max_threads();
-    if n > most {
-        output::warn(&format!("--threads {n} are too many for this machine: {most} are used"));
-    }
-    let n = n.min(most);
     // Some operations of candle ask num_cpus, which reads the first. candle's elementwise operations have threads of
     // their own: the second counts them, and as they wait for the next operation in a busy loop and so take the cores
     // from ours, the third has them sleep.
@@ -117,6 +124,13 @@ mod tests {
         assert_eq!("cuda:1".parse(), Ok(Choice::Cuda(1)));
         assert_eq!("auto".parse(), Ok(Choice::Auto));
         assert!("cuda:x".parse::<Choice>().is_err() && "tpu".parse::<Choice>().is_err());
+    }
+
+    #[test]
+    fn more_threads_than_a_few_for_each_core_are_not_used() {
+        assert_eq!(threads(1).unwrap(), 1);
+        assert_eq!(threads(20_000).unwrap(), dmd_runtime::max_threads());
+        assert!(threads(0).unwrap_err().is::<WrongUsage>());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    output::start(cli.json);
+    output::start(cli.json, cli.quiet);
     match &cli.command {
         cli::Command::Export(_) => memory::return_freed(),
         _ => memory::keep_freed(),
@@ -16,7 +16,7 @@ fn main() -> ExitCode {
         Err(error) if error.is::<output::Closed>() => ExitCode::SUCCESS,
         Err(error) => {
             let text = format!("{error:#}");
-            output::say(&format!("error: {text}"));
+            output::tell(&format!("error: {text}"));
             // Where stdout is what cannot be written to, stderr has said so.
             _ = output::object(&serde_json::json!({ "error": text }));
             ExitCode::from(if error.is::<cli::WrongUsage>() { 2 } else { 1 })

@@ -3,6 +3,7 @@
 //! under a log must not end a training; a result that cannot be written is an error.
 
 use anyhow::{Context, Result};
+use dmd_runtime::printable;
 use indicatif::{ProgressBar, ProgressStyle, WeakProgressBar};
 use serde_json::Value;
 use std::fmt::Display;
@@ -10,19 +11,27 @@ use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// A line for people.
+/// A line for people; none with `--quiet`.
 pub fn say(text: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        tell(text);
+    }
+}
+
+/// Something that a person should look at, while the work goes on; also with `--quiet`.
+pub fn warn(text: &str) {
+    tell(&format!("warning: {text}"));
+}
+
+/// A line for people, whatever the options.
+pub fn tell(text: &str) {
+    let text = harmless(text);
     let write = || _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
     let bar = BAR.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match bar.and_then(|bar| bar.upgrade()).filter(|bar| !bar.is_finished()) {
         Some(bar) => bar.suspend(write),
         None => write(),
     }
-}
-
-/// Something that a person should look at, while the work goes on.
-pub fn warn(text: &str) {
-    say(&format!("warning: {text}"));
 }
 
 /// A line for a log file; a terminal has the progress bar instead.
@@ -37,9 +46,14 @@ pub fn line_without_terminal(text: &str) {
 pub fn result(text: &str) -> Result<()> {
     match JSON.load(Ordering::Relaxed) {
         true => say(text),
-        false => print(text)?,
+        false => print(harmless(text))?,
     }
     Ok(())
+}
+
+/// The same of a text of our own, tabs and all.
+pub fn verbatim(text: &str) -> Result<()> {
+    if JSON.load(Ordering::Relaxed) { Ok(()) } else { print(text) }
 }
 
 /// The object of `--json`, the last that a command prints; nothing without that option.
@@ -62,6 +76,9 @@ fn print(text: impl Display) -> Result<()> {
 
 /// A progress bar with rate and time left, for a terminal; lines for people are written above it.
 pub fn progress(n_steps: u64, done: u64) -> Result<ProgressBar> {
+    if QUIET.load(Ordering::Relaxed) {
+        return Ok(ProgressBar::hidden());
+    }
     let bar = ProgressBar::new(n_steps).with_position(done);
     bar.set_style(ProgressStyle::with_template("{bar:24} {pos}/{len} {per_sec} {eta} left  {msg}")?);
     bar.reset_eta();
@@ -69,11 +86,18 @@ pub fn progress(n_steps: u64, done: u64) -> Result<ProgressBar> {
     Ok(bar)
 }
 
+/// A text whose lines command no terminal, whatever names from files are in it.
+fn harmless(text: &str) -> String {
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
+}
+
+static QUIET: AtomicBool = AtomicBool::new(false);
 static JSON: AtomicBool = AtomicBool::new(false);
 static BAR: Mutex<Option<WeakProgressBar>> = Mutex::new(None);
 
-/// Called once, first: whether stdout is for one object (`--json`); sends the libraries' warnings to stderr.
-pub fn start(json: bool) {
+/// Called once, first: whether stdout is for one object (`--json`), and whether people's lines are left out (`--quiet`); sends
+/// the libraries' warnings to stderr.
+pub fn start(json: bool, quiet: bool) {
     struct Warnings;
     impl log::Log for Warnings {
         fn enabled(&self, metadata: &log::Metadata) -> bool {
@@ -88,6 +112,7 @@ pub fn start(json: bool) {
     }
     static WARNINGS: Warnings = Warnings;
     JSON.store(json, Ordering::Relaxed);
+    QUIET.store(quiet, Ordering::Relaxed);
     if log::set_logger(&WARNINGS).is_ok() {
         log::set_max_level(log::LevelFilter::Warn);
     }

@@ -1,9 +1,11 @@
 //! What a person looks at: grids of samples, panels of grids with captions, PNG files.
 
+use std::io::{Cursor, Write};
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use font8x8::UnicodeFonts;
+use image::codecs::jpeg::JpegEncoder;
 use image::imageops::replace;
 use image::{ImageFormat, Rgb, RgbImage};
 use ndarray::{Array4, ArrayView3, Axis};
@@ -37,6 +39,12 @@ pub fn grid(images: &Array4<f32>, columns: usize, scale: u32) -> RgbImage {
         replace(&mut canvas, &picture, left.into(), top.into());
     }
     canvas
+}
+
+/// One picture `[C, H, W]` in `[-1, 1]`, as large as it is.
+pub fn single(image: &ArrayView3<f32>) -> RgbImage {
+    let (_, height, width) = image.dim();
+    RgbImage::from_fn(width as u32, height as u32, |x, y| pixel(image, y as usize, x as usize))
 }
 
 /// A number of columns that makes a grid of `n` nearly square: without holes where a factor of `n` is near its root.
@@ -98,15 +106,32 @@ pub fn labelled_table(columns: &[String], rows: &[(&str, Vec<RgbImage>)]) -> Rgb
     canvas
 }
 
-/// Writes a PNG, whole or not at all.
-pub fn save_png(path: &Path, image: &RgbImage) -> Result<()> {
-    let png = png(image)?;
-    write_aside(path, |file| Ok(std::io::Write::write_all(file, &png)?))
+/// Writes a picture in the format that its name asks for, whole or not at all.
+pub fn save(path: &Path, image: &RgbImage) -> Result<()> {
+    /// As photos are kept; the encoder's own is 75.
+    const JPEG_QUALITY: u8 = 95;
+    let mut bytes = Cursor::new(Vec::new());
+    match format(path)? {
+        ImageFormat::Jpeg => JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY).encode_image(image)?,
+        format => image.write_to(&mut bytes, format)?,
+    }
+    write_aside(path, |file| Ok(file.write_all(bytes.get_ref())?))
 }
+
+/// The format that a name asks for; PNG without an ending.
+pub fn format(path: &Path) -> Result<ImageFormat> {
+    let Some(ending) = path.extension() else { return Ok(ImageFormat::Png) };
+    let format = ImageFormat::from_extension(ending).filter(|format| WRITTEN.contains(format));
+    format
+        .with_context(|| format!("{}: pictures are written as .png, .jpg, .webp, .bmp, .gif or .tiff", path.display()))
+}
+
+const WRITTEN: [ImageFormat; 6] =
+    [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP, ImageFormat::Bmp, ImageFormat::Gif, ImageFormat::Tiff];
 
 /// The bytes of a PNG.
 pub fn png(image: &RgbImage) -> Result<Vec<u8>> {
-    let mut png = std::io::Cursor::new(Vec::new());
+    let mut png = Cursor::new(Vec::new());
     image.write_to(&mut png, ImageFormat::Png)?;
     Ok(png.into_inner())
 }
@@ -211,13 +236,27 @@ mod tests {
     }
 
     #[test]
-    fn png_round_trip_and_an_error_that_names_the_path() {
+    fn a_picture_is_written_as_its_name_says_and_an_error_names_the_path() {
         let folder = tempfile::tempdir().unwrap();
         let image = RgbImage::from_fn(5, 4, |x, y| Rgb([x as u8, y as u8, 200]));
         let path = folder.path().join("a.png");
-        save_png(&path, &image).unwrap();
+        save(&path, &image).unwrap();
         assert_eq!(image::open(&path).unwrap().into_rgb8(), image);
-        let error = save_png(&folder.path().join("no/such/a.png"), &image).unwrap_err();
+        for (name, begins) in [
+            ("b.JPG", &b"\xff\xd8"[..]),
+            ("c.webp", b"RIFF"),
+            ("d.bmp", b"BM"),
+            ("e", b"\x89PNG"),
+            ("f.tif", b"II*"),
+            ("g.gif", b"GIF8"),
+        ] {
+            let path = folder.path().join(name);
+            save(&path, &image).unwrap();
+            assert!(std::fs::read(&path).unwrap().starts_with(begins), "{name}");
+        }
+        let error = save(Path::new("a.xyz"), &image).unwrap_err().to_string();
+        assert!(error.starts_with("a.xyz: pictures are written as .png, .jpg"), "{error}");
+        let error = save(&folder.path().join("no/such/a.png"), &image).unwrap_err();
         assert!(format!("{error:#}").contains("a.png: cannot write"), "{error:#}");
     }
 }

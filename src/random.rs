@@ -66,6 +66,14 @@ pub enum Purpose {
     FakeEps = 35,
     /// Conditions of noise–picture pairs.
     PairLabel = 33,
+    /// Noise of a model's pictures that are scored.
+    Scored = 36,
+    /// Noise of a reference's, where that is a model: neither `sample`, `pairs` nor training draws these pictures.
+    Reference = 37,
+    /// Samples drawn anew from scored pictures, for a score's error.
+    Bootstrap = 38,
+    /// Halves of a reference.
+    Halves = 39,
     /// Points of the plane's data (`dmd ablate --toy`).
     AblationData = 48,
     /// Which mode each of them belongs to.

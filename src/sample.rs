@@ -137,6 +137,17 @@ impl Model {
 
     /// Pictures `(N, C, H, W)`, around [-1, 1], from noise of the same shape, `batch` at a time.
     pub fn pictures(&self, noise: &Tensor, labels: &[i64], batch: usize) -> Result<Array4<f32>> {
+        self.pictures_aloud(noise, labels, batch, &|_| {})
+    }
+
+    /// The same; `done` hears how many are made.
+    pub fn pictures_aloud(
+        &self,
+        noise: &Tensor,
+        labels: &[i64],
+        batch: usize,
+        done: &dyn Fn(usize),
+    ) -> Result<Array4<f32>> {
         let (n, c, h, w) = noise.dims4()?;
         ensure!(batch > 0 && n > 0, "{n} pictures in batches of {batch}: expected at least 1 of each");
         let conditional = self.denoiser().n_classes().is_some();
@@ -147,6 +158,7 @@ impl Model {
             let labels = if conditional { &labels[first..first + len] } else { &[] };
             let x = self.batch(&noise.narrow(0, first, len)?, labels, first);
             values.extend(x.map_err(|error| memory::explained(error, Work::Pictures(len)))?);
+            done(first + len);
         }
         Ok(Array4::from_shape_vec((n, c, h, w), values)?)
     }

@@ -44,7 +44,8 @@
 
 use candle_core::{Device, Tensor, Var};
 use dmd::config::Distance;
-use dmd::regression::{Comparison, FeatureNetwork};
+use dmd::features::FeatureNetwork;
+use dmd::regression::Comparison;
 use dmd_models::{Condition, ModelFolder, Training};
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -32,6 +32,8 @@ mod limits;
 mod printable;
 
 pub use contract::{FORMAT, FileInfo, Info, OPERATORS, Output, Port};
+#[cfg(feature = "onnxruntime")]
+pub use engine::network;
 pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, max_threads, rewrite};
 pub use error::{Error, Result};
 pub use generator::{Generator, Options, Request};

@@ -6,7 +6,7 @@ use super::scores::{Scores, scores};
 use super::{Point, figure, two_modes, two_time_scales};
 use crate::loss::Divergence;
 use crate::output::say;
-use crate::picture::{labelled_panel, save_png};
+use crate::picture::{labelled_panel, save};
 use crate::random::Random;
 use anyhow::{Context, Result};
 use candle_core::Device;
@@ -50,19 +50,19 @@ pub fn run(seed: u64, n_steps: u64, out: &Path) -> Result<Value> {
     for (name, experiment) in FIGURES.into_iter().zip(experiments) {
         let Experiment { panels: pictures, numbers, .. } = experiment(&random, n_steps)?;
         for (name, caption, picture) in &pictures {
-            save_png(&panels.join(format!("{name}.png")), &labelled_panel(&[(caption, picture.clone())]))?;
+            save(&panels.join(format!("{name}.png")), &labelled_panel(&[(caption, picture.clone())]))?;
         }
         let rows: Vec<RgbImage> = pictures
             .chunks(COLUMNS)
             .map(|row| labelled_panel(&row.iter().map(|(_, c, p)| (c.as_str(), p.clone())).collect::<Vec<_>>()))
             .collect();
         let figure = figure::stack(&rows);
-        save_png(&out.join(format!("{name}.png")), &figure)?;
+        save(&out.join(format!("{name}.png")), &figure)?;
         figures.push(figure);
         result.insert(name.replace('-', "_"), Value::Object(numbers));
     }
     let together = out.join("toy.png");
-    save_png(&together, &figure::stack(&figures))?;
+    save(&together, &figure::stack(&figures))?;
     say(&format!("the pictures: {} and beside it", together.display()));
     result.insert("picture".into(), json!(together));
     Ok(Value::Object(result))

@@ -4,7 +4,7 @@ use super::check_free;
 use crate::ablate::{levels::Players, toy};
 use crate::cli::AblateArgs;
 use crate::output::say;
-use crate::picture::save_png;
+use crate::picture::save;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -24,7 +24,7 @@ pub fn run(args: &AblateArgs) -> Result<Value> {
             let players = Players::load(teacher, args.generator.as_deref(), args.run.as_deref())?;
             std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
             let (picture, levels) = players.panel(args.seed)?;
-            save_png(&path, &picture)?;
+            save(&path, &picture)?;
             say(&format!("the fake score is {}; the picture: {}", players.fake_score_is, path.display()));
             json!({ "picture": path, "fake_score": players.fake_score_is, "levels": levels })
         }

@@ -1,7 +1,7 @@
 //! `dmd bench export`: one model in every dialect and precision, as a table.
 
-use super::engine_options;
 use super::export::{info, passes, reference};
+use super::{engine_options, model_path};
 use crate::cli::{BenchExportArgs, Engine};
 use crate::output::result;
 use crate::report::table;
@@ -15,8 +15,9 @@ use std::path::Path;
 
 /// Exports, runs and compares.
 pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
-    let folder = ModelFolder::load(&args.model, &Device::Cpu)?;
-    let passes = passes(&folder, &args.model, args.sigma)?;
+    let model = model_path(&args.model)?;
+    let folder = ModelFolder::load(&model, &Device::Cpu)?;
+    let passes = passes(&folder, &model, args.sigma)?;
     let info = info(&folder)?;
     let reference = reference(&passes, None)?;
     let scratch = scratch()?;

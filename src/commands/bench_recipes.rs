@@ -7,10 +7,10 @@ use crate::cli::{BenchRecipesArgs, PairsArgs, SettingsArgs};
 use crate::config::{self, Config, Recipe};
 use crate::distill::distill;
 use crate::eval::{distance, kernel_distance};
+use crate::features::Features;
 use crate::output::{result, say};
-use crate::picture::{columns, grid, labelled_panel, save_png};
+use crate::picture::{columns, grid, labelled_panel, save};
 use crate::random::picture_noise;
-use crate::regression::Features;
 use crate::report::table;
 use crate::sample::{Model, Sampler};
 use anyhow::{Context, Result};
@@ -36,7 +36,7 @@ pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
     };
     // All settings are read before the first run begins.
     let configs = variants.iter().map(|variant| settings(args, variant)).collect::<Result<Vec<_>>>()?;
-    let judge = Judge::new(args, &teacher)?;
+    let mut judge = Judge::new(args, &teacher)?;
     let mut rows = Vec::new();
     let mut panels = vec![("training pictures".to_string(), judge.panel(&judge.data))];
 
@@ -73,7 +73,7 @@ pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
     }
     let picture = args.out.join("recipes.png");
     let panels: Vec<(&str, _)> = panels.iter().map(|(name, panel)| (name.as_str(), panel.clone())).collect();
-    save_png(&picture, &stack(&panels.chunks(PER_ROW).map(labelled_panel).collect::<Vec<_>>()))?;
+    save(&picture, &stack(&panels.chunks(PER_ROW).map(labelled_panel).collect::<Vec<_>>()))?;
     say(&format!("the picture: {}", picture.display()));
     Ok(json!({ "picture": picture, "results": rows.iter().map(Row::json).collect::<Vec<_>>() }))
 }
@@ -150,7 +150,7 @@ impl Judge {
         let [h, w] = teacher.size()?;
         let shape = [teacher.config.in_channels, h, w];
         let (data, labels) = pictures(&args.data, shape, args.n, &teacher.classes())?;
-        let features = Features::load(&args.teacher)?;
+        let features = Features::load("TEACHER", &args.teacher, None)?;
         let mut judge = Judge { samples: Array4::zeros((0, 0, 0, 0)), data, labels, features, shape };
         judge.samples = judge.draw(&judge.teacher_model(teacher)?, SEED + 1)?;
         Ok(judge)
@@ -166,14 +166,15 @@ impl Judge {
         model.pictures(&noise, &self.labels, BATCH)
     }
 
-    fn row(&self, name: &str, images: &Array4<f32>, seconds: Option<f64>) -> Result<Row> {
-        let rows = |images: &Array4<f32>| -> Result<Array2<f64>> { self.features.rows(images, BATCH) };
+    fn row(&mut self, name: &str, images: &Array4<f32>, seconds: Option<f64>) -> Result<Row> {
+        let (data, samples) = (&self.data, &self.samples);
+        let mut rows = |images: &Array4<f32>| -> Result<Array2<f64>> { self.features.rows(images, |_| {}) };
         let found = rows(images)?;
-        let score = |reference: &Array4<f32>| -> Result<Score> {
+        let mut score = |reference: &Array4<f32>| -> Result<Score> {
             let kernel = kernel_distance(found.view(), rows(reference)?.view())?;
             Ok(Score { sliced: distance(images, reference)?, kernel })
         };
-        let row = Row { name: name.into(), to_data: score(&self.data)?, to_teacher: score(&self.samples)?, seconds };
+        let row = Row { name: name.into(), to_data: score(data)?, to_teacher: score(samples)?, seconds };
         result(&format!(
             "{name}: to the data {:.4} and {:.5}, to the teacher {:.4} and {:.5}",
             row.to_data.sliced, row.to_data.kernel, row.to_teacher.sliced, row.to_teacher.kernel

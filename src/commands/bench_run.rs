@@ -3,8 +3,8 @@
 use super::engine_options;
 use crate::cli::BenchRunArgs;
 use crate::eval::{median, percentile};
-use crate::memory;
 use crate::output::result;
+use crate::{limits, memory};
 use anyhow::Result;
 use dmd_runtime::{Generator, Request};
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use std::time::Instant;
 
 /// Times one pass.
 pub fn run(args: &BenchRunArgs, threads: Option<usize>) -> Result<Value> {
-    crate::config::at_least_one("--runs", args.runs as u64)?;
+    limits::count("--runs", args.runs as u64, limits::RUNS)?;
     let started = Instant::now();
     let mut generator = Generator::load(&args.onnx, engine_options(args.engine, threads))?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;

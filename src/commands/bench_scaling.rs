@@ -6,7 +6,7 @@ use crate::config::{Config, at_least_one};
 use crate::distill::{Beginning, Networks};
 use crate::eval::median;
 use crate::output::{result, say};
-use crate::picture::{labelled_panel, save_png};
+use crate::picture::{labelled_panel, save};
 use crate::random::Random;
 use anyhow::Result;
 use candle_core::Device;
@@ -49,7 +49,7 @@ pub fn run(args: &BenchScalingArgs) -> Result<Value> {
         (captions[0].as_str(), growth(&batch, "samples in a batch")?),
         (captions[1].as_str(), growth(&area, "pixels of a sample")?),
     ];
-    save_png(&args.out, &labelled_panel(&panels))?;
+    save(&args.out, &labelled_panel(&panels))?;
     say(&format!("the plot: {}", args.out.display()));
     Ok(json!({ "plot": args.out, "by_batch": batch, "by_area": area }))
 }

@@ -6,7 +6,7 @@ use crate::cli::{DemoArgs, DistillArgs, Engine, ExportArgs, SettingsArgs};
 use crate::device::Choice;
 use crate::eval::distance;
 use crate::output::say;
-use crate::picture::{columns, grid, labelled_panel, save_png};
+use crate::picture::{columns, grid, labelled_panel, save};
 use crate::random::picture_noise;
 use crate::sample::{Model, Sampler, labels_in_turn};
 use anyhow::{Context, Result, ensure};
@@ -89,7 +89,7 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
     let images = [panel(&shown(&of_teacher)), panel(&shown(&of_before)), panel(&shown(&of_after)), panel(&of_file)];
     let panels: Vec<(&str, _)> = captions.iter().map(String::as_str).zip(images).collect();
     let picture = args.out.join("demo.png");
-    save_png(&picture, &labelled_panel(&panels))?;
+    save(&picture, &labelled_panel(&panels))?;
     say(&format!(
         "distance to the teacher's pictures (sliced Wasserstein, {MEASURED} pictures): {start:.4} before, {end:.4} after, {:.0} % of it",
         100.0 * end / start

@@ -55,7 +55,7 @@ fn check_beforehand(config: &Config, teacher: &Path) -> Result<()> {
     let regression = &config.loss.regression;
     let Some((unet, null_class)) = small_files(teacher) else { return Ok(()) };
     let guidance = config.real_score.guidance_scale;
-    check_guidance("real_score.guidance_scale", guidance, &unet, null_class)?;
+    check_guidance("real_score.guidance_scale", guidance, unet.num_class_embeds.is_some(), null_class)?;
     if let Some([height, width]) = unet.size().filter(|_| regression.weight > 0.0) {
         pairs::manifest_for(Path::new(&regression.pairs), [unet.in_channels, height, width], guidance)?;
     }

@@ -1,6 +1,7 @@
 //! `dmd export`: a generator's folder to a verified ONNX file.
 
-use super::{check_free, engine_choice, engine_options, make_parent};
+use super::{check_free, engine_choice, engine_options, make_parent, model_path};
+use crate::classes::label;
 use crate::cli::{ExportArgs, OutputKind};
 use crate::memory;
 use crate::output::{say, warn};
@@ -21,8 +22,9 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     for path in [&args.onnx].into_iter().chain(reports.iter().flatten()) {
         check_free(path, args.force)?;
     }
-    let folder = ModelFolder::load(&args.generator, &Device::Cpu)?;
-    let passes = passes(&folder, &args.generator, args.sigma)?;
+    let generator = model_path(&args.generator)?;
+    let folder = ModelFolder::load(&generator, &Device::Cpu)?;
+    let passes = passes(&folder, &generator, args.sigma)?;
     let info = info(&folder)?;
     let output = match args.output {
         OutputKind::F32 => Output::F32,
@@ -38,7 +40,11 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         engines: engine_choice(args.engine),
         allow_unverified: args.allow_unverified,
         batch: if args.dynamic_batch { Batch::Dynamic } else { Batch::Fixed(args.batch) },
-        fixed_label: args.fixed_label.as_deref().map(|class| label(class, &info.classes)).transpose()?,
+        fixed_label: args
+            .fixed_label
+            .as_deref()
+            .map(|class| label("--fixed-label", class, &info.classes))
+            .transpose()?,
         output,
         max_memory: memory::available_bytes(&Device::Cpu),
         force: args.force,
@@ -159,14 +165,4 @@ pub fn passes(folder: &ModelFolder, path: &Path, sigma: Option<f64>) -> Result<V
             Ok(vec![Generator { denoiser, sigma }])
         }
     }
-}
-
-/// A class by its name or its number.
-fn label(class: &str, classes: &[String]) -> Result<usize> {
-    ensure!(!classes.is_empty(), "--fixed-label {class}: the model has no classes");
-    let by_name = classes.iter().position(|name| name == class);
-    by_name.or_else(|| class.parse().ok().filter(|index| *index < classes.len())).with_context(|| {
-        let last = classes.len() - 1;
-        format!("--fixed-label {class}: no such class, the model has {} (0 to {last})", classes.join(", "))
-    })
 }

@@ -1,11 +1,13 @@
 //! `dmd inspect`: what a file or folder of ours holds, without running it.
 
 use super::is_exported;
+use crate::classes::listed;
 use crate::cli::InspectArgs;
-use crate::output::say;
+use crate::output;
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use dmd_models::{ModelFolder, Weights, read_metadata};
+use dmd_runtime::printable;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -25,11 +27,30 @@ pub fn run(args: &InspectArgs) -> Result<Value> {
     } else {
         bail!("{}: no such file or folder", path.display());
     };
-    for (key, value) in found.as_object().into_iter().flatten() {
-        let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
-        say(&format!("{key:<16} {text}"));
-    }
+    let mut text = Vec::new();
+    lines(&found, 0, &mut text);
+    output::result(&text.join("\n"))?;
     Ok(found)
+}
+
+/// A line for each value, those of an object below its name; what is null is left out. Texts from files are made harmless.
+fn lines(object: &Value, depth: usize, text: &mut Vec<String>) {
+    for (key, value) in object.as_object().into_iter().flatten() {
+        let key = format!("{:indent$}{}", "", printable(key), indent = 2 * depth);
+        let shown =
+            |value: &Value| printable(&value.as_str().map_or_else(|| value.to_string(), String::from)).into_owned();
+        match value {
+            Value::Null => {}
+            Value::Object(_) => {
+                text.push(key);
+                lines(value, depth + 1, text);
+            }
+            Value::Array(values) => {
+                text.push(format!("{key:<24} {}", listed(&values.iter().map(shown).collect::<Vec<_>>())));
+            }
+            value => text.push(format!("{key:<24} {}", shown(value))),
+        }
+    }
 }
 
 fn model(path: &Path) -> Result<Value> {
@@ -87,4 +108,30 @@ fn tensors(path: &Path) -> Result<Value> {
     Ok(
         json!({ "kind": "tensors", "parameters": weights.n_parameters(), "metadata": read_metadata(path)?, "tensors": list }),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_nested_is_indented_what_is_long_is_cut_and_names_command_no_terminal() {
+        let classes: Vec<String> = (0..1000).map(|i| format!("c{i}")).collect();
+        let found = json!({ "kind": "run", "none": null, "config": { "steps": 3, "gan": { "r1": 0.5 } }, "classes": classes, "a\u{1b}[2J": "b\nc" });
+        let mut text = Vec::new();
+        lines(&found, 0, &mut text);
+        text.sort();
+        let line = |key: &str, value: &str| format!("{key:<24} {value}");
+        let mut expected = vec![
+            line("kind", "run"),
+            "config".into(),
+            line("  steps", "3"),
+            "  gan".into(),
+            line("    r1", "0.5"),
+            line("classes", "c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 990 more"),
+            line("a\\u{1b}[2J", "b\\nc"),
+        ];
+        expected.sort();
+        assert_eq!(text, expected);
+    }
 }

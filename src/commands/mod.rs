@@ -21,36 +21,48 @@ mod score;
 mod teacher_train;
 
 use crate::cli::{BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand};
-use crate::device;
-use anyhow::{Context, Result, ensure};
+use crate::{device, output};
+use anyhow::{Context, Result, bail, ensure};
+use clap::CommandFactory;
 use dmd_runtime::EngineChoice;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Runs one command.
 pub fn run(cli: &Cli) -> Result<Value> {
-    device::use_threads(cli.threads)?;
+    let threads = cli.threads.map(device::threads).transpose()?;
+    device::use_threads(threads)?;
     match &cli.command {
         Command::Teacher(TeacherCommand::Train(args)) => teacher_train::run(args),
         Command::Distill(args) => distill::run(args),
         Command::Pairs(args) => pairs::run(args),
         Command::Config(ConfigCommand::Show(args)) => config_show::run(args),
-        Command::Export(args) => export::run(args, cli.threads),
-        Command::Sample(args) => sample::run(args, cli.threads),
-        Command::Score(args) => score::run(args, cli.threads),
+        Command::Export(args) => export::run(args, threads),
+        Command::Sample(args) => sample::run(args, threads),
+        Command::Score(args) => score::run(args, threads),
         Command::Inspect(args) => inspect::run(args),
         Command::Lint(args) => lint::run(args),
         Command::Ort(args) => ort::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
-        Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, cli.threads),
+        Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, threads),
         Command::Bench(BenchCommand::Scaling(args)) => bench_scaling::run(args),
         Command::Bench(BenchCommand::Ops(args)) => bench_ops::run(args),
         Command::Bench(BenchCommand::Recipes(args)) => bench_recipes::run(args),
-        Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, cli.threads),
+        Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, threads),
         Command::Ablate(args) => ablate::run(args),
-        Command::Demo(args) => demo::run(args, cli.threads),
+        Command::Completions { shell } => completions(*shell),
+        Command::Demo(args) => demo::run(args, threads),
     }
+}
+
+/// The script that a shell completes the command line by.
+fn completions(shell: clap_complete::Shell) -> Result<Value> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "dmd", &mut script);
+    let script = String::from_utf8(script).context("clap writes text")?;
+    output::verbatim(&script)?;
+    Ok(json!({ "script": script }))
 }
 
 /// The runtime's options for what the command line says.
@@ -80,6 +92,21 @@ fn begins_as_exported(path: &Path) -> std::io::Result<bool> {
     let mut first = [0; 8];
     std::fs::File::open(path)?.read_exact(&mut first)?;
     Ok(matches!(first, [8, 3..=127, ..] | [_, _, _, _, b'O', b'R', b'T', b'M']))
+}
+
+/// The model that a path names: of a run, its generator; of a teacher's run, the teacher.
+fn model_path(path: &Path) -> Result<PathBuf> {
+    let is_model = |path: &Path| path.join("model_index.json").exists();
+    if !path.join("config.toml").exists() || is_model(path) {
+        return Ok(path.into());
+    }
+    let parent = path.parent().unwrap_or(path);
+    match [path.join("generator"), parent.to_path_buf()].into_iter().find(|path| is_model(path)) {
+        Some(model) => Ok(model),
+        None => {
+            bail!("{}: is a run without a generator yet: the command that began it goes on with it", path.display())
+        }
+    }
 }
 
 /// Refuses to write over a file unless forced, before any work is done.

@@ -21,7 +21,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     count("--per-shard", args.per_shard as u64)?;
     not_negative("--guidance", args.guidance)?;
     if let Some((unet, null_class)) = small_files(&args.teacher) {
-        check_guidance("--guidance", args.guidance, &unet, null_class)?;
+        check_guidance("--guidance", args.guidance, unet.num_class_embeds.is_some(), null_class)?;
     }
     let device = args.device.open()?;
     let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)?;

@@ -1,46 +1,67 @@
 //! `dmd sample`: pictures of a teacher, a generator or an exported file, from a seed or from given noise.
 
-use super::{check_free, engine_options, is_exported, make_parent};
-use crate::cli::{SampleArgs, WrongUsage};
+use super::{check_free, engine_options, is_exported, make_parent, model_path};
+use crate::cli::{Engine, SampleArgs, WrongUsage};
+use crate::device::Choice;
+use crate::limits;
 use crate::memory::{self, Work};
-use crate::output::say;
-use crate::sample::Model;
-use crate::{npy, picture};
-use anyhow::{Result, bail, ensure};
+use crate::output::{self, say};
+use crate::sample::{Model, Sampler};
+use crate::{classes, npy, picture};
+use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 use dmd_models::ModelFolder;
-use ndarray::Array4;
+use ndarray::{Array4, Axis};
 use serde_json::{Value, json};
+use std::path::{Component, Path, PathBuf};
 use std::time::Instant;
 
 /// Makes pictures.
 pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
-    if args.out.is_none() && args.npy.is_none() {
-        return Err(WrongUsage("nothing to write: give --out GRID.png, --npy FILE.npy or both".into()).into());
+    if args.out.is_none() && args.npy.is_none() && args.pictures.is_none() {
+        let text = "nothing to write: give --out GRID.png, --pictures DIR, --npy FILE.npy or several of them";
+        return Err(WrongUsage(text.into()).into());
     }
-    crate::config::at_least_one("batch", args.batch as u64)?;
-    for path in args.out.iter().chain(&args.npy) {
-        check_free(path, args.force)?;
+    if let Some(path) = &args.out {
+        picture::format(path).map_err(|error| WrongUsage(error.to_string()))?;
     }
-    let mut source = Source::open(args, threads)?;
+    let files = args.out.iter().chain(&args.npy);
+    files.clone().try_for_each(|path| check_free(path, args.force))?;
+    let mut source = Source::open(&model_path(&args.model)?, &sampling(args, threads))?;
+    if let Some(scale) = args.guidance {
+        without_effect("--guidance", !source.is_teacher(), "it is for teachers")?;
+        source.guide(scale)?;
+    }
+    let batch = batch(args, &source)?;
     if let Source::Folder { model, shape: [_, h, w], .. } = &source {
-        model.check_memory(args.n.unwrap_or(PICTURES), [*h, *w], args.batch)?;
+        model.check_memory(args.n.unwrap_or(PICTURES), [*h, *w], batch)?;
     }
     let noise = noise(args, source.shape())?;
     let labels = labels(&args.class, source.classes(), noise.dim().0)?;
-    args.out.iter().chain(&args.npy).try_for_each(|path| make_parent(path))?;
+    let singles = args.pictures.as_ref().map(|folder| singles(folder, args, &labels, source.classes(), noise.dim().0));
+    let singles = singles.unwrap_or_default();
+    singles.iter().try_for_each(|path| check_free(path, args.force))?;
+    files.clone().chain(&singles).try_for_each(|path| make_parent(path))?;
+
+    let bar = output::progress(noise.dim().0 as u64, 0)?;
     let started = Instant::now();
-    let images = source.pictures(&noise, &labels, args.batch)?;
+    let images = source.pictures(&noise, &labels, batch, &|done| bar.set_position(done as u64));
     let seconds = started.elapsed().as_secs_f64();
+    bar.finish_and_clear();
+    let images = images?;
     if let Some(path) = &args.out {
         let scale = (128 / images.dim().2.max(1) as u32).max(1);
-        picture::save_png(path, &picture::grid(&images, picture::columns(images.dim().0), scale))?;
+        picture::save(path, &picture::grid(&images, picture::columns(images.dim().0), scale))?;
     }
     if let Some(path) = &args.npy {
         npy::write(path, &images)?;
     }
+    for (path, image) in singles.iter().zip(images.axis_iter(Axis(0))) {
+        picture::save(path, &picture::single(&image))?;
+    }
     let n = images.dim().0;
-    let written: Vec<_> = args.out.iter().chain(&args.npy).map(|path| path.display().to_string()).collect();
+    let written: Vec<String> =
+        args.out.iter().chain(&args.npy).chain(&args.pictures).map(|path| path.display().to_string()).collect();
     say(&format!(
         "{n} pictures by {} in {seconds:.2} s ({:.2} ms each): {}",
         source.name(),
@@ -48,6 +69,51 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
         written.join(", ")
     ));
     Ok(json!({ "pictures": n, "model": source.name(), "seconds": seconds, "labels": labels, "written": written }))
+}
+
+fn sampling(args: &SampleArgs, threads: Option<usize>) -> Sampling {
+    let SampleArgs { device, engine, sampler, steps, seed, .. } = *args;
+    Sampling { device, engine, sampler, steps, seed, threads }
+}
+
+/// Pictures per pass of a folder's model; an exported file says itself how many it takes.
+fn batch(args: &SampleArgs, source: &Source) -> Result<usize> {
+    let is_file = matches!(source, Source::File { .. });
+    without_effect("--batch", args.batch.is_some() && is_file, "an exported file says itself how many it takes")?;
+    limits::count("--batch", args.batch.unwrap_or(BATCH) as u64, limits::PICTURES)?;
+    Ok(args.batch.unwrap_or(BATCH))
+}
+
+/// Where single pictures go: into the folder of their class where there are classes, so that they can be trained on.
+fn singles(folder: &Path, args: &SampleArgs, labels: &[i64], classes: &[String], n: usize) -> Vec<PathBuf> {
+    let name = |i: usize| match &args.noise {
+        Some(_) => format!("{i:05}.png"),
+        None => format!("seed{}-{i:05}.png", args.seed),
+    };
+    let of_class = |i: usize| {
+        let class = labels.get(i).and_then(|label| classes.get(usize::try_from(*label).ok()?));
+        // A class's name comes from a file: it must not lead out of the folder.
+        let parts = Path::new(class.map_or("", String::as_str)).components();
+        parts.filter(|part| matches!(part, Component::Normal(_))).collect::<PathBuf>()
+    };
+    (0..n).map(|i| folder.join(of_class(i)).join(name(i))).collect()
+}
+
+/// How pictures are made; what is not given is left to the model.
+#[derive(Default)]
+pub struct Sampling {
+    /// Where a folder's model runs.
+    pub device: Option<Choice>,
+    /// What runs an exported file.
+    pub engine: Option<Engine>,
+    /// A teacher's sampler.
+    pub sampler: Option<Sampler>,
+    /// And its steps.
+    pub steps: Option<usize>,
+    /// Seed of the noise between passes.
+    pub seed: u64,
+    /// CPU threads.
+    pub threads: Option<usize>,
 }
 
 /// What makes the pictures.
@@ -71,28 +137,34 @@ pub enum Source {
 }
 
 impl Source {
-    /// Opens what `args.model` names.
-    pub fn open(args: &SampleArgs, threads: Option<usize>) -> Result<Self> {
-        if is_exported(&args.model) {
-            let generator = dmd_runtime::Generator::load(&args.model, engine_options(args.engine, threads))?;
-            check_steps(args.steps, generator.info().passes())?;
-            return Ok(Source::File { generator: Box::new(generator), seed: args.seed });
+    /// Opens a model; an option that it has no use for is refused.
+    pub fn open(path: &Path, sampling: &Sampling) -> Result<Self> {
+        let is_no_teacher = || without_effect("--sampler", sampling.sampler.is_some(), "it is for teachers");
+        if is_exported(path) {
+            is_no_teacher()?;
+            without_effect("--device", sampling.device.is_some(), "an exported file runs on the CPU")?;
+            let engine = engine_options(sampling.engine.unwrap_or(Engine::Auto), sampling.threads);
+            let generator = dmd_runtime::Generator::load(path, engine)?;
+            check_steps(sampling.steps, generator.info().passes())?;
+            return Ok(Source::File { generator: Box::new(generator), seed: sampling.seed });
         }
-        let device = args.device.open()?;
-        let folder = ModelFolder::load(&args.model, &device);
+        without_effect("--engine", sampling.engine.is_some(), "it is for exported files, this is a model folder")?;
+        let device = sampling.device.unwrap_or_default().open()?;
+        let folder = ModelFolder::load(path, &device);
         let folder = folder.map_err(|error| memory::explained(error.into(), Work::Networks))?;
         let [h, w] = folder.size()?;
         let model = match folder.generator(&device)? {
             Some(generator) => {
+                is_no_teacher()?;
                 let sigmas = folder.about.sigmas();
-                check_steps(args.steps, sigmas.len())?;
-                Model::of_steps(generator.denoiser, sigmas, args.seed)
+                check_steps(sampling.steps, sigmas.len())?;
+                Model::of_steps(generator.denoiser, sigmas, sampling.seed)
             }
             None => {
-                let n_steps = args.steps.unwrap_or(STEPS);
-                crate::config::at_least_one("--steps", n_steps as u64)?;
-                let denoiser = folder.denoiser(&device)?;
-                Model::Teacher { denoiser, sampler: args.sampler, n_steps, guidance_scale: args.guidance }
+                let n_steps = sampling.steps.unwrap_or(STEPS);
+                limits::count("--steps", n_steps as u64, limits::SAMPLER_STEPS)?;
+                let (denoiser, sampler) = (folder.denoiser(&device)?, sampling.sampler.unwrap_or(Sampler::Heun));
+                Model::Teacher { denoiser, sampler, n_steps, guidance_scale: 1.0 }
             }
         };
         Ok(Source::Folder {
@@ -100,6 +172,24 @@ impl Source {
             shape: [folder.config.in_channels, h, w],
             classes: folder.classes(),
         })
+    }
+
+    /// Whether it takes many steps, which can be guided.
+    pub fn is_teacher(&self) -> bool {
+        matches!(self, Source::Folder { model, .. } if matches!(**model, Model::Teacher { .. }))
+    }
+
+    /// Guides a teacher; others are left as they are.
+    pub fn guide(&mut self, scale: f64) -> Result<()> {
+        if let Source::Folder { model, .. } = self
+            && let Model::Teacher { denoiser, guidance_scale, .. } = model.as_mut()
+        {
+            crate::config::not_negative("--guidance", scale)?;
+            let (has_classes, null_class) = (denoiser.n_classes().is_some(), denoiser.unconditional.is_some());
+            crate::config::check_guidance("--guidance", scale, has_classes, null_class)?;
+            *guidance_scale = scale;
+        }
+        Ok(())
     }
 
     /// `(C, H, W)` of a picture.
@@ -131,38 +221,56 @@ impl Source {
         }
     }
 
-    /// Pictures of this noise, `batch` at a time on candle.
-    pub fn pictures(&mut self, noise: &Array4<f32>, labels: &[i64], batch: usize) -> Result<Array4<f32>> {
-        match self {
-            Source::File { generator, seed } => Ok(generator.run_seeded(noise.view(), labels, *seed)?.to_f32()),
+    /// Pictures of this noise, `batch` at a time on candle; `done` hears how many are made. One that is not finite is an
+    /// error.
+    pub fn pictures(
+        &mut self,
+        noise: &Array4<f32>,
+        labels: &[i64],
+        batch: usize,
+        done: &dyn Fn(usize),
+    ) -> Result<Array4<f32>> {
+        let images = match self {
+            Source::File { generator, seed } => generator.run_seeded(noise.view(), labels, *seed)?.to_f32(),
             Source::Folder { model, .. } => {
                 let values: Vec<f32> = noise.iter().copied().collect();
-                model.pictures(&Tensor::from_vec(values, noise.dim(), &Device::Cpu)?, labels, batch)
+                model.pictures_aloud(&Tensor::from_vec(values, noise.dim(), &Device::Cpu)?, labels, batch, done)?
             }
-        }
+        };
+        let broken = images.axis_iter(Axis(0)).position(|image| image.iter().any(|value| !value.is_finite()));
+        ensure!(
+            broken.is_none(),
+            "picture {} of {} holds values that are not finite: its weights are broken, or it diverged in training",
+            broken.unwrap_or(0),
+            self.name()
+        );
+        Ok(images)
     }
+}
+
+/// An option that would be passed over is refused.
+fn without_effect(option: &str, given: bool, why: &str) -> Result<()> {
+    if given { Err(WrongUsage(format!("{option} has no effect here: {why}")).into()) } else { Ok(()) }
 }
 
 /// A generator's steps are its own.
 fn check_steps(asked: Option<usize>, passes: usize) -> Result<()> {
     let Some(steps) = asked.filter(|steps| *steps != passes) else { return Ok(()) };
-    match passes {
-        1 => bail!("--steps {steps}: this generator makes a picture in one pass"),
-        _ => bail!("--steps {steps}: this generator makes a picture in {passes} passes"),
-    }
+    let passes = if passes == 1 { "one pass".to_string() } else { format!("{passes} passes") };
+    Err(WrongUsage(format!("--steps {steps}: this generator makes a picture in {passes}")).into())
 }
 
 /// Steps of a teacher's sampler where none are asked for: EDM's for pictures of this size, 35 passes.
 const STEPS: usize = 18;
 /// Pictures where no number is asked for.
 const PICTURES: usize = 16;
-/// More pictures than this in one call is a slip of the finger.
-const MAX_PICTURES: usize = 1_000_000;
+/// Pictures per pass on candle where no number is asked for.
+const BATCH: usize = 64;
 
 fn noise(args: &SampleArgs, shape: [usize; 3]) -> Result<Array4<f32>> {
     let Some(path) = &args.noise else {
         let n = args.n.unwrap_or(PICTURES);
-        ensure!((1..=MAX_PICTURES).contains(&n), "-n is {n}, expected 1 to {MAX_PICTURES}");
+        limits::pictures("-n", n as u64, shape)?;
         return Ok(dmd_runtime::picture_noise(args.seed, 0, n, shape));
     };
     let noise = npy::read(path)?;
@@ -181,22 +289,10 @@ fn noise(args: &SampleArgs, shape: [usize; 3]) -> Result<Array4<f32>> {
 
 /// One label per picture, for a name, an index, or every class in turn; empty for an unconditional model.
 pub fn labels(class: &str, classes: &[String], n: usize) -> Result<Vec<i64>> {
-    if classes.is_empty() {
-        ensure!(class == "all", "--class {class}: the model has no classes");
-        return Ok(Vec::new());
-    }
     if class == "all" {
-        return Ok((0..n).map(|i| (i % classes.len()) as i64).collect());
+        return Ok(if classes.is_empty() { Vec::new() } else { (0..n).map(|i| (i % classes.len()) as i64).collect() });
     }
-    let by_name = classes.iter().position(|name| name == class);
-    match by_name.or_else(|| class.parse().ok().filter(|index| *index < classes.len())) {
-        Some(label) => Ok(vec![label as i64; n]),
-        None => bail!(
-            "--class {class}: no such class, the model has {} (0 to {}) or all",
-            classes.join(", "),
-            classes.len() - 1
-        ),
-    }
+    Ok(vec![classes::label("--class", class, classes)? as i64; n])
 }
 
 #[cfg(test)]
@@ -209,10 +305,6 @@ mod tests {
         assert_eq!(labels("dog", &classes, 2).unwrap(), [1, 1]);
         assert_eq!(labels("0", &classes, 1).unwrap(), [0]);
         assert_eq!(labels("all", &classes, 3).unwrap(), [0, 1, 0]);
-        assert_eq!(
-            labels("fox", &classes, 1).unwrap_err().to_string(),
-            "--class fox: no such class, the model has cat, dog (0 to 1) or all"
-        );
         assert!(labels("2", &classes, 1).is_err());
         assert!(labels("cat", &[], 1).is_err() && labels("all", &[], 1).unwrap().is_empty());
     }

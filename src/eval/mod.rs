@@ -1,9 +1,13 @@
 //! Scores of samples, and the order statistics that benches report.
 
+mod frechet;
 mod kernel_distance;
 mod sliced_wasserstein;
-pub use kernel_distance::kernel_distance;
-pub use sliced_wasserstein::{as_rows, sliced_wasserstein};
+mod uncertainty;
+pub use frechet::frechet_distance_of;
+pub use kernel_distance::{kernel_distance, kernel_distance_of};
+pub use sliced_wasserstein::{as_rows, sliced_wasserstein, sliced_wasserstein_of};
+pub use uncertainty::{Counts, Floor, Measured, measure};
 
 use crate::random::{Purpose, Random};
 use anyhow::Result;
@@ -16,10 +20,14 @@ const DIRECTIONS: usize = 256;
 /// directions.
 pub fn distance(a: &Array4<f32>, b: &Array4<f32>) -> Result<f64> {
     let (a, b) = (as_rows(a), as_rows(b));
+    sliced_wasserstein(a.view(), b.view(), directions(a.ncols())?.view())
+}
+
+/// Directions in pictures of so many values, the same every time.
+pub fn directions(n_values: usize) -> Result<Array2<f32>> {
     let random = Random { seed: 0, device: candle_core::Device::Cpu };
-    let draws = random.stream(Purpose::Directions, 0).normal(DIRECTIONS * a.ncols());
-    let directions = Array2::from_shape_vec((DIRECTIONS, a.ncols()), draws)?;
-    sliced_wasserstein(a.view(), b.view(), directions.view())
+    let draws = random.stream(Purpose::Directions, 0).normal(DIRECTIONS * n_values);
+    Ok(Array2::from_shape_vec((DIRECTIONS, n_values), draws)?)
 }
 
 /// The middle value; sorts its argument.

@@ -304,7 +304,7 @@ impl Trainee for Trainer<'_> {
         let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18, guidance_scale: 1.0 };
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
-        picture::save_png(path, &grid)
+        picture::save(path, &grid)
     }
 
     fn write_model(&mut self) -> Result<()> {
