@@ -139,7 +139,7 @@ fn python() -> Option<String> {
     let found = Command::new(&python).args(["-c", "import torch, diffusers, PIL"]).output();
     let found = found.is_ok_and(|output| output.status.success());
     if !found {
-        eprintln!("left out: {python} has no diffusers");
+        dmd::output::say(&format!("left out: {python} has no diffusers"));
     }
     found.then_some(python)
 }
