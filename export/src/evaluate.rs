@@ -5,6 +5,7 @@ use crate::Result;
 use crate::graph::{Conv, Graph, Node, Op};
 use candle_core::{Device, Tensor};
 use dmd_models::layers::{Conv2d, GroupNorm};
+use dmd_models::ops::{self, Mask, UNSEEN};
 use dmd_models::{Backend, Eager};
 
 impl Graph {
@@ -36,13 +37,8 @@ fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
             let (name, weight, bias) = (node.name.clone(), weight.clone(), bias.clone());
             b.conv2d(&padded, &Conv2d { name, weight, bias, stride: *stride, padding: 0 })
         }
-        Op::ConvTranspose2d(Conv { weight, bias, stride, pads: [top, left, ..] }) => {
-            let whole = x[0].conv_transpose2d(weight, 0, 0, *stride, 1)?;
-            let cut = whole.narrow(2, *top, node.shape[2])?.narrow(3, *left, node.shape[3])?;
-            match bias {
-                Some(bias) => Ok(cut.broadcast_add(&bias.reshape((1, (), 1, 1))?)?),
-                None => Ok(cut.contiguous()?),
-            }
+        Op::ConvTranspose2d(Conv { weight, bias, stride, pads }) => {
+            Ok(ops::conv_transpose2d(x[0], weight, bias.as_ref(), *stride, *pads)?)
         }
         Op::GroupNorm { groups, eps, affine } => {
             let channels = node.shape[1];
@@ -52,21 +48,49 @@ fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
             };
             b.group_norm(x[0], &GroupNorm { name: node.name.clone(), weight, bias, groups: *groups, eps: *eps }, None)
         }
+        Op::ChannelNorm { width, centred, eps, affine } => {
+            let affine = affine.as_ref();
+            match centred {
+                true => Ok(ops::layer_norm(x[0], affine.map(|[scale, shift]| [scale, shift]), *eps)?),
+                false => {
+                    let ones = Tensor::full(1f32, *width, &Device::Cpu)?;
+                    let normal = ops::rms_norm(x[0], &ones, *eps)?;
+                    let Some([scale, shift]) = affine else { return Ok(normal) };
+                    let [scale, shift] = [scale, shift].map(|values| values.reshape((1, (), 1, 1)));
+                    Ok(normal.broadcast_mul(&scale?)?.broadcast_add(&shift?)?)
+                }
+            }
+        }
         Op::Activation(act) => b.activation(x[0], *act),
-        Op::Attention { heads, scale } => {
+        Op::Gated(act) => b.gated(x[0], *act),
+        Op::Rotary(by) => b.rotary(x[0], by),
+        Op::Mul => b.mul(x[0], x[1]),
+        Op::Slice { axis, start, len } => b.slice(x[0], *axis, *start, *len),
+        Op::Grid(sides) => b.grid(x[0], *sides),
+        Op::Shuffle { side, patches } => b.shuffle(x[0], *side, *patches),
+        Op::Unshuffle { side, patches } => b.unshuffle(x[0], *side, *patches),
+        Op::Attention { heads, scale, mask } => {
             // The backend divides the scores by √d itself; what is left of `scale` goes into the query.
             let width = (node.shape[1] / heads) as f64;
             let [q, k, v] = match x {
                 [all] => [0, 1, 2].map(|part| all.narrow(1, part * node.shape[1], node.shape[1])),
                 _ => [0, 1, 2].map(|part| Ok(x[part].clone())),
             };
-            b.attention(&(q?.contiguous()? * (scale * width.sqrt()))?, &k?.contiguous()?, &v?.contiguous()?, *heads)
+            // The graph has what is added to the scores, the backend which keys are seen.
+            let seen = x.get(3).map(|bias| bias.affine(-1.0 / UNSEEN, 1.0)).transpose()?;
+            let mask = match (mask, &seen) {
+                (Mask::Padding(()), Some(seen)) => Mask::Padding(seen),
+                (Mask::Causal, _) => Mask::Causal,
+                _ => Mask::None,
+            };
+            let q = (q?.contiguous()? * (scale * width.sqrt()))?;
+            b.masked_attention(&q, &k?.contiguous()?, &v?.contiguous()?, *heads, mask)
         }
         Op::Add => b.add(x[0], x[1]),
         Op::AddPerChannel => b.add_per_channel(x[0], x[1]),
         Op::ScalePerChannel | Op::ScalePerPicture => Ok(x[0].broadcast_mul(&x[1].unsqueeze(2)?.unsqueeze(3)?)?),
         Op::Affine { mul, add } => b.affine(x[0], &[*mul], *add),
-        Op::Concat => b.concat(x[0], x[1]),
+        Op::Concat(axis) => b.join(x[0], x[1], *axis),
         Op::Upsample2x => b.upsample_2x(x[0]),
         Op::AvgPool2x => b.avg_pool_2x(x[0]),
         Op::PadRightBottom => b.pad_right_bottom(x[0]),

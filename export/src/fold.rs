@@ -149,7 +149,7 @@ fn map_into_norm(graph: &mut Graph, id: NodeId) -> Result<bool> {
     if graph.n_uses(norm) != 1 {
         return Ok(false);
     }
-    let Op::GroupNorm { affine, .. } = graph.op_mut(norm) else { return Ok(false) };
+    let Some(affine) = graph.op_mut(norm).affine_of_norm() else { return Ok(false) };
     let [scale, shift] = match affine {
         Some([scale, shift]) => {
             [narrow(&(wide(scale)? * &map.mul)?)?, narrow(&((wide(shift)? * &map.mul)? + &map.add)?)?]
@@ -173,7 +173,11 @@ fn norm_into_class_table(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let (Op::ScalePerChannel, [norm, scale]) = (&graph.node(*scaled).op, graph.node(*scaled).inputs.as_slice()) else {
         return Ok(false);
     };
-    let Op::GroupNorm { affine: Some([gamma, beta]), .. } = &graph.node(*norm).op else { return Ok(false) };
+    let (Op::GroupNorm { affine: Some([gamma, beta]), .. } | Op::ChannelNorm { affine: Some([gamma, beta]), .. }) =
+        &graph.node(*norm).op
+    else {
+        return Ok(false);
+    };
     let (Some(scales), Some(shifts)) = (lookup(*scale), lookup(*shift)) else { return Ok(false) };
     if graph.n_uses(*scaled) != 1 || graph.n_uses(*norm) != 1 {
         return Ok(false);
@@ -184,7 +188,7 @@ fn norm_into_class_table(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let (norm, scale, shift) = (*norm, *scale, *shift);
     *graph.op_mut(scale) = Op::Lookup(scales);
     *graph.op_mut(shift) = Op::Lookup(shifts);
-    if let Op::GroupNorm { affine, .. } = graph.op_mut(norm) {
+    if let Some(affine) = graph.op_mut(norm).affine_of_norm() {
         *affine = None;
     }
     Ok(true)
@@ -207,7 +211,11 @@ fn map_into_next_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
 
 /// The same for a norm's affine map, if all that read it are convolutions without padding (attention's projections).
 fn norm_into_next_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
-    let Op::GroupNorm { affine: Some([scale, shift]), .. } = &graph.node(id).op else { return Ok(false) };
+    let (Op::GroupNorm { affine: Some([scale, shift]), .. } | Op::ChannelNorm { affine: Some([scale, shift]), .. }) =
+        &graph.node(id).op
+    else {
+        return Ok(false);
+    };
     let map = ChannelMap { mul: wide(scale)?, add: wide(shift)? };
     let convs = graph.consumers(id);
     let unpadded = |conv: &NodeId| matches!(&graph.node(*conv).op, Op::Conv2d(conv) if conv.pads == [0; 4]);
@@ -219,7 +227,7 @@ fn norm_into_next_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
             *conv = conv.after(&map)?;
         }
     }
-    if let Op::GroupNorm { affine, .. } = graph.op_mut(id) {
+    if let Some(affine) = graph.op_mut(id).affine_of_norm() {
         *affine = None;
     }
     Ok(true)
@@ -241,14 +249,14 @@ fn scale_into_padded_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
 
 /// (s·q)·k = s·(q·k): the scores' factor goes into the query's convolution.
 fn attention_scale(graph: &mut Graph, id: NodeId) -> Result<bool> {
-    let Op::Attention { heads, scale } = graph.node(id).op else { return Ok(false) };
+    let Op::Attention { heads, scale, mask } = graph.node(id).op else { return Ok(false) };
     let query = graph.node(id).inputs[0];
     if scale == 1.0 || graph.n_uses(query) != 1 {
         return Ok(false);
     }
     let Op::Conv2d(conv) = graph.op_mut(query) else { return Ok(false) };
     *conv = conv.before(&ChannelMap::uniform(conv.weight.dims()[0], scale, 0.0)?)?;
-    *graph.op_mut(id) = Op::Attention { heads, scale: 1.0 };
+    *graph.op_mut(id) = Op::Attention { heads, scale: 1.0, mask };
     Ok(true)
 }
 

@@ -3,7 +3,8 @@
 
 use crate::{Error, Result};
 use candle_core::Tensor;
-use dmd_models::{Activation, shapes};
+use dmd_models::ops::{Mask, Patches, Rotary};
+use dmd_models::{Activation, Axis, shapes};
 use std::collections::{BTreeSet, HashSet};
 
 /// A one-step network as a list of nodes, each after those it reads.
@@ -73,16 +74,36 @@ pub enum Op {
         /// Scale and shift, `(C,)` each.
         affine: Option<[Tensor; 2]>,
     },
+    /// Normalisation of every pixel of x `(B, C, H, W)` over each run of `width` channels, then `x·scale + shift` per
+    /// channel if there is an affine map.
+    ChannelNorm {
+        /// Channels of a run; divides C.
+        width: usize,
+        /// Whether the mean is taken off (layer norm), or not (RMS norm).
+        centred: bool,
+        /// Added to the mean square.
+        eps: f64,
+        /// Scale and shift, `(C,)` each.
+        affine: Option<[Tensor; 2]>,
+    },
     /// Pointwise non-linearity of x.
     Activation(Activation),
-    /// Attention over pixels of query, key and value `(B, C, H, W)`, or of one x `(B, 3C, H, W)` that holds them in
-    /// this order; scores times `scale`, softmax over keys.
+    /// The first half of the channels of x times this non-linearity of the second.
+    Gated(Activation),
+    /// Attention over pixels of query `(B, C, H, W)`, key and value `(B, C, H', W')`, or of one x `(B, 3C, H, W)` that
+    /// holds them in this order; scores times `scale`, softmax over keys. A mask of padding `(B, keys)` comes after them.
     Attention {
         /// Runs of channels that attend on their own.
         heads: usize,
         /// Factor of the scores; 1 once it has been folded into the query.
         scale: f64,
+        /// Which keys a query sees.
+        mask: Mask<()>,
     },
+    /// Pairs of the channels of x `(B, C, H, W)` turned by an angle of each pixel.
+    Rotary(Rotary),
+    /// x·y, one shape.
+    Mul,
     /// x + y, one shape, or one that broadcasts to the other.
     Add,
     /// x `(B, C, H, W)` plus y `(B or 1, C)` at every pixel.
@@ -98,8 +119,33 @@ pub enum Op {
         /// Summand.
         add: f64,
     },
-    /// x and y joined along channels.
-    Concat,
+    /// x and y joined along an axis.
+    Concat(Axis),
+    /// A part of x along an axis.
+    Slice {
+        /// The axis.
+        axis: Axis,
+        /// Its first place.
+        start: usize,
+        /// How many.
+        len: usize,
+    },
+    /// The pixels of x in other rows, (H, W).
+    Grid([usize; 2]),
+    /// Every pixel of x a patch of `side`.
+    Shuffle {
+        /// Pixels of a patch's side.
+        side: usize,
+        /// Their order among the channels.
+        patches: Patches,
+    },
+    /// Every patch of x a pixel.
+    Unshuffle {
+        /// Pixels of a patch's side.
+        side: usize,
+        /// Their order among the channels.
+        patches: Patches,
+    },
     /// Nearest neighbour, both sides doubled.
     Upsample2x,
     /// Mean of 2×2 blocks; a last odd row or column is dropped.
@@ -359,14 +405,22 @@ impl Op {
             Op::Conv2d(_) => "conv",
             Op::ConvTranspose2d(_) => "conv_transpose",
             Op::GroupNorm { .. } => "norm",
+            Op::ChannelNorm { .. } => "norm",
             Op::Activation(act) => activation_name(*act),
+            Op::Gated(_) => "gated",
+            Op::Rotary(_) => "rotary",
+            Op::Mul => "product",
+            Op::Slice { .. } => "slice",
+            Op::Grid(_) => "grid",
+            Op::Shuffle { .. } => "shuffle",
+            Op::Unshuffle { .. } => "unshuffle",
             Op::Attention { .. } => "attention",
             Op::Add => "add",
             Op::AddPerChannel => "shift",
             Op::ScalePerChannel => "scale",
             Op::ScalePerPicture => "level",
             Op::Affine { .. } => "affine",
-            Op::Concat => "concat",
+            Op::Concat(_) => "concat",
             Op::Upsample2x => "upsample",
             Op::AvgPool2x => "pool",
             Op::PadRightBottom => "pad",
@@ -374,9 +428,17 @@ impl Op {
         }
     }
 
+    /// The affine map of a norm.
+    pub(crate) fn affine_of_norm(&mut self) -> Option<&mut Option<[Tensor; 2]>> {
+        match self {
+            Op::GroupNorm { affine, .. } | Op::ChannelNorm { affine, .. } => Some(affine),
+            _ => None,
+        }
+    }
+
     /// Whether the operation belongs to the layer after it rather than to the one before.
     fn prepares(&self) -> bool {
-        matches!(self, Op::Concat | Op::Upsample2x | Op::AvgPool2x | Op::PadRightBottom)
+        matches!(self, Op::Concat(_) | Op::Upsample2x | Op::AvgPool2x | Op::PadRightBottom)
     }
 
     /// The shape of the value, from the shapes of the inputs; or why there is none.
@@ -385,28 +447,35 @@ impl Op {
             (Op::Constant(tensor), []) => Ok(tensor.dims().to_vec()),
             (Op::Lookup(table), []) => Ok([&[batch], &table.dims()[1..]].concat()),
             (Op::Conv2d(Conv { weight, stride, pads, .. }), [x]) => shapes::conv2d(x, weight.dims(), *stride, *pads),
-            (Op::ConvTranspose2d(Conv { weight, stride, pads, .. }), [[b, c, h, w]]) => {
-                let side = |n: usize, kernel: usize, cut: usize| (n.checked_sub(1)? * stride + kernel).checked_sub(cut);
-                let sides = match *weight.dims() {
-                    [input, output, kh, kw] if input == *c => side(*h, kh, pads[0] + pads[2])
-                        .zip(side(*w, kw, pads[1] + pads[3]))
-                        .map(|(h, w)| vec![*b, output, h, w]),
-                    _ => None,
-                };
-                sides.ok_or_else(|| {
-                    format!("weight {:?} with pads {pads:?} does not fit {:?}", weight.dims(), inputs[0])
-                })
+            (Op::ConvTranspose2d(Conv { weight, stride, pads, .. }), [x]) => {
+                shapes::conv_transpose2d(x, weight.dims(), *stride, *pads)
             }
             (Op::GroupNorm { groups, .. }, [x]) => shapes::group_norm(x, *groups),
             (Op::Activation(_) | Op::Affine { .. }, [x]) => Ok(x.to_vec()),
-            (Op::Attention { heads, .. }, [q, k, v]) => shapes::attention(q, k, v, *heads),
+            (Op::ChannelNorm { width, .. }, [x]) => shapes::norm(x, *width),
+            (Op::Gated(_), [x]) => shapes::gated(x),
+            (Op::Attention { heads, mask: Mask::Padding(()), .. }, [q, k, v, keys]) => {
+                shapes::attention(q, k, v, *heads, Mask::Padding(keys))
+            }
+            (Op::Attention { heads, mask: Mask::None, .. }, [q, k, v]) => {
+                shapes::attention(q, k, v, *heads, Mask::None)
+            }
+            (Op::Attention { heads, mask: Mask::Causal, .. }, [q, k, v]) => {
+                shapes::attention(q, k, v, *heads, Mask::Causal)
+            }
             (Op::Attention { heads, .. }, [[b, c, h, w]]) if *heads > 0 && c.is_multiple_of(3 * heads) => {
                 Ok(vec![*b, c / 3, *h, *w])
             }
+            (Op::Rotary(by), [x]) => shapes::rotary(x, by.cos.dims()),
+            (Op::Mul, [x, y]) => shapes::mul(x, y),
+            (Op::Slice { axis, start, len }, [x]) => shapes::slice(x, axis.of_map(), *start, *len),
+            (Op::Grid(sides), [x]) => shapes::grid(x, *sides),
+            (Op::Shuffle { side, .. }, [x]) => shapes::shuffle(x, *side),
+            (Op::Unshuffle { side, .. }, [x]) => shapes::unshuffle(x, *side),
             (Op::Add, [x, y]) => shapes::add(x, y),
             (Op::AddPerChannel | Op::ScalePerChannel, [x, v]) => shapes::per_channel(x, v),
             (Op::ScalePerPicture, [x @ [b, _, _, _], [bv, 1]]) if b == bv => Ok(x.to_vec()),
-            (Op::Concat, [x, y]) => shapes::concat(x, y),
+            (Op::Concat(axis), [x, y]) => shapes::concat(x, y, axis.of_map()),
             (Op::Upsample2x, [x]) => shapes::upsample_2x(x),
             (Op::AvgPool2x, [x]) => shapes::avg_pool_2x(x),
             (Op::PadRightBottom, [x]) => shapes::pad_right_bottom(x),
@@ -421,6 +490,8 @@ fn activation_name(act: Activation) -> &'static str {
         Activation::Silu => "silu",
         Activation::Mish => "mish",
         Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_tanh",
+        Activation::QuickGelu => "quick_gelu",
         Activation::Relu => "relu",
     }
 }

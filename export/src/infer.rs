@@ -82,7 +82,7 @@ pub(crate) fn infer(node: &NodeProto, x: &[Read]) -> Result<Vec<Typed>, String> 
             like(first.dims.clone())
         }
         "ReduceMean" => {
-            let axes = ints("axes")?;
+            let axes = if x.len() > 1 { numbers(1)? } else { ints("axes")? };
             let dims = first.dims.iter().enumerate();
             like(dims.map(|(axis, dim)| if axes.contains(&(axis as i64)) { 1 } else { *dim }).collect())
         }

@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto};
 use dmd_models::layers::Conv2d;
-use dmd_models::{Backend, Eager};
+use dmd_models::{Backend, Eager, ops};
 use std::collections::{HashMap, HashSet};
 
 /// A graph ready to be run.
@@ -113,11 +113,23 @@ fn evaluate(node: &NodeProto, x: &[&Tensor]) -> Result<Vec<Tensor>> {
         "Gelu" => one(x[0].gelu_erf()),
         "Softplus" => one(softplus(x[0])),
         "Conv" => Ok(vec![conv(node, x)?]),
+        "ConvTranspose" => {
+            let pads = attributes.ints("pads")?;
+            let pads = [0, 1, 2, 3].map(|at| pads[at] as usize);
+            let stride = attributes.ints("strides")?[0] as usize;
+            one(ops::conv_transpose2d(x[0], x[1], x.get(2).copied(), stride, pads))
+        }
         "MatMul" => one(x[0].contiguous()?.broadcast_matmul(&x[1].contiguous()?)),
         "Softmax" => one(softmax(x[0])),
         "InstanceNormalization" => one(instance_norm(x[0], x[1], x[2], attributes.float("epsilon")?)),
         "GroupNormalization" => one(group_norm(node, x)?),
-        "ReduceMean" => one(x[0].mean_keepdim(attributes.ints("axes")?[0] as usize)),
+        "ReduceMean" => {
+            let axis = match x.get(1) {
+                Some(axes) => axes.i(0)?.to_scalar::<i64>()?,
+                None => attributes.ints("axes")?[0],
+            };
+            one(x[0].mean_keepdim(axis as usize))
+        }
         "Reshape" => one(x[0].contiguous()?.reshape(target_shape(x[0].dims(), &x[1].to_vec1::<i64>()?))),
         "Transpose" => {
             let perm: Vec<usize> = attributes.ints("perm")?.iter().map(|axis| *axis as usize).collect();
@@ -127,7 +139,7 @@ fn evaluate(node: &NodeProto, x: &[&Tensor]) -> Result<Vec<Tensor>> {
         "AveragePool" => Ok(vec![Eager.avg_pool_2x(x[0])?]),
         "Pad" => Ok(vec![Eager.pad_right_bottom(x[0])?]),
         "Concat" => one(Tensor::cat(x, attributes.int("axis")? as usize)),
-        "Split" => split(x[0], &x[1].to_vec1::<i64>()?),
+        "Split" => split(x[0], &x[1].to_vec1::<i64>()?, attributes.int("axis")? as usize),
         "Slice" => {
             let [start, end, axis] = [1, 2, 3].map(|at| Ok::<_, Error>(x[at].i(0)?.to_scalar::<i64>()? as usize));
             let start = start?;
@@ -202,11 +214,11 @@ fn target_shape(from: &[usize], to: &[i64]) -> Vec<usize> {
     to.iter().map(|dim| usize::try_from(*dim).unwrap_or(rest)).collect()
 }
 
-fn split(x: &Tensor, widths: &[i64]) -> Result<Vec<Tensor>> {
+fn split(x: &Tensor, widths: &[i64], axis: usize) -> Result<Vec<Tensor>> {
     let mut start = 0;
     let mut part = |width: &i64| {
         start += *width as usize;
-        Ok(x.narrow(1, start - *width as usize, *width as usize)?.contiguous()?)
+        Ok(x.narrow(axis, start - *width as usize, *width as usize)?.contiguous()?)
     };
     widths.iter().map(&mut part).collect()
 }

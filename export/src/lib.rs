@@ -53,6 +53,8 @@ mod lower;
 mod onnx;
 pub use dialect::Dialect;
 mod interpret;
+#[cfg(test)]
+mod parity;
 mod precision;
 pub use precision::Precision;
 pub use precision::activations::LayerSensitivity;

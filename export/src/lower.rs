@@ -4,9 +4,10 @@
 use crate::graph::{Conv, Graph, Node, NodeId, Op};
 use crate::onnx::{Builder, Lowered, int, ints, string};
 use crate::{Dialect, Error, Result};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_onnx::onnx::tensor_proto::DataType;
 use dmd_models::Activation;
+use dmd_models::ops::{Mask, Pairs, Patches, Rotary, causal_bias};
 use std::collections::HashMap;
 
 /// Spells a graph in a dialect. With `dynamic_batch` the graph, traced for one picture, takes any number of them: the
@@ -75,21 +76,47 @@ impl Lowering<'_> {
             Op::Constant(_) | Op::Lookup(_) => return Ok(None),
             Op::Noise => self.file.input(name, DataType::Float, shape),
             Op::Conv2d(conv) => self.conv(node, "Conv", conv, x)?,
+            Op::ConvTranspose2d(_) if self.dialect == Dialect::Nnapi => {
+                return Err(refuse(node, "NNAPI has no transposed convolution; export with --dialect portable"));
+            }
             Op::ConvTranspose2d(conv) => self.conv(node, "ConvTranspose", conv, x)?,
             Op::GroupNorm { groups, eps, affine } => {
                 let (groups, eps, affine) = (*groups, *eps, affine.as_ref());
                 let norm = Norm { name, groups, eps, affine, shape: dims4(node)? };
                 self.dialect.group_norm(self, &norm, x)?
             }
+            Op::ChannelNorm { width, centred, eps, affine } => {
+                self.channel_norm(node, *width, *centred, *eps, affine.as_ref(), x)?
+            }
             Op::Activation(act) => self.activation(node, *act, x)?,
-            Op::Attention { heads, scale } => self.attention(node, *heads, *scale)?,
-            Op::Add | Op::Concat => {
+            Op::Gated(act) => {
+                let halves = ["values", "gates"].map(|half| (format!("{name}.{half}"), node.shape.clone()));
+                self.dialect.split(self, name, x, &halves);
+                let gate = Node { name: format!("{name}.gate"), ..node.clone() };
+                let gate = self.activation(&gate, *act, &halves[1].0)?;
+                self.step(node, "", "Mul", &[&halves[0].0, &gate])
+            }
+            Op::Attention { heads, scale, mask } => self.attention(node, *heads, *scale, *mask)?,
+            Op::Rotary(by) => self.rotary(node, by, x)?,
+            Op::Add | Op::Mul | Op::Concat(_) => {
                 let y = self.value(node.inputs[1])?;
                 match node.op {
                     Op::Add => self.file.node(name, "Add", &[x, &y], vec![], shape),
-                    _ => self.file.node(name, "Concat", &[x, &y], vec![int("axis", 1)], shape),
+                    Op::Mul => self.file.node(name, "Mul", &[x, &y], vec![], shape),
+                    Op::Concat(axis) => {
+                        let axis = int("axis", axis.of_map() as i64);
+                        self.file.node(name, "Concat", &[x, &y], vec![axis], shape)
+                    }
+                    _ => return Err(refuse(node, "an operation of two values is not spelled")),
                 }
             }
+            Op::Slice { axis, start, len } => {
+                let numbers = [*start, start + len, axis.of_map()].map(|at| self.file.integers(&[at as i64]));
+                self.file.node(name, "Slice", &[x, &numbers[0], &numbers[1], &numbers[2]], vec![], shape)
+            }
+            Op::Grid(_) => self.reshape(name, x, shape),
+            Op::Shuffle { side, patches } => self.shuffle(node, *side, *patches, x)?,
+            Op::Unshuffle { side, patches } => self.unshuffle(node, *side, *patches, x)?,
             Op::AddPerChannel => {
                 let y = self.per_channel(node.inputs[1])?;
                 self.file.node(name, "Add", &[x, &y], vec![], shape)
@@ -215,8 +242,19 @@ impl Lowering<'_> {
     /// are two, and one pass over the picture less.
     pub(crate) fn ungrouped(&mut self, norm: &Norm, normalized: &str) -> Result<String> {
         let (name, shape) = (norm.name, norm.shape);
-        let Some([scale, shift]) = norm.affine else { return Ok(self.reshape(name, normalized, &shape)) };
+        let Some(affine) = norm.affine else { return Ok(self.reshape(name, normalized, &shape)) };
         let normalized = self.reshape(&format!("{name}.channels"), normalized, &shape);
+        self.map_of_channels(name, affine, &shape, &normalized)
+    }
+
+    /// The affine map of each channel, as a convolution.
+    fn map_of_channels(
+        &mut self,
+        name: &str,
+        [scale, shift]: &[Tensor; 2],
+        shape: &[usize],
+        normalized: &str,
+    ) -> Result<String> {
         let channels = shape[1];
         let scale = self.file.weight(&format!("{name}.weight"), scale, &[channels, 1, 1, 1])?;
         let shift = self.file.weight(&format!("{name}.bias"), shift, &[channels])?;
@@ -226,7 +264,74 @@ impl Lowering<'_> {
             ints("strides", &[1, 1]),
             ints("pads", &[0; 4]),
         ];
-        Ok(self.file.node(name, "Conv", &[&normalized, &scale, &shift], attributes, &shape))
+        Ok(self.file.node(name, "Conv", &[normalized, &scale, &shift], attributes, shape))
+    }
+
+    /// Means over the channels of each pixel, as differences and quotients: no engine's own normalisation is over channels
+    /// that come first.
+    fn channel_norm(
+        &mut self,
+        node: &Node,
+        width: usize,
+        centred: bool,
+        eps: f64,
+        affine: Option<&[Tensor; 2]>,
+        x: &str,
+    ) -> Result<String> {
+        let (name, [b, c, h, w]) = (&node.name, dims4(node)?);
+        let part = |part: &str| format!("{name}.{part}");
+        // The axis of a run's channels, and the shapes of what is normalised and of its means.
+        let (axis, runs, means) = match width == c {
+            true => (1, [b, c, h, w], [b, 1, h, w]),
+            false => (2, [b, c / width, width, h * w], [b, c / width, 1, h * w]),
+        };
+        let mut centered = if width == c { x.to_string() } else { self.reshape(&part("runs"), x, &runs) };
+        if centred {
+            let center = self.mean_of_run(&part("mean"), &centered, axis, &runs, &means)?;
+            centered = self.file.island(&part("centered"), "Sub", &[&centered, &center], vec![], &runs);
+        }
+        let squares = self.file.island(&part("squares"), "Mul", &[&centered, &centered], vec![], &runs);
+        let variance = self.mean_of_run(&part("variance"), &squares, axis, &runs, &means)?;
+        let eps = self.file.scalar(eps as f32);
+        let guarded = self.file.island(&part("guarded"), "Add", &[&variance, &eps], vec![], &means);
+        let deviation = self.file.island(&part("deviation"), "Sqrt", &[&guarded], vec![], &means);
+        let (is_last, whole) = (affine.is_none() && width == c, part("normalize"));
+        let normal = if is_last { name } else { &whole };
+        let normal = self.file.island(normal, "Div", &[&centered, &deviation], vec![], &runs);
+        let Some(affine) = affine else {
+            return Ok(if is_last { normal } else { self.reshape(name, &normal, &node.shape) });
+        };
+        let normal = if width == c { normal } else { self.reshape(&part("channels"), &normal, &node.shape) };
+        self.map_of_channels(name, affine, &node.shape, &normal)
+    }
+
+    /// The mean of each pixel's channels, in later opsets a convolution where they are one run: candle-onnx, which every file
+    /// is held to, knows a mean's axes as an attribute alone.
+    fn mean_of_run(
+        &mut self,
+        name: &str,
+        x: &str,
+        axis: usize,
+        runs: &[usize; 4],
+        means: &[usize; 4],
+    ) -> Result<String> {
+        if self.dialect.opset() < 18 || axis != 1 {
+            return Ok(self.mean(name, x, axis, means));
+        }
+        let weight = Tensor::full(1.0 / runs[1] as f32, (1, runs[1], 1, 1), &Device::Cpu)?;
+        let weight = self.file.weight(&format!("mean_of_{}", runs[1]), &weight, weight.dims())?;
+        let attributes = vec![ints("kernel_shape", &[1, 1]), ints("strides", &[1, 1]), ints("pads", &[0; 4])];
+        Ok(self.file.island(name, "Conv", &[x, &weight], attributes, means))
+    }
+
+    /// The mean along an axis, which opset 18 made an input.
+    pub(crate) fn mean(&mut self, name: &str, x: &str, axis: usize, shape: &[usize]) -> String {
+        let keep = int("keepdims", 1);
+        if self.dialect.opset() < 18 {
+            return self.file.island(name, "ReduceMean", &[x], vec![ints("axes", &[axis]), keep], shape);
+        }
+        let axes = self.file.integers(&[axis as i64]);
+        self.file.island(name, "ReduceMean", &[x, &axes], vec![keep], shape)
     }
 
     fn activation(&mut self, node: &Node, act: Activation, x: &str) -> Result<String> {
@@ -238,6 +343,23 @@ impl Lowering<'_> {
             }
             Activation::Mish => self.dialect.mish(self, node, x),
             Activation::Gelu => self.dialect.gelu(self, node, x)?,
+            // x·½(1 + tanh u) is x·sigmoid(2u), which every engine has.
+            Activation::GeluTanh => {
+                let root = 2.0 * (2.0 / std::f32::consts::PI).sqrt();
+                let [linear, cubic] = [root, root * 0.044_715].map(|value| self.file.scalar(value));
+                let square = self.step(node, "square", "Mul", &[x, x]);
+                let slope = self.step(node, "cubic", "Mul", &[&square, &cubic]);
+                let slope = self.step(node, "slope", "Add", &[&slope, &linear]);
+                let gate = self.step(node, "inner", "Mul", &[x, &slope]);
+                let gate = self.step(node, "sigmoid", "Sigmoid", &[&gate]);
+                self.step(node, "", "Mul", &[x, &gate])
+            }
+            Activation::QuickGelu => {
+                let factor = self.file.scalar(1.702);
+                let gate = self.step(node, "inner", "Mul", &[x, &factor]);
+                let gate = self.step(node, "sigmoid", "Sigmoid", &[&gate]);
+                self.step(node, "", "Mul", &[x, &gate])
+            }
         })
     }
 
@@ -249,7 +371,7 @@ impl Lowering<'_> {
 
     /// One matrix product per head. Keys are the last axis of the scores, where softmax is cheap; both transpositions are
     /// of the two last axes, which engines merge into the products.
-    fn attention(&mut self, node: &Node, heads: usize, scale: f64) -> Result<String> {
+    fn attention(&mut self, node: &Node, heads: usize, scale: f64, mask: Mask<()>) -> Result<String> {
         let name = &node.name;
         let [b, c, h, w] = dims4(node)?;
         let [.., kh, kw] = dims4(self.graph.node(*node.inputs.get(1).unwrap_or(&node.inputs[0])))?;
@@ -275,10 +397,102 @@ impl Lowering<'_> {
             let factor = self.file.scalar(scale as f32);
             scores = self.file.node(&part("scaled"), "Mul", &[&scores, &factor], vec![], &by_query);
         }
+        let bias = match mask {
+            Mask::None => None,
+            Mask::Causal => {
+                let name = format!("causal_{keys}");
+                Some(self.file.weight(&name, &causal_bias(keys)?, &[1, 1, queries, keys])?)
+            }
+            Mask::Padding(()) => {
+                let (id, name) = (node.inputs[3], part("padding"));
+                Some(match &self.graph.node(id).op {
+                    Op::Constant(bias) => self.file.weight(&name, bias, &[bias.dims()[0], 1, 1, keys])?,
+                    _ => {
+                        let bias = self.value(id)?;
+                        self.reshape(&name, &bias, &[b, 1, 1, keys])
+                    }
+                })
+            }
+        };
+        if let Some(bias) = bias {
+            scores = self.file.node(&part("masked"), "Add", &[&scores, &bias], vec![], &by_query);
+        }
         let weights = self.file.node(&part("weights"), "Softmax", &[&scores], vec![int("axis", -1)], &by_query);
         let weights = self.transpose_last(&part("weights_by_key"), &weights, [b, heads, keys, queries]);
         let mixed = self.file.node(&part("mix"), "MatMul", &[&v, &weights], vec![], &[b, heads, width, queries]);
         Ok(self.reshape(name, &mixed, &node.shape))
+    }
+
+    /// The two parts of all pairs, cut apart and joined again. Pairs are the third axis: of a head's halves, or of each two
+    /// neighbours.
+    fn rotary(&mut self, node: &Node, by: &Rotary, x: &str) -> Result<String> {
+        let (name, [b, c, _, _]) = (&node.name, dims4(node)?);
+        let (pairs, pixels) = by.cos.dims2()?;
+        let part = |part: &str| format!("{name}.{part}");
+        let (lead, rest) = match by.pairs {
+            Pairs::Halves => (c / (2 * pairs), pairs * pixels),
+            Pairs::Neighbours => (c / 2, pixels),
+        };
+        let (whole, half) = ([b, lead, 2, rest], [b, lead, 1, rest]);
+        let mut angles = |kind: &str, values: &Tensor| -> Result<String> {
+            let dims = match by.pairs {
+                Pairs::Halves => [1, 1, 1, rest],
+                Pairs::Neighbours => [1, lead, 1, rest],
+            };
+            let heads = lead * rest / (pairs * pixels);
+            let values = match by.pairs {
+                Pairs::Halves => values.clone(),
+                Pairs::Neighbours => values.unsqueeze(0)?.broadcast_as((heads, pairs, pixels))?.contiguous()?,
+            };
+            self.file.weight(&part(kind), &values, &dims)
+        };
+        let (cos, sin) = (angles("cos", &by.cos)?, angles("sin", &by.sin)?);
+        let x = self.reshape(&part("pairs"), x, &whole);
+        let ends = ["first", "second"].map(|end| (part(end), half.to_vec()));
+        let lengths = self.file.integers(&[1, 1]);
+        self.file.nodes(&part("split"), "Split", &[&x, &lengths], vec![int("axis", 2)], &ends);
+        let mut times = |of: &str, by: &str, kind: &str| self.file.node(&part(kind), "Mul", &[of, by], vec![], &half);
+        let [a, b] = ends.each_ref().map(|(name, _)| name.as_str());
+        let (a_cos, b_sin) = (times(a, &cos, "first_cos"), times(b, &sin, "second_sin"));
+        let (b_cos, a_sin) = (times(b, &cos, "second_cos"), times(a, &sin, "first_sin"));
+        let turned = self.file.node(&part("turned_first"), "Sub", &[&a_cos, &b_sin], vec![], &half);
+        let other = self.file.node(&part("turned_second"), "Add", &[&b_cos, &a_sin], vec![], &half);
+        let joined = self.file.node(&part("joined"), "Concat", &[&turned, &other], vec![int("axis", 2)], &whole);
+        Ok(self.reshape(name, &joined, &node.shape))
+    }
+
+    /// Reshapes and transpositions of rank 4, which every engine has: a patch's column goes behind the columns of the
+    /// picture, then its row behind the rows.
+    fn shuffle(&mut self, node: &Node, side: usize, patches: Patches, x: &str) -> Result<String> {
+        let [b, c, high, wide] = dims4(node)?;
+        let (h, w) = (high / side, wide / side);
+        let part = |part: &str| format!("{}.{part}", node.name);
+        let mut x = x.to_string();
+        if patches == Patches::ChannelFirst {
+            x = self.reshape(&part("channels"), &x, &[b, c, side * side, h * w]);
+            x = self.transpose(&part("patches"), &x, [0, 2, 1, 3], [b, side * side, c, h * w]);
+        }
+        x = self.reshape(&part("columns"), &x, &[b, side, side, c * h * w]);
+        x = self.transpose(&part("by_column"), &x, [0, 1, 3, 2], [b, side, c * h * w, side]);
+        x = self.reshape(&part("rows"), &x, &[b, side, c * h, wide]);
+        x = self.transpose(&part("by_row"), &x, [0, 2, 1, 3], [b, c * h, side, wide]);
+        Ok(self.reshape(&node.name, &x, &node.shape))
+    }
+
+    /// The same back.
+    fn unshuffle(&mut self, node: &Node, side: usize, patches: Patches, x: &str) -> Result<String> {
+        let [b, channels, h, w] = dims4(node)?;
+        let c = channels / (side * side);
+        let part = |part: &str| format!("{}.{part}", node.name);
+        let mut x = self.reshape(&part("rows"), x, &[b, c * h, side, w * side]);
+        x = self.transpose(&part("by_row"), &x, [0, 2, 1, 3], [b, side, c * h, w * side]);
+        x = self.reshape(&part("columns"), &x, &[b, side, c * h * w, side]);
+        x = self.transpose(&part("by_column"), &x, [0, 1, 3, 2], [b, side, side, c * h * w]);
+        if patches == Patches::ChannelFirst {
+            x = self.reshape(&part("patches"), &x, &[b, side * side, c, h * w]);
+            x = self.transpose(&part("channels"), &x, [0, 2, 1, 3], [b, c, side * side, h * w]);
+        }
+        Ok(self.reshape(&node.name, &x, &node.shape))
     }
 
     fn affine(&mut self, node: &Node, mul: f32, add: f32, x: &str) -> String {
@@ -335,7 +549,11 @@ impl Lowering<'_> {
     }
 
     fn transpose_last(&mut self, name: &str, x: &str, shape: [usize; 4]) -> String {
-        self.file.node(name, "Transpose", &[x], vec![ints("perm", &[0, 1, 3, 2])], &shape)
+        self.transpose(name, x, [0, 1, 3, 2], shape)
+    }
+
+    fn transpose(&mut self, name: &str, x: &str, perm: [usize; 4], shape: [usize; 4]) -> String {
+        self.file.node(name, "Transpose", &[x], vec![ints("perm", &perm)], &shape)
     }
 }
 

@@ -76,7 +76,7 @@ impl Graph {
 fn same(a: &Op, b: &Op) -> Result<bool> {
     Ok(match (a, b) {
         (Op::Constant(a), Op::Constant(b)) | (Op::Lookup(a), Op::Lookup(b)) => equal(a, b)?,
-        (Op::Conv2d(a), Op::Conv2d(b)) => {
+        (Op::Conv2d(a), Op::Conv2d(b)) | (Op::ConvTranspose2d(a), Op::ConvTranspose2d(b)) => {
             let Conv { weight, bias, stride, pads } = a;
             *stride == b.stride && *pads == b.pads && equal(weight, &b.weight)? && all_equal(bias, &b.bias)?
         }
@@ -90,8 +90,28 @@ fn same(a: &Op, b: &Op) -> Result<bool> {
         (Op::Affine { mul, add }, Op::Affine { mul: other_mul, add: other_add }) => {
             (mul, add) == (other_mul, other_add)
         }
-        (Op::Attention { heads, scale }, Op::Attention { heads: other_heads, scale: other_scale }) => {
-            (heads, scale) == (other_heads, other_scale)
+        (
+            Op::ChannelNorm { width, centred, eps, affine },
+            Op::ChannelNorm { width: other_width, centred: other_centred, eps: other_eps, affine: other_affine },
+        ) => {
+            (width, centred, eps) == (other_width, other_centred, other_eps)
+                && all_equal(affine.iter().flatten(), other_affine.iter().flatten())?
+        }
+        (Op::Attention { heads, scale, mask }, Op::Attention { heads: heads_2, scale: scale_2, mask: mask_2 }) => {
+            (heads, scale, mask) == (heads_2, scale_2, mask_2)
+        }
+        (Op::Rotary(by), Op::Rotary(other)) => {
+            by.pairs == other.pairs && all_equal([&by.cos, &by.sin], [&other.cos, &other.sin])?
+        }
+        (Op::Gated(act), Op::Gated(other)) => act == other,
+        (Op::Concat(axis), Op::Concat(other)) => axis == other,
+        (Op::Slice { axis, start, len }, Op::Slice { axis: axis_2, start: start_2, len: len_2 }) => {
+            (axis, start, len) == (axis_2, start_2, len_2)
+        }
+        (Op::Grid(sides), Op::Grid(other)) => sides == other,
+        (Op::Shuffle { side, patches }, Op::Shuffle { side: side_2, patches: patches_2 })
+        | (Op::Unshuffle { side, patches }, Op::Unshuffle { side: side_2, patches: patches_2 }) => {
+            (side, patches) == (side_2, patches_2)
         }
         _ if a.kind() == b.kind() => true,
         _ => return Err(unequal(a.kind(), &format!("is {} in another pass", b.kind()))),

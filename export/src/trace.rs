@@ -6,8 +6,9 @@
 use crate::graph::{Conv, Graph, NodeId, Op};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
-use dmd_models::{Activation, Backend, Condition, Eager};
+use dmd_models::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
+use dmd_models::ops::{Mask, Patches, Rotary, UNSEEN};
+use dmd_models::{Activation, Axis, Backend, Condition, Eager};
 use std::cell::RefCell;
 
 /// Traces a network, given as a function of a backend, the noise and what it is told: the class, where there are any.
@@ -135,6 +136,15 @@ impl Backend for Trace {
         self.apply(&layer.name, &[x], |t| Eager.conv2d(&t[0], &layer), later)
     }
 
+    fn conv_transpose2d(&self, x: &Value, layer: &ConvTranspose2d) -> Traced<Value> {
+        let layer = ConvTranspose2d { weight: here(&layer.weight)?, bias: here_if_any(&layer.bias)?, ..layer.clone() };
+        let later = || {
+            let (weight, bias) = (layer.weight.clone(), layer.bias.clone());
+            Ok(Op::ConvTranspose2d(Conv { weight, bias, stride: layer.stride, pads: layer.pads()? }))
+        };
+        self.apply(&layer.name, &[x], |t| Eager.conv_transpose2d(&t[0], &layer), later)
+    }
+
     fn linear(&self, x: &Value, layer: &Linear) -> Traced<Value> {
         let (weight, bias) = (here(&layer.weight)?, here_if_any(&layer.bias)?);
         let layer = Linear { name: layer.name.clone(), weight, bias };
@@ -175,10 +185,76 @@ impl Backend for Trace {
         self.apply("", &[ids], |t| Eager.sinusoid(&t[0], &frequencies, flip), later)
     }
 
-    fn attention(&self, q: &Value, k: &Value, v: &Value, heads: usize) -> Traced<Value> {
+    fn layer_norm(&self, x: &Value, layer: &LayerNorm) -> Traced<Value> {
+        let affine = match &layer.affine {
+            Some([scale, shift]) => Some([here(scale)?, here(shift)?]),
+            None => None,
+        };
+        let layer = LayerNorm { affine, ..layer.clone() };
+        let width = self.dims(x).get(1).copied().unwrap_or(0);
+        let later = || Ok(Op::ChannelNorm { width, centred: true, eps: layer.eps, affine: layer.affine.clone() });
+        self.apply(&layer.name, &[x], |t| Eager.layer_norm(&t[0], &layer), later)
+    }
+
+    fn rms_norm(&self, x: &Value, layer: &RmsNorm) -> Traced<Value> {
+        let layer = RmsNorm { weight: here(&layer.weight)?, ..layer.clone() };
+        let (channels, width) = (self.dims(x).get(1).copied().unwrap_or(0), layer.weight.elem_count());
+        let later = || {
+            let scale = layer.weight.repeat(channels / width.max(1))?;
+            let affine = Some([scale.clone(), scale.zeros_like()?]);
+            Ok(Op::ChannelNorm { width, centred: false, eps: layer.eps, affine })
+        };
+        self.apply(&layer.name, &[x], |t| Eager.rms_norm(&t[0], &layer), later)
+    }
+
+    fn masked_attention(&self, q: &Value, k: &Value, v: &Value, heads: usize, mask: Mask<&Value>) -> Traced<Value> {
         let width = self.dims(q).get(1).copied().unwrap_or(1) / heads.max(1);
-        let later = || Ok(Op::Attention { heads, scale: 1.0 / (width as f64).sqrt() });
-        self.apply("", &[q, k, v], |t| Eager.attention(&t[0], &t[1], &t[2], heads), later)
+        let scale = 1.0 / (width as f64).sqrt();
+        let later = || Ok(Op::Attention { heads, scale, mask: mask.map(|_| ()) });
+        let Mask::Padding(seen) = mask else {
+            let mask = if matches!(mask, Mask::Causal) { Mask::Causal } else { Mask::None };
+            return self.apply("", &[q, k, v], |t| Eager.masked_attention(&t[0], &t[1], &t[2], heads, mask), later);
+        };
+        // Where all is known, the keys that are seen; in a graph, what is added to scores.
+        if [q, k, v, seen].iter().all(|value| !matches!(value, Value::Node(_))) {
+            let now = |t: &[Tensor]| Eager.masked_attention(&t[0], &t[1], &t[2], heads, Mask::Padding(&t[3]));
+            return self.apply("", &[q, k, v, seen], now, later);
+        }
+        let bias = self.affine(seen, &[-UNSEEN], UNSEEN)?;
+        self.apply("", &[q, k, v, &bias], |_| Err(not_a_picture("attention", "")), later)
+    }
+
+    fn gated(&self, x: &Value, act: Activation) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.gated(&t[0], act), || Ok(Op::Gated(act)))
+    }
+
+    fn rotary(&self, x: &Value, by: &Rotary) -> Traced<Value> {
+        let by = Rotary { cos: here(&by.cos)?, sin: here(&by.sin)?, pairs: by.pairs };
+        self.apply("", &[x], |t| Eager.rotary(&t[0], &by), || Ok(Op::Rotary(by.clone())))
+    }
+
+    fn mul(&self, x: &Value, y: &Value) -> Traced<Value> {
+        self.apply("", &[x, y], |t| Eager.mul(&t[0], &t[1]), || Ok(Op::Mul))
+    }
+
+    fn mul_per_channel(&self, x: &Value, v: &Value) -> Traced<Value> {
+        self.apply("", &[x, v], |t| Eager.mul_per_channel(&t[0], &t[1]), || Ok(Op::ScalePerChannel))
+    }
+
+    fn slice(&self, x: &Value, axis: Axis, start: usize, len: usize) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.slice(&t[0], axis, start, len), || Ok(Op::Slice { axis, start, len }))
+    }
+
+    fn grid(&self, x: &Value, sides: [usize; 2]) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.grid(&t[0], sides), || Ok(Op::Grid(sides)))
+    }
+
+    fn shuffle(&self, x: &Value, side: usize, patches: Patches) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.shuffle(&t[0], side, patches), || Ok(Op::Shuffle { side, patches }))
+    }
+
+    fn unshuffle(&self, x: &Value, side: usize, patches: Patches) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.unshuffle(&t[0], side, patches), || Ok(Op::Unshuffle { side, patches }))
     }
 
     fn add(&self, x: &Value, y: &Value) -> Traced<Value> {
@@ -190,9 +266,7 @@ impl Backend for Trace {
     }
 
     fn modulate(&self, x: &Value, scale: &Value, shift: &Value) -> Traced<Value> {
-        let scale = self.affine(scale, &[1.0], 1.0)?;
-        let scaled = |t: &[Tensor]| Ok(t[0].broadcast_mul(&t[1].unsqueeze(2)?.unsqueeze(3)?)?);
-        let x = self.apply("", &[x, &scale], scaled, || Ok(Op::ScalePerChannel))?;
+        let x = self.mul_per_channel(x, &self.affine(scale, &[1.0], 1.0)?)?;
         self.add_per_channel(&x, shift)
     }
 
@@ -209,8 +283,8 @@ impl Backend for Trace {
         self.apply("", &[x], |t| Eager.affine(&t[0], &[mul], add), || Ok(Op::Affine { mul, add }))
     }
 
-    fn concat(&self, x: &Value, y: &Value) -> Traced<Value> {
-        self.apply("", &[x, y], |t| Eager.concat(&t[0], &t[1]), || Ok(Op::Concat))
+    fn join(&self, x: &Value, y: &Value, axis: Axis) -> Traced<Value> {
+        self.apply("", &[x, y], |t| Eager.join(&t[0], &t[1], axis), || Ok(Op::Concat(axis)))
     }
 
     fn upsample_2x(&self, x: &Value) -> Traced<Value> {

@@ -100,3 +100,13 @@ fn it_describes_itself(onnx: &Path, ort: &Path) {
     let error = Info::read(&broken).unwrap_err().to_string();
     assert!(error.contains("broken.ort: not a whole ONNX file: expected the format of ONNX Runtime"), "{error}");
 }
+
+#[path = "../examples/candle_nn.rs"]
+mod of_candle_nn;
+
+#[test]
+fn a_model_of_candle_nns_layers_is_exported_in_every_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    let report = of_candle_nn::write(&folder.path().join("network.onnx")).unwrap();
+    assert!(report.engines.iter().any(|verdict| verdict.engine == "tract"), "{report:?}");
+}

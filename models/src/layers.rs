@@ -20,6 +20,34 @@ pub struct Conv2d {
     pub padding: usize,
 }
 
+/// Transposed convolution over `(B, C, H, W)`: every pixel adds a multiple of the kernel, `stride` apart.
+#[derive(Clone, Debug)]
+pub struct ConvTranspose2d {
+    /// Name of the layer inside the network.
+    pub name: String,
+    /// `(in, out, kh, kw)`.
+    pub weight: Tensor,
+    /// `(out,)`.
+    pub bias: Option<Tensor>,
+    /// Step between the places of two pixels.
+    pub stride: usize,
+    /// Rows and columns cut off on each side.
+    pub padding: usize,
+    /// Of these, kept on the right and below.
+    pub output_padding: usize,
+}
+
+impl ConvTranspose2d {
+    /// What is cut off above, left, below and right.
+    pub fn pads(&self) -> Result<[usize; 4]> {
+        let ConvTranspose2d { name, padding, output_padding, .. } = self;
+        let end = padding.checked_sub(*output_padding).ok_or_else(|| {
+            Error::Config(format!("{name}: output_padding {output_padding} is more than padding {padding}"))
+        })?;
+        Ok([*padding, *padding, end, end])
+    }
+}
+
 /// Affine map of the last axis of `(B, C)`.
 #[derive(Clone, Debug)]
 pub struct Linear {
@@ -43,6 +71,29 @@ pub struct GroupNorm {
     /// Number of groups; divides C.
     pub groups: usize,
     /// Added to the variance.
+    pub eps: f64,
+}
+
+/// Layer normalisation of every pixel of `(B, C, H, W)` over its channels.
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    /// Name of the layer inside the network.
+    pub name: String,
+    /// Scale and shift `(C,)` each, if there are some.
+    pub affine: Option<[Tensor; 2]>,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+/// Normalisation of every pixel of `(B, n·width, H, W)` by the root of its mean square over each run of `width` channels:
+/// all of them, or those of a head.
+#[derive(Clone, Debug)]
+pub struct RmsNorm {
+    /// Name of the layer inside the network.
+    pub name: String,
+    /// `(width,)`.
+    pub weight: Tensor,
+    /// Added to the mean square.
     pub eps: f64,
 }
 
@@ -129,6 +180,16 @@ impl<'a> Scope<'a> {
         Ok(Conv2d { name: scope.prefix, weight, bias, stride: 1, padding: 0 })
     }
 
+    /// The same, with a bias if `bias`.
+    pub fn projection(&mut self, name: &str, io: [usize; 2], bias: bool) -> Result<Conv2d> {
+        if bias {
+            return self.pointwise(name, io, false);
+        }
+        let mut scope = self.at(name);
+        let weight = scope.tensor("weight", &[io[1], io[0]], fan_in_init(io[0], false))?;
+        Ok(Conv2d { name: scope.prefix, weight, bias: None, stride: 1, padding: 0 })
+    }
+
     /// A group norm `name`.
     pub fn group_norm(&mut self, name: &str, channels: usize, groups: usize, eps: f64) -> Result<GroupNorm> {
         let mut scope = self.at(name);
@@ -141,6 +202,21 @@ impl<'a> Scope<'a> {
         let weight = scope.tensor("weight", &[channels], Init::Const(1.0))?;
         let bias = scope.tensor("bias", &[channels], Init::Const(0.0))?;
         Ok(GroupNorm { name: scope.prefix, weight, bias, groups, eps })
+    }
+
+    /// A layer norm `name` with scale and shift.
+    pub fn layer_norm(&mut self, name: &str, channels: usize, eps: f64) -> Result<LayerNorm> {
+        let mut scope = self.at(name);
+        let weight = scope.tensor("weight", &[channels], Init::Const(1.0))?;
+        let bias = scope.tensor("bias", &[channels], Init::Const(0.0))?;
+        Ok(LayerNorm { name: scope.prefix, affine: Some([weight, bias]), eps })
+    }
+
+    /// A norm `name` by the mean square of runs of `width` channels.
+    pub fn rms_norm(&mut self, name: &str, width: usize, eps: f64) -> Result<RmsNorm> {
+        let mut scope = self.at(name);
+        let weight = scope.tensor("weight", &[width], Init::Const(1.0))?;
+        Ok(RmsNorm { name: scope.prefix, weight, eps })
     }
 
     /// An embedding table `name`.

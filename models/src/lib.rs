@@ -4,6 +4,8 @@
 
 mod error;
 mod limits;
+#[cfg(feature = "candle-nn")]
+mod from_candle_nn;
 mod weights;
 
 pub mod backend;
@@ -19,7 +21,7 @@ pub mod noise_levels;
 pub mod ops;
 pub mod shapes;
 
-pub use backend::{Activation, Backend, Block};
+pub use backend::{Activation, Axis, Backend, Block};
 pub use condition::{Condition, Way};
 pub use denoiser::{Denoiser, Generator, Prediction};
 pub use error::{Error, Result};

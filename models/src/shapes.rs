@@ -1,6 +1,8 @@
 //! The shape rule of every operation, told once: what it takes, and the shape of what it gives. Interpreters that have no
 //! tensors (cost, the exporter's graph) infer by these, and the others' results are held against them by the tests.
 
+use crate::ops::Mask;
+
 /// The shape of a result, or why there is none.
 pub type Rule = Result<Vec<usize>, String>;
 
@@ -21,6 +23,19 @@ pub fn conv2d(x: &[usize], kernel: &[usize], stride: usize, pads: [usize; 4]) ->
     Ok(vec![b, output, (h - kh) / stride + 1, (w - kw) / stride + 1])
 }
 
+/// Transposed convolution of x `(B, C, H, W)` by a kernel `(C, O, kh, kw)`; `pads` are cut off above, left, below, right.
+pub fn conv_transpose2d(x: &[usize], kernel: &[usize], stride: usize, pads: [usize; 4]) -> Rule {
+    let side = |n: usize, kernel: usize, cut: usize| (n.checked_sub(1)? * stride + kernel).checked_sub(cut);
+    let found = match (x, kernel) {
+        (&[b, c, h, w], &[input, output, kh, kw]) if input == c && kh > 0 && kw > 0 && stride > 0 => {
+            let sides = side(h, kh, pads[0] + pads[2]).zip(side(w, kw, pads[1] + pads[3]));
+            sides.map(|(h, w)| vec![b, output, h, w])
+        }
+        _ => None,
+    };
+    found.ok_or_else(|| format!("weight {kernel:?} with pads {pads:?} does not fit {x:?}"))
+}
+
 /// Affine map of x `(B, C)` by a weight `(O, C)`.
 pub fn linear(x: &[usize], weight: &[usize]) -> Rule {
     match (x, weight) {
@@ -37,10 +52,27 @@ pub fn group_norm(x: &[usize], groups: usize) -> Rule {
     }
 }
 
-/// Rows of a table `(entries, width)` for ids `(B,)`.
+/// Norm of x `(B, C, H, W)` over runs of `width` channels of each pixel.
+pub fn norm(x: &[usize], width: usize) -> Rule {
+    match x {
+        &[_, c, h, w] if width > 0 && c > 0 && c.is_multiple_of(width) && h * w > 0 => Ok(x.to_vec()),
+        _ => Err(format!("a norm over runs of {width} channels does not take {x:?}")),
+    }
+}
+
+/// Layer norm of x `(B, C, H, W)` with so many scales.
+pub fn layer_norm(x: &[usize], channels: usize) -> Rule {
+    match norm(x, channels) {
+        Ok(_) if x[1] != channels => Err(format!("a norm of {channels} channels does not take {x:?}")),
+        found => found,
+    }
+}
+
+/// Rows of a table `(entries, width)`: vectors for ids `(B,)`, for `(B, N)` a map with a pixel for each token.
 pub fn embedding(ids: &[usize], table: &[usize]) -> Rule {
     match (ids, table) {
         (&[b], &[_, width]) => Ok(vec![b, width]),
+        (&[b, n], &[_, width]) => Ok(vec![b, width, 1, n]),
         _ => Err(format!("table {table:?} has no rows for ids {ids:?}")),
     }
 }
@@ -53,13 +85,32 @@ pub fn sinusoid(ids: &[usize], frequencies: usize) -> Rule {
     }
 }
 
-/// Attention of q `(B, C, H, W)` to keys and values of one shape, which has q's B and C.
-pub fn attention(q: &[usize], k: &[usize], v: &[usize], heads: usize) -> Rule {
-    match (q, k) {
-        ([b, c, _, _], [bk, ck, _, _]) if k == v && b == bk && c == ck && heads > 0 && c.is_multiple_of(heads) => {
-            Ok(q.to_vec())
+/// Attention of q `(B, C, H, W)` to keys and values of one shape, which has q's B and C, and to their mask `(B or 1, keys)`.
+pub fn attention(q: &[usize], k: &[usize], v: &[usize], heads: usize, mask: Mask<&[usize]>) -> Rule {
+    let (&[b, c, h, w], &[bk, ck, hk, wk]) = (q, k) else {
+        return Err(format!("attention: shapes {q:?}, {k:?}, {v:?}"));
+    };
+    if heads == 0 || !c.is_multiple_of(heads) || c == 0 {
+        return Err(format!("attention: shape {q:?} with {heads} heads"));
+    }
+    if ck < c && ck > 0 && c.is_multiple_of(ck) && ck.is_multiple_of(c / heads) {
+        let groups = ck / (c / heads);
+        return Err(format!(
+            "attention: {groups} heads of keys for {heads} of queries: grouped-query attention is not supported; repeat \
+             the heads of keys and values in the weights"
+        ));
+    }
+    if k != v || (bk, ck) != (b, c) || h * w == 0 || hk * wk == 0 {
+        return Err(format!("attention: queries {q:?}, keys {k:?} and values {v:?} do not fit together"));
+    }
+    match mask {
+        Mask::Causal if h * w != hk * wk => {
+            Err(format!("attention: a causal mask of {} queries and {} keys, expected as many", h * w, hk * wk))
         }
-        _ => Err(format!("attention of {heads} heads does not take {q:?}, {k:?} and {v:?}")),
+        Mask::Padding(seen) if seen != [b, hk * wk] && seen != [1, hk * wk] => {
+            Err(format!("attention: a mask of shape {seen:?} for {b} rows of {} keys", hk * wk))
+        }
+        _ => Ok(q.to_vec()),
     }
 }
 
@@ -72,6 +123,11 @@ pub fn add(x: &[usize], y: &[usize]) -> Rule {
     };
     let sum: Option<Vec<usize>> = x.iter().zip(y).map(axis).collect();
     sum.filter(|_| x.len() == y.len()).ok_or_else(|| format!("cannot add {x:?} and {y:?}"))
+}
+
+/// A product of values of one shape.
+pub fn mul(x: &[usize], y: &[usize]) -> Rule {
+    if x == y { Ok(x.to_vec()) } else { Err(format!("cannot multiply {x:?} and {y:?}")) }
 }
 
 /// x `(B, C, H, W)` with v `(B or 1, C)` at every pixel.
@@ -90,11 +146,73 @@ pub fn columns(x: &[usize], start: usize, len: usize) -> Rule {
     }
 }
 
-/// `(B, C₁, H, W)` and `(B, C₂, H, W)` joined along channels.
-pub fn concat(x: &[usize], y: &[usize]) -> Rule {
-    match (x, y) {
-        (&[b, c1, h, w], &[b2, c2, h2, w2]) if (b, h, w) == (b2, h2, w2) => Ok(vec![b, c1 + c2, h, w]),
-        _ => Err(format!("concat does not take {x:?} and {y:?}")),
+/// x and y joined along an axis, equal in the others.
+pub fn concat(x: &[usize], y: &[usize], axis: usize) -> Rule {
+    let fits = |at: usize| at == axis || x[at] == y[at];
+    if axis == 0 || axis >= x.len() || x.len() != y.len() || !(0..x.len()).all(fits) {
+        return Err(format!("cannot join {x:?} and {y:?} along axis {axis}"));
+    }
+    let mut dims = x.to_vec();
+    dims[axis] += y[axis];
+    match dims[1..].contains(&0) {
+        true => Err(format!("cannot join {x:?} and {y:?}: one is empty")),
+        false => Ok(dims),
+    }
+}
+
+/// A part of x along an axis.
+pub fn slice(x: &[usize], axis: usize, start: usize, len: usize) -> Rule {
+    let mut dims = x.to_vec();
+    match dims.get_mut(axis) {
+        Some(dim) if len > 0 && start.checked_add(len).is_some_and(|end| end <= *dim) => *dim = len,
+        _ => return Err(format!("there is no {start} to {start} + {len} along axis {axis} of {x:?}")),
+    }
+    Ok(dims)
+}
+
+/// One half of the channels of x `(B, 2C, H, W)` gated by the other.
+pub fn gated(x: &[usize]) -> Rule {
+    match *x {
+        [b, c, h, w] if c > 0 && c.is_multiple_of(2) => Ok(vec![b, c / 2, h, w]),
+        _ => Err(format!("{x:?} is no map of two halves of channels")),
+    }
+}
+
+/// Pixels of x `(B, C, H, W)` turned by angles `(pairs, pixels)`.
+pub fn rotary(x: &[usize], angles: &[usize]) -> Rule {
+    match (x, angles) {
+        (&[_, c, h, w], &[pairs, pixels])
+            if pairs > 0 && c > 0 && c.is_multiple_of(2 * pairs) && h * w == pixels && pixels > 0 =>
+        {
+            Ok(x.to_vec())
+        }
+        _ => Err(format!("angles {angles:?} of (pairs, pixels) do not fit {x:?}")),
+    }
+}
+
+/// Every pixel of x `(B, side²·C, H, W)` a patch.
+pub fn shuffle(x: &[usize], side: usize) -> Rule {
+    match *x {
+        [b, c, h, w] if side > 0 && c.is_multiple_of(side * side) => Ok(vec![b, c / (side * side), side * h, side * w]),
+        _ => Err(format!("the channels of {x:?} are no patches of {side}x{side}")),
+    }
+}
+
+/// Every patch of x `(B, C, side·H, side·W)` a pixel.
+pub fn unshuffle(x: &[usize], side: usize) -> Rule {
+    match *x {
+        [b, c, h, w] if side > 0 && h.is_multiple_of(side) && w.is_multiple_of(side) => {
+            Ok(vec![b, c * side * side, h / side, w / side])
+        }
+        _ => Err(format!("{x:?} is not made of patches of {side}x{side}")),
+    }
+}
+
+/// The pixels of x in other rows.
+pub fn grid(x: &[usize], [h, w]: [usize; 2]) -> Rule {
+    match *x {
+        [b, c, xh, xw] if xh.checked_mul(xw) == h.checked_mul(w) => Ok(vec![b, c, h, w]),
+        _ => Err(format!("the pixels of {x:?} do not fill {h}x{w}")),
     }
 }
 

@@ -52,7 +52,7 @@ impl Backend for Composite {
     }
 
     fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
-        Ok(ops::attention_composite(q, k, v, heads)?)
+        Ok(ops::attention_composite(q, k, v, heads, ops::Mask::None)?)
     }
 
     fn add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {

@@ -1,7 +1,8 @@
 //! Fused operations against their composites, values and gradients, over a range of shapes.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use dmd_models::ops::{self, AdamwStep, Parameter};
+use dmd_models::Activation;
+use dmd_models::ops::{self, AdamwStep, Mask, Parameter};
 
 /// Deterministic values around zero.
 fn values(shape: &[usize], seed: f32) -> Var {
@@ -116,17 +117,54 @@ fn attention_equals_its_composite() {
         check(
             &format!("attention {:?}", [b, c, h, w, heads]),
             &inputs,
-            |t| ops::attention(&t[0], &t[1], &t[2], heads),
-            |t| ops::attention_composite(&t[0], &t[1], &t[2], heads),
+            |t| ops::attention(&t[0], &t[1], &t[2], heads, Mask::None),
+            |t| ops::attention_composite(&t[0], &t[1], &t[2], heads, Mask::None),
         );
     }
+}
+
+/// So many scores that no block holds them all: several blocks of queries, for few heads and for many.
+#[test]
+fn attention_in_blocks_equals_its_composite() {
+    let seen: Vec<f32> = (0..1800).map(|i| if i % 900 < 700 { 1.0 } else { 0.0 }).collect();
+    let seen = Tensor::from_vec(seen, (2, 900), &Device::Cpu).unwrap();
+    for (mask, keys) in [(Mask::None, 900), (Mask::Padding(&seen), 900), (Mask::Causal, 1000)] {
+        for threads in [1, 3] {
+            let inputs = [values(&[2, 6, 40, 25], 0.1), values(&[2, 6, 1, keys], 0.2), values(&[2, 6, 1, keys], 0.3)];
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                check(
+                    &format!("{mask:?} on {threads} threads"),
+                    &inputs,
+                    |t| ops::attention(&t[0], &t[1], &t[2], 1, mask),
+                    |t| ops::attention_composite(&t[0], &t[1], &t[2], 1, mask),
+                );
+            });
+        }
+    }
+}
+
+#[test]
+fn what_attention_cannot_take_is_refused_by_name() {
+    let of = |dims: [usize; 4]| Tensor::zeros(&dims, DType::F32, &Device::Cpu).unwrap();
+    let (q, short) = (of([1, 8, 2, 2]), of([1, 8, 1, 3]));
+    let refused = |k: &Tensor, heads, mask: Mask<&Tensor>, part: &str| {
+        let error = ops::attention(&q, k, k, heads, mask).unwrap_err().to_string();
+        assert!(error.contains(part), "expected {part:?} in {error}");
+    };
+    refused(&of([1, 4, 1, 3]), 4, Mask::None, "2 heads of keys for 4 of queries: grouped-query attention");
+    refused(&of([2, 8, 1, 3]), 4, Mask::None, "do not fit together");
+    refused(&short, 3, Mask::None, "with 3 heads");
+    refused(&short, 2, Mask::Causal, "a causal mask of 4 queries and 3 keys");
+    let seen = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
+    refused(&short, 2, Mask::Padding(&seen), "a mask of shape [2, 3]");
 }
 
 #[test]
 fn small_operations_equal_their_composites() {
     let x = [values(&[2, 3, 4, 6], 0.3)];
     let two = [values(&[2, 3, 4, 5], 0.1), values(&[2, 2, 4, 5], 0.2)];
-    check("concat", &two, |t| ops::concat(&t[0], &t[1]), |t| Tensor::cat(&[&t[0], &t[1]], 1));
+    check("concat", &two, |t| ops::concat(&t[0], &t[1], 1), |t| Tensor::cat(&[&t[0], &t[1]], 1));
     check("upsample", &x, |t| ops::upsample_2x(&t[0]), |t| t[0].upsample_nearest2d(8, 12));
     check("avg_pool", &x, |t| ops::avg_pool_2x(&t[0]), |t| t[0].avg_pool2d(2));
 }
@@ -158,9 +196,22 @@ fn operations() -> Vec<(String, Vec<Vec<usize>>, Op)> {
         Box::new(|t| ops::group_norm(&t[0], &t[1], &t[2], 3, 1e-5, true)),
     ));
     let three = vec![maps.clone(), maps.clone(), maps.clone()];
-    operations.push(("attention".into(), three, Box::new(|t| ops::attention(&t[0], &t[1], &t[2], 3))));
+    operations.push(("attention".into(), three, Box::new(|t| ops::attention(&t[0], &t[1], &t[2], 3, Mask::None))));
     let two = vec![maps.clone(), vec![5, 7, 9, 7]];
-    operations.push(("concat".into(), two, Box::new(|t| ops::concat(&t[0], &t[1]))));
+    operations.push(("concat".into(), two, Box::new(|t| ops::concat(&t[0], &t[1], 1))));
+    let many = vec![vec![1, 3, 30, 30], vec![1, 3, 1, 700], vec![1, 3, 1, 700]];
+    operations.push((
+        "attention in blocks".into(),
+        many,
+        Box::new(|t| ops::attention(&t[0], &t[1], &t[2], 1, Mask::None)),
+    ));
+    operations.push((
+        "layer norm".into(),
+        vec![maps.clone(), vec![12], vec![12]],
+        Box::new(|t| ops::layer_norm(&t[0], Some([&t[1], &t[2]]), 1e-5)),
+    ));
+    operations.push(("RMS norm".into(), vec![maps.clone(), vec![4]], Box::new(|t| ops::rms_norm(&t[0], &t[1], 1e-5))));
+    operations.push(("gated".into(), vec![maps.clone()], Box::new(|t| ops::gated(&t[0], Activation::Gelu))));
     operations.push(("upsample".into(), vec![maps], Box::new(|t| ops::upsample_2x(&t[0]))));
     operations.push(("avg_pool".into(), vec![vec![5, 7, 10, 6]], Box::new(|t| ops::avg_pool_2x(&t[0]))));
     operations

@@ -3,7 +3,8 @@
 //! are not contiguous all occur. AdamW is held against the published update in f64.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use dmd_models::ops::{self, AdamwStep, Parameter};
+use dmd_models::Activation;
+use dmd_models::ops::{self, AdamwStep, Mask, Pairs, Parameter, Patches, Rotary};
 use proptest::prelude::*;
 
 /// Numbers in (-1, 1) that follow from the seed.
@@ -223,15 +224,88 @@ proptest! {
     ) {
         let shape = [b, width * heads, h, w];
         let inputs = [turned(&shape, seed), values(&shape, seed + 1), turned(&shape, seed + 2)];
-        check(&inputs, &|t| ops::attention(&t[0], &t[1], &t[2], heads), &|t| {
-            ops::attention_composite(&t[0], &t[1], &t[2], heads)
+        check(&inputs, &|t| ops::attention(&t[0], &t[1], &t[2], heads, Mask::None), &|t| {
+            ops::attention_composite(&t[0], &t[1], &t[2], heads, Mask::None)
         })?;
+    }
+
+    /// Keys of their own number, causal and padded masks.
+    #[test]
+    fn attention_to_other_tokens(
+        b in 1usize..4, width in 1usize..9, heads in 1usize..4, h in 1usize..6, w in 1usize..6, keys in 1usize..20,
+        mask in 0usize..3, seed in 0u64..1000,
+    ) {
+        let keys = if mask == 1 { h * w } else { keys };
+        let (queries, tokens) = ([b, width * heads, h, w], [b, width * heads, 1, keys]);
+        let inputs = [turned(&queries, seed), values(&tokens, seed + 1), turned(&tokens, seed + 2)];
+        let seen: Vec<f32> = (0..b * keys).map(|i| ((i * 7 + seed as usize) % 3 != 0) as u8 as f32).collect();
+        let seen = Tensor::from_vec(seen, (b, keys), &Device::Cpu).unwrap();
+        let mask = [Mask::None, Mask::Causal, Mask::Padding(&seen)][mask];
+        check(&inputs, &|t| ops::attention(&t[0], &t[1], &t[2], heads, mask), &|t| {
+            ops::attention_composite(&t[0], &t[1], &t[2], heads, mask)
+        })?;
+    }
+
+    #[test]
+    fn norms_over_channels(
+        b in 1usize..4, width in 4usize..40, runs in 1usize..4, h in 1usize..12, w in 1usize..12, seed in 0u64..1000,
+    ) {
+        let map = turned(&[b, width * runs, h, w], seed);
+        let inputs = [map.clone(), values(&[width], seed + 1)];
+        check(&inputs, &|t| ops::rms_norm(&t[0], &t[1], 1e-2), &|t| ops::rms_norm_composite(&t[0], &t[1], 1e-2))?;
+        let inputs = [map.clone(), values(&[width * runs], seed + 1), values(&[width * runs], seed + 2)];
+        check(&inputs, &|t| ops::layer_norm(&t[0], Some([&t[1], &t[2]]), 1e-2), &|t| {
+            ops::layer_norm_composite(&t[0], Some([&t[1], &t[2]]), 1e-2)
+        })?;
+        check(&[map], &|t| ops::layer_norm(&t[0], None, 1e-2), &|t| ops::layer_norm_composite(&t[0], None, 1e-2))?;
+    }
+
+    #[test]
+    fn activations_and_gates(
+        b in 1usize..4, c in 1usize..5, h in 1usize..40, w in 1usize..9, act in 0usize..5, scale in 0.1f64..8.0,
+        seed in 0u64..1000,
+    ) {
+        let act = [
+            Activation::Silu, Activation::Mish, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu,
+        ][act];
+        let map = (turned(&[b, 2 * c, h, w], seed) * scale).unwrap();
+        check(&[map.clone()], &|t| ops::activation(&t[0], act), &|t| ops::activation_composite(&t[0], act))?;
+        check(&[map], &|t| ops::gated(&t[0], act), &|t| ops::gated_composite(&t[0], act))?;
+    }
+
+    #[test]
+    fn rotary(
+        b in 1usize..4, pairs in 1usize..7, heads in 1usize..4, h in 1usize..6, w in 1usize..6,
+        neighbours in prop::bool::ANY, seed in 0u64..1000,
+    ) {
+        let angles = (values(&[pairs, h * w], seed + 1) * 3.0).unwrap();
+        let pairs_are = if neighbours { Pairs::Neighbours } else { Pairs::Halves };
+        let wide = Rotary { cos: angles.cos().unwrap(), sin: angles.sin().unwrap(), pairs: pairs_are };
+        let [cos, sin] = [&wide.cos, &wide.sin].map(|angle| angle.to_dtype(DType::F32).unwrap());
+        let narrow = Rotary { cos, sin, pairs: pairs_are };
+        let inputs = [turned(&[b, 2 * pairs * heads, h, w], seed)];
+        check(&inputs, &|t| ops::rotary(&t[0], &narrow), &|t| ops::rotary_composite(&t[0], &wide))?;
+    }
+
+    #[test]
+    fn patches(
+        b in 1usize..4, c in 1usize..5, side in 1usize..4, h in 1usize..6, w in 1usize..6, seed in 0u64..1000,
+    ) {
+        for patches in [Patches::ChannelFirst, Patches::ChannelLast] {
+            let map = turned(&[b, c, side * h, side * w], seed);
+            let there = |t: &[Tensor]| ops::unshuffle(&t[0], side, patches);
+            check(&[map.clone()], &there, &there)?;
+            let back = ops::shuffle(&there(&[map.clone()]).unwrap(), side, patches).unwrap();
+            prop_assert_eq!(largest(&(back - &map).unwrap()), 0.0);
+        }
     }
 
     #[test]
     fn movements(b in 1usize..4, c in 1usize..5, d in 1usize..5, h in 1usize..9, w in 1usize..9, seed in 0u64..1000) {
         let two = [turned(&[b, c, h, w], seed), values(&[b, d, h, w], seed + 1)];
-        check(&two, &|t| ops::concat(&t[0], &t[1]), &|t| Tensor::cat(&[&t[0], &t[1]], 1))?;
+        check(&two, &|t| ops::concat(&t[0], &t[1], 1), &|t| Tensor::cat(&[&t[0], &t[1]], 1))?;
+        let beside = [turned(&[b, c, h, w], seed), values(&[b, c, h, d], seed + 1)];
+        check(&beside, &|t| ops::concat(&t[0], &t[1], 3), &|t| Tensor::cat(&[&t[0], &t[1]], 3))?;
         let one = [turned(&[b, c, h, w], seed)];
         check(&one, &|t| ops::upsample_2x(&t[0]), &|t| ops::upsample_2x(&t[0]))?;
         let even = [turned(&[b, c, 2 * h, 2 * w], seed)];

@@ -211,7 +211,9 @@ impl Bench<'_> {
             name: format!("attention, {HEADS} heads of 64, 16x16"),
             forward: Box::new(move || attention().forward().map(drop)),
             back: Box::new(move || again().backward(&o, &lse, &dy).map(drop)),
-            composite: Box::new(move || ops::attention_composite(&q, &k, &v, HEADS)?.backward().map(drop)),
+            composite: Box::new(move || {
+                ops::attention_composite(&q, &k, &v, HEADS, ops::Mask::None)?.backward().map(drop)
+            }),
             flops: 4.0 * (elements * 256) as f64,
             bytes: (4 * self.dtype.size_in_bytes() * elements) as f64,
         })

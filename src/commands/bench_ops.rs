@@ -192,8 +192,8 @@ fn attention(b: usize) -> Result<Case> {
     Ok(Case {
         name: "attention, 2 heads of 32, 16x16".into(),
         inputs: vec![values(&shape)?, values(&shape)?, values(&shape)?],
-        fused: Box::new(|t| ops::attention(&t[0], &t[1], &t[2], 2)),
-        composite: Box::new(|t| ops::attention_composite(&t[0], &t[1], &t[2], 2)),
+        fused: Box::new(|t| ops::attention(&t[0], &t[1], &t[2], 2, ops::Mask::None)),
+        composite: Box::new(|t| ops::attention_composite(&t[0], &t[1], &t[2], 2, ops::Mask::None)),
         flops: 4.0 * 256.0 * n,
         bytes: 16.0 * n,
         // The three inputs, the result and its gradient read, three gradients written.
@@ -232,7 +232,7 @@ fn maps(b: usize) -> Result<Vec<Case>> {
         case(
             "concat, 64 and 64, 16x16",
             vec![values(&shape)?, values(&shape)?],
-            Box::new(|t| ops::concat(&t[0], &t[1])),
+            Box::new(|t| ops::concat(&t[0], &t[1], 1)),
             Box::new(|t| Tensor::cat(&[&t[0], &t[1]], 1)),
             16.0 * n,
         ),

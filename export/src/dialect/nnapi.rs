@@ -4,23 +4,22 @@
 use crate::Result;
 use crate::graph::Node;
 use crate::lower::{Lowering, Norm};
-use crate::onnx::{int, ints};
 
 /// Operators beside the shared ones.
-pub(super) const OPERATORS: &[&str] = &["Div", "ReduceMean", "Slice", "Sqrt", "Sub"];
+pub(super) const OPERATORS: &[&str] = &[];
 
 /// (x − mean)/√(mean of (x − mean)² + ε) over each group.
 pub(super) fn group_norm(lowering: &mut Lowering, norm: &Norm, x: &str) -> Result<String> {
     let Norm { name, groups, shape: [b, c, h, w], .. } = *norm;
     let (grouped, means) = ([b, groups, c / groups * h * w], [b, groups, 1]);
     let part = |part: &str| format!("{name}.{part}");
-    let mean = || vec![ints("axes", &[2]), int("keepdims", 1)];
     let x = lowering.reshape(&part("groups"), x, &grouped);
+    let center = lowering.mean(&part("mean"), &x, 2, &means);
     let file = &mut lowering.file;
-    let center = file.island(&part("mean"), "ReduceMean", &[&x], mean(), &means);
     let centered = file.island(&part("centered"), "Sub", &[&x, &center], vec![], &grouped);
     let squares = file.island(&part("squares"), "Mul", &[&centered, &centered], vec![], &grouped);
-    let variance = file.island(&part("variance"), "ReduceMean", &[&squares], mean(), &means);
+    let variance = lowering.mean(&part("variance"), &squares, 2, &means);
+    let file = &mut lowering.file;
     let eps = file.scalar(norm.eps as f32);
     let guarded = file.island(&part("guarded"), "Add", &[&variance, &eps], vec![], &means);
     let deviation = file.island(&part("deviation"), "Sqrt", &[&guarded], vec![], &means);

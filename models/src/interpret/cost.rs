@@ -1,8 +1,9 @@
 //! What a pass of a network costs, counted on shapes alone: the arithmetic, and the values that a backward pass needs.
 
-use crate::backend::{Activation, Backend, Block};
-use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::backend::{Activation, Axis, Backend, Block};
+use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::Network;
+use crate::ops::{Mask, Patches, Rotary};
 use crate::shapes::{self, Rule};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -36,8 +37,9 @@ pub fn cost(network: &Network, [c, h, w]: [usize; 3]) -> Result<Cost> {
     })
 }
 
-#[derive(Default)]
-struct Counter {
+/// The backend that knows shapes alone, and counts what passes through it.
+#[derive(Debug, Default)]
+pub struct Counter {
     flops: Cell<f64>,
     activations: Cell<usize>,
     /// Of the activations, those outside of blocks, with the blocks' results.
@@ -93,6 +95,12 @@ impl Backend for Counter {
         shapes::per_channel(&y, v).map_err(refused(&layer.name))
     }
 
+    fn conv_transpose2d(&self, x: &Vec<usize>, layer: &ConvTranspose2d) -> Result<Vec<usize>> {
+        let dims = shapes::conv_transpose2d(x, layer.weight.dims(), layer.stride, layer.pads()?);
+        let flops = 2 * x.iter().product::<usize>() * layer.weight.elem_count() / x.get(1).copied().unwrap_or(1).max(1);
+        self.gives(dims.map_err(refused(&layer.name))?, flops)
+    }
+
     fn linear(&self, x: &Vec<usize>, layer: &Linear) -> Result<Vec<usize>> {
         let dims = shapes::linear(x, layer.weight.dims()).map_err(refused(&layer.name))?;
         self.gives(dims, 2 * x[0] * layer.weight.elem_count())
@@ -116,10 +124,58 @@ impl Backend for Counter {
         self.shaped(shapes::sinusoid(ids, frequencies.elem_count()))
     }
 
-    fn attention(&self, q: &Vec<usize>, k: &Vec<usize>, v: &Vec<usize>, heads: usize) -> Result<Vec<usize>> {
-        let dims = shapes::attention(q, k, v, heads).map_err(Error::Unsupported)?;
+    fn layer_norm(&self, x: &Vec<usize>, layer: &LayerNorm) -> Result<Vec<usize>> {
+        let channels = layer.affine.as_ref().map_or(x.get(1).copied().unwrap_or(0), |[scale, _]| scale.elem_count());
+        self.shaped(shapes::layer_norm(x, channels))
+    }
+
+    fn rms_norm(&self, x: &Vec<usize>, layer: &RmsNorm) -> Result<Vec<usize>> {
+        self.shaped(shapes::norm(x, layer.weight.elem_count()))
+    }
+
+    fn gated(&self, x: &Vec<usize>, _: Activation) -> Result<Vec<usize>> {
+        self.shaped(shapes::gated(x))
+    }
+
+    fn masked_attention(
+        &self,
+        q: &Vec<usize>,
+        k: &Vec<usize>,
+        v: &Vec<usize>,
+        heads: usize,
+        mask: Mask<&Vec<usize>>,
+    ) -> Result<Vec<usize>> {
+        let dims = shapes::attention(q, k, v, heads, mask.map(Vec::as_slice)).map_err(Error::Unsupported)?;
         let flops = 4 * q.iter().product::<usize>() * k[2] * k[3];
         self.gives(dims, flops)
+    }
+
+    fn rotary(&self, x: &Vec<usize>, by: &Rotary) -> Result<Vec<usize>> {
+        self.shaped(shapes::rotary(x, by.cos.dims()))
+    }
+
+    fn mul(&self, x: &Vec<usize>, y: &Vec<usize>) -> Result<Vec<usize>> {
+        self.shaped(shapes::mul(x, y))
+    }
+
+    fn mul_per_channel(&self, x: &Vec<usize>, v: &Vec<usize>) -> Result<Vec<usize>> {
+        self.shaped(shapes::per_channel(x, v))
+    }
+
+    fn slice(&self, x: &Vec<usize>, axis: Axis, start: usize, len: usize) -> Result<Vec<usize>> {
+        self.shaped(shapes::slice(x, axis.of_map(), start, len))
+    }
+
+    fn grid(&self, x: &Vec<usize>, sides: [usize; 2]) -> Result<Vec<usize>> {
+        shapes::grid(x, sides).map_err(Error::Unsupported)
+    }
+
+    fn shuffle(&self, x: &Vec<usize>, side: usize, _: Patches) -> Result<Vec<usize>> {
+        self.shaped(shapes::shuffle(x, side))
+    }
+
+    fn unshuffle(&self, x: &Vec<usize>, side: usize, _: Patches) -> Result<Vec<usize>> {
+        self.shaped(shapes::unshuffle(x, side))
     }
 
     fn add(&self, x: &Vec<usize>, y: &Vec<usize>) -> Result<Vec<usize>> {
@@ -143,8 +199,8 @@ impl Backend for Counter {
         self.shaped(Ok(x.clone()))
     }
 
-    fn concat(&self, x: &Vec<usize>, y: &Vec<usize>) -> Result<Vec<usize>> {
-        self.shaped(shapes::concat(x, y))
+    fn join(&self, x: &Vec<usize>, y: &Vec<usize>, axis: Axis) -> Result<Vec<usize>> {
+        self.shaped(shapes::concat(x, y, axis.of_map()))
     }
 
     fn upsample_2x(&self, x: &Vec<usize>) -> Result<Vec<usize>> {

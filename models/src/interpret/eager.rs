@@ -1,10 +1,11 @@
 //! Every operation at once, on candle tensors.
 
 use super::tape;
-use crate::backend::{Activation, Backend};
+use crate::backend::{Activation, Axis, Backend};
 use crate::condition::Condition;
-use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::{Architecture, Want};
+use crate::ops::{Mask, Patches, Rotary};
 use crate::{Precision, Result, ops};
 use candle_core::Tensor;
 
@@ -53,6 +54,10 @@ impl Backend for Eager {
         Ok(ops::conv2d(x, &kernel(layer)?, Some(&bias), layer.stride, layer.padding)?)
     }
 
+    fn conv_transpose2d(&self, x: &Tensor, layer: &ConvTranspose2d) -> Result<Tensor> {
+        Ok(ops::conv_transpose2d(x, &layer.weight, layer.bias.as_ref(), layer.stride, layer.pads()?)?)
+    }
+
     fn linear(&self, x: &Tensor, layer: &Linear) -> Result<Tensor> {
         let y = x.matmul(&layer.weight.t()?)?;
         Ok(match &layer.bias {
@@ -75,15 +80,63 @@ impl Backend for Eager {
     }
 
     fn embedding(&self, ids: &Tensor, layer: &Embedding) -> Result<Tensor> {
-        Ok(layer.weight.index_select(ids, 0)?)
+        Ok(ops::embedding(&layer.weight, ids)?)
     }
 
     fn sinusoid(&self, ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {
         Ok(ops::sinusoid(ids, frequencies, flip)?)
     }
 
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
-        Ok(ops::attention(q, k, v, heads)?)
+    fn layer_norm(&self, x: &Tensor, layer: &LayerNorm) -> Result<Tensor> {
+        let affine = layer.affine.as_ref().map(|[scale, shift]| [scale, shift]);
+        Ok(ops::layer_norm(x, affine, layer.eps)?)
+    }
+
+    fn rms_norm(&self, x: &Tensor, layer: &RmsNorm) -> Result<Tensor> {
+        Ok(ops::rms_norm(x, &layer.weight, layer.eps)?)
+    }
+
+    fn gated(&self, x: &Tensor, act: Activation) -> Result<Tensor> {
+        Ok(ops::gated(x, act)?)
+    }
+
+    fn masked_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        heads: usize,
+        mask: Mask<&Tensor>,
+    ) -> Result<Tensor> {
+        Ok(ops::attention(q, k, v, heads, mask)?)
+    }
+
+    fn rotary(&self, x: &Tensor, by: &Rotary) -> Result<Tensor> {
+        Ok(ops::rotary(x, by)?)
+    }
+
+    fn mul(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok((x * y)?)
+    }
+
+    fn mul_per_channel(&self, x: &Tensor, v: &Tensor) -> Result<Tensor> {
+        Ok(ops::mul_per_channel(x, v)?)
+    }
+
+    fn slice(&self, x: &Tensor, axis: Axis, start: usize, len: usize) -> Result<Tensor> {
+        Ok(x.narrow(axis.of_map(), start, len)?.contiguous()?)
+    }
+
+    fn grid(&self, x: &Tensor, sides: [usize; 2]) -> Result<Tensor> {
+        Ok(ops::grid(x, sides)?)
+    }
+
+    fn shuffle(&self, x: &Tensor, side: usize, patches: Patches) -> Result<Tensor> {
+        Ok(ops::shuffle(x, side, patches)?)
+    }
+
+    fn unshuffle(&self, x: &Tensor, side: usize, patches: Patches) -> Result<Tensor> {
+        Ok(ops::unshuffle(x, side, patches)?)
     }
 
     fn add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
@@ -106,8 +159,8 @@ impl Backend for Eager {
         Ok(ops::affine(x, mul, add)?)
     }
 
-    fn concat(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok(ops::concat(x, y)?)
+    fn join(&self, x: &Tensor, y: &Tensor, axis: Axis) -> Result<Tensor> {
+        Ok(ops::concat(x, y, axis.of_map())?)
     }
 
     fn upsample_2x(&self, x: &Tensor) -> Result<Tensor> {

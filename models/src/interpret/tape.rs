@@ -7,12 +7,13 @@
 
 use super::checkpoint::{Replay, checkpoint};
 use super::node::{WeightGradients, node};
-use crate::backend::{Activation, Backend, Block};
+use crate::backend::{Activation, Axis, Backend, Block};
 use crate::condition::Condition;
-use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::{Architecture, Want};
 use crate::ops::nhwc::{self, Attention, Norm, NormInput, RUN, Steps};
-use crate::{Error, Result, ops};
+use crate::ops::{Mask, Patches, Rotary};
+use crate::{Error, Result, ops, shapes};
 use candle_core::{DType, Shape, Tensor, TensorId, Var};
 use std::cell::{Cell, RefCell};
 
@@ -489,7 +490,10 @@ impl Backend for Tape {
     }
 
     fn constant(&self, tensor: &Tensor) -> Result<Value> {
-        Ok(Value::vector(tensor.detach(), None))
+        match tensor.rank() {
+            4 => self.input(&tensor.detach(), false),
+            _ => Ok(Value::vector(tensor.detach(), None)),
+        }
     }
 
     fn dims(&self, x: &Value) -> Vec<usize> {
@@ -514,6 +518,16 @@ impl Backend for Tape {
             None => Bias { data: v.data.clone(), slot: v.slot.clone() },
         };
         Ok(Value { bias: Some(bias), ..self.convolution(x, layer)? })
+    }
+
+    fn conv_transpose2d(&self, x: &Value, layer: &ConvTranspose2d) -> Result<Value> {
+        let (stride, pads, weight) = (layer.stride, layer.pads()?, self.weight(&layer.weight)?);
+        match &layer.bias {
+            Some(bias) => self.composite(&[x, &weight, &self.weight(bias)?], move |t| {
+                ops::conv_transpose2d(&t[0], &t[1], Some(&t[2]), stride, pads)
+            }),
+            None => self.composite(&[x, &weight], move |t| ops::conv_transpose2d(&t[0], &t[1], None, stride, pads)),
+        }
     }
 
     fn linear(&self, x: &Value, layer: &Linear) -> Result<Value> {
@@ -583,17 +597,39 @@ impl Backend for Tape {
 
     fn embedding(&self, ids: &Value, layer: &Embedding) -> Result<Value> {
         let ids = ids.data.clone();
-        self.composite(&[&self.weight(&layer.weight)?], move |t| t[0].index_select(&ids, 0))
+        self.composite(&[&self.weight(&layer.weight)?], move |t| ops::embedding(&t[0], &ids))
     }
 
     fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Result<Value> {
         Ok(Value::vector(ops::sinusoid(&ids.data, frequencies, flip)?, None))
     }
 
-    fn attention(&self, q: &Value, k: &Value, v: &Value, heads: usize) -> Result<Value> {
+    fn layer_norm(&self, x: &Value, layer: &LayerNorm) -> Result<Value> {
+        let eps = layer.eps;
+        match &layer.affine {
+            Some([scale, shift]) => self.composite(&[x, &self.weight(scale)?, &self.weight(shift)?], move |t| {
+                ops::layer_norm_composite(&t[0], Some([&t[1], &t[2]]), eps)
+            }),
+            None => self.composite(&[x], move |t| ops::layer_norm_composite(&t[0], None, eps)),
+        }
+    }
+
+    fn rms_norm(&self, x: &Value, layer: &RmsNorm) -> Result<Value> {
+        let eps = layer.eps;
+        self.composite(&[x, &self.weight(&layer.weight)?], move |t| ops::rms_norm_composite(&t[0], &t[1], eps))
+    }
+
+    fn gated(&self, x: &Value, act: Activation) -> Result<Value> {
+        self.composite(&[x], move |t| ops::gated_composite(&t[0], act))
+    }
+
+    fn masked_attention(&self, q: &Value, k: &Value, v: &Value, heads: usize, mask: Mask<&Value>) -> Result<Value> {
         let shared_bias = |x: &Value| x.bias.as_ref().is_none_or(|bias| bias.data.dims()[0] == 1);
-        if !([q, k, v].into_iter().all(|x| x.whole_runs() && shared_bias(x)) && nhwc::attention_fits(&q.data, heads)) {
-            return self.composite(&[q, k, v], move |t| ops::attention_composite(&t[0], &t[1], &t[2], heads));
+        let fits = [q, k, v].into_iter().all(|x| x.whole_runs() && shared_bias(x) && x.data.dims() == q.data.dims());
+        if !(fits && matches!(mask, Mask::None) && nhwc::attention_fits(&q.data, heads)) {
+            let mask = mask.map(|seen| seen.data.clone());
+            return self
+                .composite(&[q, k, v], move |t| ops::attention_composite(&t[0], &t[1], &t[2], heads, mask.as_ref()));
         }
         let values = [q, k, v];
         let attention = Attention {
@@ -612,6 +648,43 @@ impl Backend for Tape {
             [(q, dq), (k, dk), (v, dv)].into_iter().try_for_each(|(target, grad)| grads.add_to(&target, grad))
         });
         Ok(Value::picture(o, q.data.dim(3)?, slot))
+    }
+
+    fn rotary(&self, x: &Value, by: &Rotary) -> Result<Value> {
+        let by = by.clone();
+        self.composite(&[x], move |t| ops::rotary_composite(&t[0], &by))
+    }
+
+    fn mul(&self, x: &Value, y: &Value) -> Result<Value> {
+        self.composite(&[x, y], |t| &t[0] * &t[1])
+    }
+
+    fn mul_per_channel(&self, x: &Value, v: &Value) -> Result<Value> {
+        self.composite(&[x, v], |t| ops::mul_per_channel(&t[0], &t[1]))
+    }
+
+    fn slice(&self, x: &Value, axis: Axis, start: usize, len: usize) -> Result<Value> {
+        self.composite(&[x], move |t| t[0].narrow(axis.of_map(), start, len)?.contiguous())
+    }
+
+    fn grid(&self, x: &Value, sides: [usize; 2]) -> Result<Value> {
+        shapes::grid(&self.dims(x), sides).map_err(Error::Unsupported)?;
+        let x = self.settled(x)?;
+        let (&[b, h, w, padded], Some(channels)) = (x.data.dims(), x.channels) else {
+            return self.composite(&[&x], move |t| ops::grid(&t[0], sides));
+        };
+        let target = x.target();
+        let slot =
+            self.record(x.wants_gradient(), move |grads, grad| grads.add_to(&target, grad.reshape((b, h, w, padded))?));
+        Ok(Value::picture(x.data.reshape((b, sides[0], sides[1], padded))?, channels, slot))
+    }
+
+    fn shuffle(&self, x: &Value, side: usize, patches: Patches) -> Result<Value> {
+        self.composite(&[x], move |t| ops::shuffle(&t[0], side, patches))
+    }
+
+    fn unshuffle(&self, x: &Value, side: usize, patches: Patches) -> Result<Value> {
+        self.composite(&[x], move |t| ops::unshuffle(&t[0], side, patches))
     }
 
     fn add(&self, x: &Value, y: &Value) -> Result<Value> {
@@ -644,9 +717,9 @@ impl Backend for Tape {
         self.composite(&[x], move |t| ops::affine(&t[0], &mul, add))
     }
 
-    fn concat(&self, x: &Value, y: &Value) -> Result<Value> {
-        if !(x.whole_runs() && y.whole_runs()) {
-            return self.composite(&[x, y], |t| Tensor::cat(&[&t[0], &t[1]], 1));
+    fn join(&self, x: &Value, y: &Value, axis: Axis) -> Result<Value> {
+        if !(x.whole_runs() && y.whole_runs() && axis == Axis::Channels) {
+            return self.composite(&[x, y], move |t| Tensor::cat(&[&t[0], &t[1]], axis.of_map()));
         }
         let (data, targets) = (nhwc::concat(x.biased(), y.biased())?, [x.target(), y.target()]);
         let (first, channels) = (x.data.dim(3)?, data.dim(3)?);

@@ -1,19 +1,23 @@
-//! Joining along channels: copies, shared among the threads.
+//! Joining along an axis: copies, shared among the threads.
 
-use super::{on_cpu_f32, values, written};
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use super::{fits, on_cpu_f32, values, written};
+use crate::shapes;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
-/// `(B, C₁, H, W)` and `(B, C₂, H, W)` to `(B, C₁ + C₂, H, W)`.
-pub fn concat(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+/// Maps `(B, C, H, W)` that differ along `axis` alone, or vectors `(B, C)`, as one.
+pub fn concat(x: &Tensor, y: &Tensor, axis: usize) -> Result<Tensor> {
+    fits(shapes::concat(x.dims(), y.dims(), axis))?;
     if on_cpu_f32(&[x, y]) {
-        return x.contiguous()?.apply_op2(&y.contiguous()?, Concat);
+        return x.contiguous()?.apply_op2(&y.contiguous()?, Concat { axis });
     }
-    Tensor::cat(&[x, y], 1)
+    Tensor::cat(&[x, y], axis)
 }
 
-struct Concat;
+struct Concat {
+    axis: usize,
+}
 
 impl CustomOp2 for Concat {
     fn name(&self) -> &'static str {
@@ -21,13 +25,8 @@ impl CustomOp2 for Concat {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, y: &CpuStorage, ly: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (&[b, c1, h, w], &[b2, c2, h2, w2]) = (lx.dims(), ly.dims()) else {
-            bail!("concat: shapes {:?} and {:?}", lx.dims(), ly.dims())
-        };
-        let (first, second) = (c1 * h * w, c2 * h * w);
-        if [b, h, w] != [b2, h2, w2] || first == 0 || second == 0 {
-            bail!("concat: shapes {:?} and {:?}", lx.dims(), ly.dims());
-        }
+        let run = |layout: &Layout| layout.dims()[self.axis..].iter().product::<usize>();
+        let (first, second) = (run(lx), run(ly));
         let (x, y) = (values(x, lx, self.name())?, values(y, ly, self.name())?);
         let fill = |joined: &mut [MaybeUninit<f32>]| {
             let sources = x.par_chunks_exact(first).zip(y.par_chunks_exact(second));
@@ -36,13 +35,13 @@ impl CustomOp2 for Concat {
                 joined[first..].write_copy_of_slice(y);
             });
         };
-        // SAFETY: every sample is the two parts that are copied into it.
+        // SAFETY: every run is the two parts that are copied into it.
         let joined = unsafe { written(x.len() + y.len(), fill) };
-        Ok((CpuStorage::F32(joined), Shape::from((b, c1 + c2, h, w))))
+        Ok((CpuStorage::F32(joined), Shape::from(fits(shapes::concat(lx.dims(), ly.dims(), self.axis))?)))
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (c1, c2) = (x.dim(1)?, y.dim(1)?);
-        Ok((Some(grad.narrow(1, 0, c1)?), Some(grad.narrow(1, c1, c2)?)))
+        let (first, second) = (x.dim(self.axis)?, y.dim(self.axis)?);
+        Ok((Some(grad.narrow(self.axis, 0, first)?), Some(grad.narrow(self.axis, first, second)?)))
     }
 }

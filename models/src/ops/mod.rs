@@ -5,11 +5,15 @@
 
 mod adamw;
 mod attention;
+mod channel_norm;
 mod concat;
 mod conv2d;
+mod conv_transpose2d;
+mod gated;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 mod group_norm;
+mod movement;
 pub mod nhwc;
 mod optimizer;
 #[cfg(feature = "cuda")]
@@ -17,24 +21,35 @@ mod philox;
 mod planes;
 mod pointwise;
 mod resample;
+mod rotary;
 mod simd;
 mod tile;
 
 pub use adamw::{AdamwStep, adamw, adamw_composite, average_into, sum_of_squares};
-pub use attention::{attention, attention_composite};
+pub use attention::{Mask, UNSEEN, attention, attention_composite, causal_bias, padding_bias};
+pub use channel_norm::{layer_norm, layer_norm_composite, rms_norm, rms_norm_composite};
 pub use concat::concat;
+pub use conv_transpose2d::conv_transpose2d;
 pub use conv2d::{conv2d, conv2d_composite};
+pub use gated::{activation, activation_composite, gated, gated_composite};
 pub use group_norm::{group_norm, group_norm_composite};
+pub use movement::{Patches, embedding, grid, shuffle, unshuffle};
 pub use optimizer::{Parameter, adamw_all, average_all};
 #[cfg(feature = "cuda")]
 pub use philox::philox_normal;
-pub use pointwise::{activation, add, add_per_channel, affine, modulate, pad_right_bottom, sinusoid};
+pub use pointwise::{add, add_per_channel, affine, modulate, mul_per_channel, pad_right_bottom, sinusoid};
 pub use resample::{avg_pool_2x, upsample_2x};
+pub use rotary::{Pairs, Rotary, rotary, rotary_composite};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use parking_lot::RwLockReadGuard;
 use std::mem::MaybeUninit;
 use std::ops::Deref;
+
+/// A shape rule's answer as candle's.
+fn fits(rule: crate::shapes::Rule) -> Result<Vec<usize>> {
+    rule.map_err(candle_core::Error::Msg)
+}
 
 /// Whether the fused paths take these tensors: f32 on the CPU.
 fn on_cpu_f32(tensors: &[&Tensor]) -> bool {

@@ -1,22 +1,6 @@
 //! What is not worth a kernel of its own: short composites of candle's operations, on any device, with candle's gradients.
 
-use crate::Activation;
 use candle_core::{DType, Result, Tensor};
-
-/// Pointwise, any shape.
-pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
-    match act {
-        Activation::Silu => x.silu(),
-        Activation::Mish => x * softplus(x)?.tanh()?,
-        Activation::Gelu => x.gelu_erf(),
-        Activation::Relu => x.relu(),
-    }
-}
-
-/// log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|): no overflow at either end.
-fn softplus(x: &Tensor) -> Result<Tensor> {
-    x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
-}
 
 /// Ids `(B,)` to `(B, 2·F)`, f32: sines and cosines of `id · frequencies`, cosines first when `flip`.
 pub fn sinusoid(ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {
@@ -39,6 +23,11 @@ pub fn add_per_channel(x: &Tensor, v: &Tensor) -> Result<Tensor> {
 /// x·(1 + scale) + shift, x `(B, C, H, W)`, scale and shift `(B or 1, C)`.
 pub fn modulate(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
     x.broadcast_mul(&(at_every_pixel(scale)? + 1.0)?)?.broadcast_add(&at_every_pixel(shift)?)
+}
+
+/// x `(B, C, H, W)` times v `(B or 1, C)` at every pixel.
+pub fn mul_per_channel(x: &Tensor, v: &Tensor) -> Result<Tensor> {
+    x.broadcast_mul(&at_every_pixel(v)?)
 }
 
 fn at_every_pixel(v: &Tensor) -> Result<Tensor> {

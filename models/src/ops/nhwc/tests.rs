@@ -188,7 +188,7 @@ fn attention_equals_its_composite() {
             let bias = [Some(&biases[0]), None, Some(&biases[1])][i];
             Var::from_tensor(&with_bias(&qkv[i], bias).unwrap()).unwrap()
         });
-        let y = crate::ops::attention_composite(&vars[0], &vars[1], &vars[2], heads).unwrap();
+        let y = crate::ops::attention_composite(&vars[0], &vars[1], &vars[2], heads, crate::ops::Mask::None).unwrap();
         let grads = (&y * first(&dy).unwrap()).unwrap().sum_all().unwrap().backward().unwrap();
         for (dtype, tolerance) in [(DType::BF16, 2e-2), (DType::F32, 4e-3)] {
             if dtype == DType::F32 && width > 64 {
