@@ -3,9 +3,9 @@
 #![deny(missing_docs)]
 
 mod error;
-mod limits;
 #[cfg(feature = "candle-nn")]
 mod from_candle_nn;
+mod limits;
 mod weights;
 
 pub mod backend;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the parity fixtures of `dmd-models` with diffusers: networks, schedulers, whole folders.
 
-    python make_fixtures.py OUT          (OUT: models/tests/fixtures; its three sub-folders are replaced)
+    python make_fixtures.py OUT          (OUT: models/tests/fixtures; its sub-folders are replaced)
 
 The committed fixtures were made with diffusers 0.42.1, torch 2.15.0 (CPU, one thread), safetensors 0.8.0; two of the
 schedulers want scipy and torchsde too.
@@ -15,6 +15,8 @@ unet/NAME/           config.json and weights as `UNet2DModel.save_pretrained` wr
                                      as f64, so that the fourier embedding and its last division are f64
                      F16 weights were rounded before the output was computed: they are exact, read them as f32.
 schedulers/NAME/     scheduler_config.json as diffusers writes it, and expected.json (see `schedulers` below)
+dit/NAME/            the same of `DiTTransformer2DModel` and of the older `Transformer2DModel`: config.json, weights and
+                       io.safetensors with sample, timestep f64 [2], class_labels i64 [2] and output, all of its channels
 scheduler_classes.json  the noise levels of every class that is taken (see `scheduler_classes` below)
 ddpm-tiny/, edm-tiny/  what `DDPMPipeline.save_pretrained` writes, and io.safetensors (see `folders` below)
 
@@ -35,9 +37,11 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTTransformer2DModel,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    Transformer2DModel,
     UNet2DModel,
 )
 from diffusers.utils import logging
@@ -191,10 +195,10 @@ NETWORKS = {
 }
 
 
-def make_network(seed, config, f16=False):
+def make_network(seed, config, f16=False, kind=UNet2DModel):
     """A seeded network in which no norm, bias or scale keeps its trivial initial value."""
     torch.manual_seed(seed)
-    net = UNet2DModel(**config).eval()
+    net = kind(**config).eval()
     for name, p in net.named_parameters():
         if name == "time_proj.weight":  # fourier frequencies or the table of times: random already
             pass
@@ -233,6 +237,55 @@ def networks(out):
         save = {"max_shard_size": spec["shard"]} if "shard" in spec else {}
         (net.half() if spec["f16"] else net).save_pretrained(folder, **save)
         save_file(io, folder / "io.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Class-conditional transformers (DiT)
+# --------------------------------------------------------------------------------------------------------------
+
+TRANSFORMERS = {
+    # As DiT-XL/2: learned variance, patches of 2, gelu by tanh. The second label is "no class".
+    "plain": dict(
+        kind=DiTTransformer2DModel, timestep=(440.0, 999.0), labels=(3, 5),
+        config=dict(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+            patch_size=2, num_embeds_ada_norm=5,
+        ),
+    ),
+    # No variance; queries, keys and values without bias; a second norm with weights and another eps; GEGLU.
+    "gated": dict(
+        kind=DiTTransformer2DModel, timestep=(0.0, 12.5), labels=(0, 2),
+        config=dict(
+            num_attention_heads=3, attention_head_dim=4, in_channels=3, num_layers=1, sample_size=12, patch_size=3,
+            num_embeds_ada_norm=3, attention_bias=False, activation_fn="geglu", norm_elementwise_affine=True,
+            norm_eps=0.01,
+        ),
+    ),
+    # The older class, whose positions of a large sample are closer together; gelu by the error function.
+    "older-class": dict(
+        kind=Transformer2DModel, timestep=(73.0, 250.0), labels=(1, 2),
+        config=dict(
+            num_attention_heads=1, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=2, sample_size=128,
+            patch_size=16, num_embeds_ada_norm=2, norm_type="ada_norm_zero", activation_fn="gelu", attention_bias=True,
+            norm_elementwise_affine=False,
+        ),
+    ),
+}
+
+
+def transformers(out):
+    for seed, (name, spec) in enumerate(TRANSFORMERS.items(), start=300):
+        net = make_network(seed, spec["config"], True, spec["kind"])
+        config = net.config
+        io = {
+            "sample": torch.randn(2, config.in_channels, config.sample_size, config.sample_size),
+            "timestep": torch.tensor(spec["timestep"], dtype=torch.float64),
+            "class_labels": torch.tensor(spec["labels"]),
+        }
+        output = net(io["sample"], timestep=io["timestep"], class_labels=io["class_labels"]).sample
+        io["output"] = output.float().contiguous()
+        net.half().save_pretrained(out / name)
+        save_file(io, out / name / "io.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -570,9 +623,10 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     out = Path(sys.argv[1])
-    for part in ("unet", "schedulers", "ddpm-tiny", "edm-tiny"):
+    for part in ("unet", "dit", "schedulers", "ddpm-tiny", "edm-tiny"):
         shutil.rmtree(out / part, ignore_errors=True)
     networks(out / "unet")
+    transformers(out / "dit")
     schedulers(out / "schedulers")
     scheduler_classes(out / "scheduler_classes.json")
     folders(out)

@@ -2,6 +2,8 @@
 //! variant of [`Network`] and an arm of `with!`.
 
 mod architecture;
+pub mod config;
+pub mod dit;
 pub mod unet2d;
 
 pub use architecture::{Architecture, Takes, Told, Want};
@@ -10,6 +12,7 @@ use crate::Result;
 use crate::backend::Backend;
 use crate::condition::Condition;
 use candle_core::Device;
+use dit::DiT;
 use unet2d::UNet;
 
 /// A network of any kind.
@@ -17,6 +20,8 @@ use unet2d::UNet;
 pub enum Network {
     /// `UNet2DModel`.
     UNet2D(UNet),
+    /// `DiTTransformer2DModel`.
+    DiT(DiT),
 }
 
 /// The same for every kind.
@@ -24,6 +29,7 @@ macro_rules! with {
     ($network:expr, $net:ident => $work:expr) => {
         match $network {
             Network::UNet2D($net) => $work,
+            Network::DiT($net) => $work,
         }
     };
 }
