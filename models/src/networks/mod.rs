@@ -17,6 +17,7 @@ use unet2d::UNet;
 
 /// A network of any kind.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a program holds three or four of them, and moves them once")]
 pub enum Network {
     /// `UNet2DModel`.
     UNet2D(UNet),
