@@ -4,9 +4,9 @@
 mod common;
 use candle_core::{D, DType, Device, Tensor, Var};
 use common::{ODD, PLAIN};
-use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
-use dmd_models::ops::{self, AdamwStep, Parameter};
-use dmd_models::{Activation, Architecture, Backend, Condition, Eager, Result, UNet, UNetConfig, Weights};
+use dmd_models::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
+use dmd_models::ops::{self, AdamwStep, Mask, Parameter, Patches, Rotary};
+use dmd_models::{Activation, Architecture, Axis, Backend, Condition, Eager, Result, UNet, UNetConfig, Weights};
 
 /// Every operation by candle's own; what is not fused is spelt there as it is here, and [`Eager`]'s.
 struct Composite;
@@ -40,7 +40,7 @@ impl Backend for Composite {
     }
 
     fn activation(&self, x: &Tensor, act: Activation) -> Result<Tensor> {
-        Eager.activation(x, act)
+        Ok(ops::activation_composite(x, act)?)
     }
 
     fn embedding(&self, ids: &Tensor, layer: &Embedding) -> Result<Tensor> {
@@ -51,8 +51,60 @@ impl Backend for Composite {
         Eager.sinusoid(ids, frequencies, flip)
     }
 
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
-        Ok(ops::attention_composite(q, k, v, heads, ops::Mask::None)?)
+    fn masked_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        heads: usize,
+        mask: Mask<&Tensor>,
+    ) -> Result<Tensor> {
+        Ok(ops::attention_composite(q, k, v, heads, mask)?)
+    }
+
+    fn conv_transpose2d(&self, x: &Tensor, layer: &ConvTranspose2d) -> Result<Tensor> {
+        Eager.conv_transpose2d(x, layer)
+    }
+
+    fn layer_norm(&self, x: &Tensor, layer: &LayerNorm) -> Result<Tensor> {
+        let affine = layer.affine.as_ref().map(|[scale, shift]| [scale, shift]);
+        Ok(ops::layer_norm_composite(x, affine, layer.eps)?)
+    }
+
+    fn rms_norm(&self, x: &Tensor, layer: &RmsNorm) -> Result<Tensor> {
+        Ok(ops::rms_norm_composite(x, &layer.weight, layer.eps)?)
+    }
+
+    fn gated(&self, x: &Tensor, act: Activation) -> Result<Tensor> {
+        Ok(ops::gated_composite(x, act)?)
+    }
+
+    fn rotary(&self, x: &Tensor, by: &Rotary) -> Result<Tensor> {
+        Ok(ops::rotary_composite(x, by)?)
+    }
+
+    fn mul(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Eager.mul(x, y)
+    }
+
+    fn mul_per_channel(&self, x: &Tensor, v: &Tensor) -> Result<Tensor> {
+        Eager.mul_per_channel(x, v)
+    }
+
+    fn slice(&self, x: &Tensor, axis: Axis, start: usize, len: usize) -> Result<Tensor> {
+        Eager.slice(x, axis, start, len)
+    }
+
+    fn grid(&self, x: &Tensor, sides: [usize; 2]) -> Result<Tensor> {
+        Eager.grid(x, sides)
+    }
+
+    fn shuffle(&self, x: &Tensor, side: usize, patches: Patches) -> Result<Tensor> {
+        Eager.shuffle(x, side, patches)
+    }
+
+    fn unshuffle(&self, x: &Tensor, side: usize, patches: Patches) -> Result<Tensor> {
+        Eager.unshuffle(x, side, patches)
     }
 
     fn add(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
@@ -75,8 +127,8 @@ impl Backend for Composite {
         Eager.affine(x, mul, add)
     }
 
-    fn concat(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok(Tensor::cat(&[x, y], 1)?)
+    fn join(&self, x: &Tensor, y: &Tensor, axis: Axis) -> Result<Tensor> {
+        Ok(Tensor::cat(&[x, y], axis.of_map())?)
     }
 
     fn upsample_2x(&self, x: &Tensor) -> Result<Tensor> {

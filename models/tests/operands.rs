@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use dmd_models::ops::nhwc::{self, Attention, Norm, NormInput, Steps};
-use dmd_models::ops::{self, AdamwStep, Parameter};
+use dmd_models::ops::{self, AdamwStep, Mask, Parameter};
 
 fn f32s(shape: &[usize]) -> Tensor {
     Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap()
@@ -161,13 +161,13 @@ fn attention_takes_only_keys_and_values_that_fit() {
     let first = f32s(&[2, 8, 4, 6]);
     let others =
         [f32s(&[2, 8, 4, 5]), f32s(&[1, 8, 4, 6]), f32s(&[2, 16, 4, 6]), f32s(&[2, 8, 24]), bf16(first.dims())];
-    check("attention, keys", first.clone(), &others, |k| ops::attention(&first, k, &first, 2));
-    check("attention, values", first.clone(), &others, |v| ops::attention(&first, &first, v, 2));
+    check("attention, keys", first.clone(), &others, |k| ops::attention(&first, k, &first, 2, Mask::None));
+    check("attention, values", first.clone(), &others, |v| ops::attention(&first, &first, v, 2, Mask::None));
     for heads in [0, 3, 16] {
         assert!(!nhwc::attention_fits(&x, heads));
         assert!(attention(&x, &x, None, heads).is_err());
-        assert!(ops::attention(&first, &first, &first, heads).is_err());
-        assert!(ops::attention_composite(&first, &first, &first, heads).is_err());
+        assert!(ops::attention(&first, &first, &first, heads, Mask::None).is_err());
+        assert!(ops::attention_composite(&first, &first, &first, heads, Mask::None).is_err());
     }
 }
 
@@ -175,7 +175,7 @@ fn attention_takes_only_keys_and_values_that_fit() {
 fn maps_and_optimisers_take_only_what_fits() {
     let x = f32s(&[2, 8, 4, 6]);
     let others = [f32s(&[1, 8, 4, 6]), f32s(&[2, 8, 4, 5]), f32s(&[2, 8, 24]), bf16(x.dims())];
-    check("concat", f32s(&[2, 3, 4, 6]), &others, |y| ops::concat(&x, y));
+    check("concat", f32s(&[2, 3, 4, 6]), &others, |y| ops::concat(&x, y, 1));
     check("upsample", x.clone(), &[f32s(&[8, 4, 6])], ops::upsample_2x);
     check("pool", x.clone(), &[f32s(&[8, 4, 6])], ops::avg_pool_2x);
     check("per channel", f32s(&[2, 8]), &[f32s(&[2, 7]), f32s(&[3, 8])], |v| ops::add_per_channel(&x, v));

@@ -238,7 +238,7 @@ proptest! {
         let keys = if mask == 1 { h * w } else { keys };
         let (queries, tokens) = ([b, width * heads, h, w], [b, width * heads, 1, keys]);
         let inputs = [turned(&queries, seed), values(&tokens, seed + 1), turned(&tokens, seed + 2)];
-        let seen: Vec<f32> = (0..b * keys).map(|i| ((i * 7 + seed as usize) % 3 != 0) as u8 as f32).collect();
+        let seen: Vec<f32> = (0..b * keys).map(|i| !(i * 7 + seed as usize).is_multiple_of(3) as u8 as f32).collect();
         let seen = Tensor::from_vec(seen, (b, keys), &Device::Cpu).unwrap();
         let mask = [Mask::None, Mask::Causal, Mask::Padding(&seen)][mask];
         check(&inputs, &|t| ops::attention(&t[0], &t[1], &t[2], heads, mask), &|t| {
@@ -269,7 +269,7 @@ proptest! {
             Activation::Silu, Activation::Mish, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu,
         ][act];
         let map = (turned(&[b, 2 * c, h, w], seed) * scale).unwrap();
-        check(&[map.clone()], &|t| ops::activation(&t[0], act), &|t| ops::activation_composite(&t[0], act))?;
+        check(std::slice::from_ref(&map), &|t| ops::activation(&t[0], act), &|t| ops::activation_composite(&t[0], act))?;
         check(&[map], &|t| ops::gated(&t[0], act), &|t| ops::gated_composite(&t[0], act))?;
     }
 
@@ -294,8 +294,8 @@ proptest! {
         for patches in [Patches::ChannelFirst, Patches::ChannelLast] {
             let map = turned(&[b, c, side * h, side * w], seed);
             let there = |t: &[Tensor]| ops::unshuffle(&t[0], side, patches);
-            check(&[map.clone()], &there, &there)?;
-            let back = ops::shuffle(&there(&[map.clone()]).unwrap(), side, patches).unwrap();
+            check(std::slice::from_ref(&map), &there, &there)?;
+            let back = ops::shuffle(&there(std::slice::from_ref(&map)).unwrap(), side, patches).unwrap();
             prop_assert_eq!(largest(&(back - &map).unwrap()), 0.0);
         }
     }
