@@ -6,10 +6,12 @@ use candle_core::{DType, Device, Tensor, Var};
 use dmd::config::CriticWeight;
 use dmd::loss::{Divergence, Matching, denoising, density_ratio, distribution_matching};
 use dmd::random::{Purpose, Random};
-use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use dmd_models::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use dmd_models::noise_levels::Betas;
+use dmd_models::ops::{Mask, Patches, Rotary};
 use dmd_models::{
-    Activation, Architecture, Backend, Condition, Denoiser, ModelFolder, NoiseLevels, Prediction, Result, Want, Way,
+    Activation, Architecture, Axis, Backend, Condition, Denoiser, ModelFolder, NoiseLevels, Prediction, Result, Want,
+    Way,
 };
 use std::f64::consts::{FRAC_1_SQRT_2, PI, SQRT_2, TAU};
 use std::path::Path;
@@ -471,11 +473,22 @@ impl Backend for Exact {
         activation(&Tensor, Activation),
         embedding(&Tensor, &Embedding),
         sinusoid(&Tensor, &Tensor, bool),
-        attention(&Tensor, &Tensor, &Tensor, usize),
+        conv_transpose2d(&Tensor, &ConvTranspose2d),
+        layer_norm(&Tensor, &LayerNorm),
+        rms_norm(&Tensor, &RmsNorm),
+        gated(&Tensor, Activation),
+        masked_attention(&Tensor, &Tensor, &Tensor, usize, Mask<&Tensor>),
+        rotary(&Tensor, &Rotary),
+        mul(&Tensor, &Tensor),
+        mul_per_channel(&Tensor, &Tensor),
         add_per_channel(&Tensor, &Tensor),
         modulate(&Tensor, &Tensor, &Tensor),
         columns(&Tensor, usize, usize),
-        concat(&Tensor, &Tensor),
+        join(&Tensor, &Tensor, Axis),
+        slice(&Tensor, Axis, usize, usize),
+        grid(&Tensor, [usize; 2]),
+        shuffle(&Tensor, usize, Patches),
+        unshuffle(&Tensor, usize, Patches),
         upsample_2x(&Tensor),
         avg_pool_2x(&Tensor),
         pad_right_bottom(&Tensor),
