@@ -1,5 +1,5 @@
 //! Operations on pictures with channels last, `(B, H, W, C)` contiguous, forward and backward apart, for a
-//! [`Tape`](crate::tape): kernels of our own and cuDNN on NVIDIA GPUs, and everywhere else composites of candle's
+//! [`Tape`](crate::interpret::Tape): kernels of our own and cuDNN on NVIDIA GPUs, and everywhere else composites of candle's
 //! operations, which the tests compare them with. Pictures are f32 or bf16; everything else is f32.
 //!
 //! Each checks what it is given before a kernel reads it: all operands lie on one device, contiguous, in the shapes and
