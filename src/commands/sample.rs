@@ -33,6 +33,7 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
         source.guide(scale)?;
     }
     let batch = batch(args, &source)?;
+    limits::pictures("-n", args.n.unwrap_or(PICTURES) as u64, source.shape())?;
     if let Source::Folder { model, shape: [_, h, w], .. } = &source {
         model.check_memory(args.n.unwrap_or(PICTURES), [*h, *w], batch)?;
     }
@@ -270,7 +271,6 @@ const BATCH: usize = 64;
 fn noise(args: &SampleArgs, shape: [usize; 3]) -> Result<Array4<f32>> {
     let Some(path) = &args.noise else {
         let n = args.n.unwrap_or(PICTURES);
-        limits::pictures("-n", n as u64, shape)?;
         return Ok(dmd_runtime::picture_noise(args.seed, 0, n, shape));
     };
     let noise = npy::read(path)?;
