@@ -692,7 +692,7 @@ fn the_reason_of_the_system_is_given_once() {
 
 /// What a network cannot be in a dialect or a precision, through the command line.
 #[test]
-fn a_network_that_a_dialect_or_a_precision_cannot_hold_is_refused_by_its_node() {
+fn what_a_dialect_lacks_is_refused_by_its_node_and_what_half_precision_cannot_hold_is_kept() {
     let held = "export teacher --onnx a.onnx --as-generator --sigma 2.5";
     let w = Workplace::new().with_fixture("edm-tiny");
     w.edit_json("teacher/unet/config.json", |unet| unet["act_fn"] = json!("gelu"));
@@ -709,9 +709,9 @@ fn a_network_that_a_dialect_or_a_precision_cannot_hold_is_refused_by_its_node() 
     let large: Vec<u8> = (0..shape[0]).flat_map(|i| (1e5 * (i as f32 + 1.0)).to_le_bytes()).collect();
     tensors.insert(name.into(), TensorView::new(safetensors::Dtype::F32, shape, &large).unwrap());
     w.write(WEIGHTS, safetensors::serialize(tensors, None).unwrap());
-    let parts = ["down_blocks.0.resnets.0.conv1", "does not fit fp16", "--precision fp32 or w8"];
-    w.refuses(&format!("{held} --precision fp16"), 1, &parts);
-    w.ok(&format!("{held} --precision w8"));
+    let kept = w.ok(&format!("{held} --precision fp16"))["kept_float"].to_string();
+    assert!(kept.contains("\"down_blocks.0.resnets.0.conv1\""), "{kept}");
+    w.ok(&format!("{held} --precision w8 --force"));
 }
 
 /// An engine that is asked for and missing: the checks that were not made are named, and the exit code says so.

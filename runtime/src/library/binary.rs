@@ -89,18 +89,20 @@ mod tests {
     const AARCH64: u16 = 183;
 
     /// The headers of an ELF library (System V ABI, chapters 4 and 5): one segment that holds the whole file of `bytes`, and
-    /// one empty section header at its end.
+    /// at its end those of two sections, the empty one and that of the names.
     fn elf(machine: u16, kind: u16, bytes: u64) -> Vec<u8> {
         let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
         let half = |file: &mut Vec<u8>, values: &[u16]| file.extend(values.iter().flat_map(|v| v.to_le_bytes()));
         half(&mut file, &[kind, machine]);
         file.extend(1u32.to_le_bytes());
-        file.extend([0, 64, bytes - 64].iter().flat_map(|v: &u64| v.to_le_bytes()));
+        file.extend([0, 64, bytes - 128].iter().flat_map(|v: &u64| v.to_le_bytes()));
         file.extend(0u32.to_le_bytes());
-        half(&mut file, &[64, 56, 1, 64, 1, 0]);
+        half(&mut file, &[64, 56, 1, 64, 2, 1]);
         file.extend([1u32, 5].iter().flat_map(|v| v.to_le_bytes()));
         file.extend([0, 0, 0, bytes, bytes, 4096].iter().flat_map(|v: &u64| v.to_le_bytes()));
-        file.resize(bytes as usize, 0);
+        file.resize(bytes as usize - 64, 0);
+        file.extend([0u32, 3].iter().flat_map(|v| v.to_le_bytes()));
+        file.extend([0, 0, 120, 1, 0, 1, 0].iter().flat_map(|v: &u64| v.to_le_bytes()));
         file
     }
 
