@@ -104,7 +104,7 @@ fn the_toy_draws_every_picture_and_replaces_none() {
     w.refuses("ablate --toy --out toy --steps 2", 1, &["ring.png", "exists already", "--force"]);
     w.refuses("ablate --out other", 2, &["--toy"]);
     w.refuses("ablate --toy --teacher x --out other", 2, &["--teacher"]);
-    w.refuses("ablate --toy --out other --steps 0", 1, &["--steps is 0"]);
+    w.refuses("ablate --toy --out other --steps 0", 2, &["--steps is 0"]);
 }
 
 #[test]

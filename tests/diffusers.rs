@@ -117,7 +117,8 @@ fn pictures_that_no_memory_holds_are_refused_with_the_number() {
     w.edit_json("teacher/unet/config.json", |c| c["sample_size"] = json!(100_000));
     w.refuses("sample teacher --npy a.npy -n 1", 1, &["sample_size is 100000, expected 1 to 8192"]);
     w.edit_json("teacher/unet/config.json", |c| c["sample_size"] = json!(8192));
-    w.refuses("sample teacher --npy a.npy -n 100000", 1, &["take at least", "MiB are free"]);
+    w.refuses("sample teacher --npy a.npy -n 100000", 2, &["-n is 100000", "too many pictures of [3, 8192, 8192]"]);
+    w.refuses("sample teacher --npy a.npy -n 20", 1, &["take at least", "MiB are free"]);
 }
 
 #[test]

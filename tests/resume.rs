@@ -2,7 +2,7 @@
 #![cfg(unix)] // signals, and a shell that limits the size of files
 
 mod common;
-use common::{Workplace, check_failure, stderr};
+use common::{Workplace, check_failure, stderr, without_times, without_times_in};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -32,23 +32,6 @@ fn outcome(w: &Workplace, run: &str) -> BTreeMap<PathBuf, Vec<u8>> {
     files.retain(|path, _| !kept.iter().any(|old| *old != last && path.starts_with(old)));
     without_times_in(&mut files);
     files
-}
-
-fn without_times_in(files: &mut BTreeMap<PathBuf, Vec<u8>>) {
-    for (path, bytes) in files {
-        if path.ends_with("metrics.jsonl") || path.ends_with("state.json") {
-            *bytes = without_times(&String::from_utf8(bytes.clone()).unwrap()).into();
-        }
-    }
-}
-
-fn without_times(metrics: &str) -> String {
-    let line = |line| {
-        let mut value: Value = serde_json::from_str(line).unwrap();
-        value.as_object_mut().unwrap().remove("elapsed_s");
-        format!("{value}\n")
-    };
-    metrics.lines().map(line).collect()
 }
 
 fn assert_same(w: &Workplace, run: &str, whole: &str) {
