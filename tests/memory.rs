@@ -26,7 +26,7 @@ fn logged(w: &Workplace, teacher: &str, name: &str) -> Vec<f64> {
 fn assert_close(w: &Workplace, one: &str, other: &str) {
     for (name, n) in [("loss", 8), ("grad_norm", 8), ("validation_loss", 1)] {
         let (a, b) = (logged(w, one, name), logged(w, other, name));
-        assert_eq!([a.len(), b.len()], [n; 2], "{name}");
+        assert!(a.len() == b.len() && a.len() >= n, "{name}: {} and {}", a.len(), b.len());
         for (a, b) in a.iter().zip(&b) {
             assert!((a - b).abs() <= 1e-4 * a.abs(), "{name}: {a} and {b}");
         }
