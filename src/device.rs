@@ -70,10 +70,8 @@ fn or_cpu(gpu: Result<Device>) -> Device {
 
 /// Refuses a precision that the device has no kernels for.
 pub fn check_precision(precision: Precision, device: &Device) -> Result<()> {
-    ensure!(
-        precision == Precision::F32 || device.is_cuda(),
-        "precision is bf16, which needs a GPU (--device cuda); on the CPU leave it at f32"
-    );
+    let text = "precision is bf16, which needs a GPU (--device cuda); on the CPU leave it at f32";
+    ensure!(precision == Precision::F32 || device.is_cuda(), WrongUsage(text.into()));
     Ok(())
 }
 

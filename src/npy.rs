@@ -4,21 +4,31 @@
 //! version 2), a Python dictionary with `descr`, `fortran_order` and `shape`, padded with spaces so that the data starts
 //! at a multiple of 64. It is read here and not by a crate, because every size must be checked before memory is taken.
 
-use std::fs;
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufReader, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use ndarray::Array4;
 
 use crate::aside::write_aside;
+use crate::memory;
 
 const MAGIC: &[u8; 6] = b"\x93NUMPY";
 
-/// Reads a little-endian f32 array of rank 4 in C order; anything else is an error with the remedy.
-pub fn read(path: &Path) -> Result<Array4<f32>> {
-    let bytes = fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
-    parse(&bytes).with_context(|| format!("{}: not the .npy file expected", path.display()))
+/// The longest header that is read: numpy's own take less than a kilobyte.
+const HEADER_BYTES: usize = 1 << 16;
+
+/// Reads a little-endian f32 array of rank 4 in C order, where its shape is what `expected` takes; anything else is an
+/// error with the remedy, found by the header alone.
+pub fn read(path: &Path, expected: impl FnOnce([usize; 4]) -> Result<()>) -> Result<Array4<f32>> {
+    let file = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+    let (len, file) = file.with_context(|| format!("{}: cannot read", path.display()))?;
+    let mut rest = BufReader::new(file);
+    let shape =
+        shape_of_file(&mut rest, len).with_context(|| format!("{}: not the .npy file expected", path.display()))?;
+    expected(shape).with_context(|| path.display().to_string())?;
+    values(&mut rest, shape).with_context(|| format!("{}: cannot read", path.display()))
 }
 
 /// Writes format version 1.0, whole or not at all.
@@ -38,8 +48,10 @@ pub fn write(path: &Path, array: &Array4<f32>) -> Result<()> {
     })
 }
 
-fn parse(bytes: &[u8]) -> Result<Array4<f32>> {
-    let (header, data) = split_header(bytes)?;
+/// The shape that the header of a file of `len` bytes says, where as many values follow.
+fn shape_of_file(file: &mut impl Read, len: u64) -> Result<[usize; 4]> {
+    let (header, taken) = header(file)?;
+    let header = header.as_str();
     let descr = entry(header, "descr")?.trim_start_matches(['\'', '"']);
     let descr = descr.split(['\'', '"']).next().unwrap_or(descr);
     ensure!(descr == "<f4", "dtype is {descr:?}, expected \"<f4\" (float32); in numpy: array.astype(\"float32\")");
@@ -49,27 +61,41 @@ fn parse(bytes: &[u8]) -> Result<Array4<f32>> {
     let &[n, c, h, w] = shape.as_slice() else {
         bail!("shape is {shape:?}, expected rank 4: [N, C, H, W]");
     };
-    let n_values = shape.iter().try_fold(1_usize, |product, &side| product.checked_mul(side));
-    let n_bytes = n_values.and_then(|n_values| n_values.checked_mul(4));
+    let n_bytes = shape.iter().try_fold(4_usize, |product, &side| product.checked_mul(side));
     let n_bytes = n_bytes.with_context(|| format!("shape {shape:?} is larger than this machine can count"))?;
-    ensure!(data.len() == n_bytes, "shape {shape:?} needs {n_bytes} bytes of data, found {}", data.len());
-    let values = data.as_chunks().0.iter().map(|&value| f32::from_le_bytes(value)).collect();
-    Ok(Array4::from_shape_vec((n, c, h, w), values)?)
+    let found = len.saturating_sub(taken);
+    ensure!(found == n_bytes as u64, "shape {shape:?} needs {n_bytes} bytes of data, found {found}");
+    Ok([n, c, h, w])
 }
 
-/// The header's text, and the data behind it.
-fn split_header(bytes: &[u8]) -> Result<(&str, &[u8])> {
-    let rest = bytes.strip_prefix(MAGIC).context("it does not start with numpy's magic bytes")?;
-    let (version, rest) = rest.split_first_chunk::<2>().context("truncated before the version")?;
-    let (header_len, rest) = if version[0] == 1 {
-        let (len, rest) = rest.split_first_chunk().context("truncated before the header")?;
-        (usize::from(u16::from_le_bytes(*len)), rest)
-    } else {
-        let (len, rest) = rest.split_first_chunk().context("truncated before the header")?;
-        (u32::from_le_bytes(*len) as usize, rest)
-    };
-    let (header, data) = rest.split_at_checked(header_len).context("truncated in the header")?;
-    Ok((str::from_utf8(header).context("the header is no text")?, data))
+/// The values behind the header, as many as its shape says.
+fn values(data: &mut impl Read, shape: [usize; 4]) -> Result<Array4<f32>> {
+    memory::room("its values", &shape)?;
+    let mut values = Array4::zeros(shape);
+    let mut bytes = [0; 1 << 14];
+    let room = values.as_slice_mut().context("an array just made is in C order")?;
+    for part in room.chunks_mut(bytes.len() / 4) {
+        let bytes = &mut bytes[..4 * part.len()];
+        data.read_exact(bytes)?;
+        part.iter_mut().zip(bytes.as_chunks().0).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+    }
+    Ok(values)
+}
+
+/// The header's text, and the bytes read by its end.
+fn header(file: &mut impl Read) -> Result<(String, u64)> {
+    let mut begin = [0; 8];
+    let magic = file.read_exact(&mut begin[..6]).is_ok() && begin[..6] == *MAGIC;
+    ensure!(magic, "it does not start with numpy's magic bytes");
+    file.read_exact(&mut begin[6..]).context("truncated before the version")?;
+    let mut len = [0; 4];
+    let n_len = if begin[6] == 1 { 2 } else { 4 };
+    file.read_exact(&mut len[..n_len]).context("truncated before the header")?;
+    let len = u32::from_le_bytes(len) as usize;
+    ensure!(len <= HEADER_BYTES, "its header says {len} bytes, expected at most {HEADER_BYTES}");
+    let mut header = vec![0; len];
+    file.read_exact(&mut header).context("truncated in the header")?;
+    Ok((String::from_utf8(header).context("the header is no text")?, (8 + n_len + len) as u64))
 }
 
 /// The text behind `'key':`.
@@ -104,20 +130,22 @@ mod tests {
         write(&path, &array).unwrap();
         let data = [0, 0, 0, 0, 0, 0, 0x80, 0x3f];
         let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 1, 2), }";
-        assert_eq!(fs::read(&path).unwrap(), file(header, &data));
-        assert_eq!(read(&path).unwrap(), array);
+        assert_eq!(std::fs::read(&path).unwrap(), file(header, &data));
+        assert_eq!(read(&path, |_| Ok(())).unwrap(), array);
         // An array whose memory is not in C order is written in C order.
         let turned =
             Array4::from_shape_fn((2, 3, 4, 5), |(n, c, h, w)| (n * 60 + c * 20 + h * 5 + w) as f32).reversed_axes();
         write(&path, &turned).unwrap();
-        assert_eq!(read(&path).unwrap(), turned);
+        assert_eq!(read(&path, |_| Ok(())).unwrap(), turned);
+        let refused = read(&path, |shape| bail!("{shape:?} is not wanted")).unwrap_err();
+        assert!(format!("{refused:#}").ends_with("noise.npy: [5, 4, 3, 2] is not wanted"));
     }
 
     #[test]
     fn every_kind_of_broken_file_is_named() {
         let good = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 1, 2), }";
         let check = |bytes: &[u8], expected: &str| {
-            let message = format!("{:#}", parse(bytes).unwrap_err());
+            let message = format!("{:#}", shape_of_file(&mut &bytes[..], bytes.len() as u64).unwrap_err());
             assert!(message.contains(expected), "{message:?} lacks {expected:?}");
         };
         check(b"", "magic");
@@ -132,7 +160,8 @@ mod tests {
         check(&file(&good.replace("(1, 1, 1, 2)", "(4294967296, 4294967296, 4, 4)"), &[]), "larger than");
         check(&file(&good.replace("(1, 1, 1, 2)", "(9000000000, 1, 1, 1)"), &[]), "found 0");
         check(&file("{'descr': '<f4', }", &[]), "no \"fortran_order\"");
-        let missing = read(Path::new("no/such.npy")).unwrap_err();
+        check(b"\x93NUMPY\x02\x00\xff\xff\xff\x7f{", "its header says 2147483647 bytes, expected at most 65536");
+        let missing = read(Path::new("no/such.npy"), |_| Ok(())).unwrap_err();
         assert!(format!("{missing:#}").starts_with("no/such.npy: cannot read"));
     }
 }

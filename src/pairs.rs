@@ -82,6 +82,8 @@ pub fn make(
         n_steps: manifest.sampler_steps,
         guidance_scale: manifest.guidance_scale,
     };
+    let [_, height, width] = manifest.shape;
+    model.check_memory(manifest.n.min(manifest.per_shard), [height, width], batch)?;
     let random = Random { seed: manifest.seed, device: Device::Cpu };
     let mut found = 0;
     for (i, first) in (0..manifest.n).step_by(manifest.per_shard).enumerate() {

@@ -299,7 +299,7 @@ fn what_cannot_be_linted_is_named() {
     w.refuses("lint page.onnx --target cpu", 1, &["page.onnx: not an ONNX file: "]);
     w.refuses("lint empty.onnx --target cpu", 1, &["empty.onnx: not an ONNX file: there is no graph in it"]);
     w.refuses("lint missing.onnx --target cpu", 1, &["missing.onnx: cannot read: "]);
-    w.refuses("lint . --target cpu", 1, &[".: cannot read: "]);
+    w.refuses("lint . --target cpu", 1, &[".: is a folder, expected an exported file"]);
     w.refuses("lint page.onnx --target core-ml", 2, &["no target \"core-ml\", did you mean \"coreml\"?", "nnapi, qnn"]);
     w.refuses("lint page.onnx", 2, &["--target <coreml|nnapi|"]);
     w.refuses(

@@ -39,8 +39,36 @@ fn options_that_would_be_passed_over_are_refused() {
         ("sample g.onnx --npy a.npy --batch 2", "--batch"),
         ("score g.onnx --against g.onnx -n 4 --device cpu", "--device"),
         ("score run --against g.onnx -n 4 --guidance 2", "--guidance"),
+        ("distill --teacher teacher --out b --steps 1 --data pictures", "--data"),
+        ("distill --teacher teacher --out b --steps 1 --pairs pairs", "--pairs"),
     ] {
         w.refuses(line, 2, &[&format!("{option} has no effect here")]);
+    }
+}
+
+#[test]
+fn a_folder_in_the_place_of_a_file_is_told_the_way_to_one() {
+    let w = distilled();
+    for line in ["bench run run", "lint run --target nnapi"] {
+        w.refuses(line, 1, &["run: is a folder, expected an exported file: dmd export run --onnx FILE.onnx makes one"]);
+    }
+    w.refuses(
+        "distill --teacher teacher --out b --precision bf16 --device cpu",
+        2,
+        &["precision is bf16, which needs a GPU"],
+    );
+}
+
+#[test]
+fn an_exported_file_is_known_under_any_name() {
+    let w = distilled();
+    w.ok("export run --onnx g.onnx");
+    w.ok("ort g.onnx --out g.ort");
+    for (file, other) in [("g.onnx", "onnx.bin"), ("g.ort", "ort.bin")] {
+        std::fs::copy(w.path(file), w.path(other)).unwrap();
+        w.ok(&format!("sample {file} --npy a.npy -n 3 --force"));
+        w.ok(&format!("sample {other} --npy b.npy -n 3 --force"));
+        assert_eq!(w.npy("a.npy"), w.npy("b.npy"), "{other}");
     }
 }
 

@@ -608,3 +608,12 @@ fn a_closed_terminal_saves_a_run_and_nohup_keeps_it_going() {
     let output = run(&["nohup"]);
     assert!(output.status.success(), "{}", stderr(&output));
 }
+
+#[test]
+fn weights_that_an_update_ruined_reach_no_checkpoint() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    // A rate beyond f32: the gradient is a number, and what the update makes of the weights is none.
+    let line = "distill --teacher teacher --out run --steps 1 --batch 2 --set ratio=1 --set fake_score.rate=1e39 --set fake_score.warmup=0";
+    w.fails(line, 1, &["step 1: the checkpoint's fake_score: a value is NaN", "give lower rates"]);
+    assert!(!w.path("run/checkpoints/step-00000001").exists() && !w.path("run/generator").exists());
+}

@@ -1,6 +1,6 @@
 //! `dmd ablate`: what each part of the method is for, in pictures.
 
-use super::check_free;
+use super::{check_free, model_path};
 use crate::ablate::{levels::Players, toy};
 use crate::cli::AblateArgs;
 use crate::output::say;
@@ -21,7 +21,8 @@ pub fn run(args: &AblateArgs) -> Result<Value> {
         Some(teacher) => {
             let path = args.out.join("levels.png");
             check_free(&path, args.force)?;
-            let players = Players::load(teacher, args.generator.as_deref(), args.run.as_deref())?;
+            let generator = args.generator.as_deref().map(model_path).transpose()?;
+            let players = Players::load(&model_path(teacher)?, generator.as_deref(), args.run.as_deref())?;
             std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
             let (picture, levels) = players.panel(args.seed)?;
             save(&path, &picture)?;

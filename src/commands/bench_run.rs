@@ -1,6 +1,6 @@
 //! `dmd bench run`: latency, load time and memory of an exported file.
 
-use super::engine_options;
+use super::{engine_options, exported_file};
 use crate::cli::BenchRunArgs;
 use crate::eval::{median, percentile};
 use crate::output::result;
@@ -13,6 +13,7 @@ use std::time::Instant;
 /// Times one pass.
 pub fn run(args: &BenchRunArgs, threads: Option<usize>) -> Result<Value> {
     limits::count("--runs", args.runs as u64, limits::RUNS)?;
+    exported_file(&args.onnx)?;
     let started = Instant::now();
     let mut generator = Generator::load(&args.onnx, engine_options(args.engine, threads))?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;

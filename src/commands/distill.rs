@@ -1,5 +1,6 @@
 //! `dmd distill`: settings from the file and the options, then the run.
 
+use super::{model_path, without_effect};
 use crate::cli::{DistillArgs, SettingsArgs};
 use crate::config::{self, Config, check_guidance};
 use crate::output::say;
@@ -15,10 +16,16 @@ use std::path::{Path, PathBuf};
 pub fn run(args: &DistillArgs) -> Result<Value> {
     let config = settings(&args.settings)?;
     config.validate()?;
-    check_beforehand(&config, &args.teacher)?;
+    let (gan, regression) = (&config.loss.gan, &config.loss.regression);
+    let looks = "no term of the loss looks at pictures; loss.gan (--recipe dmd2, sida or f-js) does";
+    without_effect("--data", args.settings.data.is_some() && !gan.on(), looks)?;
+    let compares = "loss.regression.weight is 0; --recipe dmd has the regression term";
+    without_effect("--pairs", args.settings.pairs.is_some() && regression.weight == 0.0, compares)?;
+    let teacher = model_path(&args.teacher)?;
+    check_beforehand(&config, &teacher)?;
     let device = args.device.open()?;
     say(&format!("training on {}", device::name(&device)));
-    let result = distill::distill(&config, &args.teacher, &args.out, &device, args.force)?;
+    let result = distill::distill(&config, &teacher, &args.out, &device, args.force)?;
     say(&format!("peak memory {}", memory::readable(memory::peak_bytes(&device))));
     let generator = args.out.join("generator");
     say(&format!("generator in {0}: dmd export {0} --onnx generator.onnx", generator.display()));

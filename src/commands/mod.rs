@@ -20,7 +20,7 @@ mod sample;
 mod score;
 mod teacher_train;
 
-use crate::cli::{BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand};
+use crate::cli::{BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand, WrongUsage};
 use crate::{device, output};
 use anyhow::{Context, Result, bail, ensure};
 use clap::CommandFactory;
@@ -94,6 +94,16 @@ fn begins_as_exported(path: &Path) -> std::io::Result<bool> {
     Ok(matches!(first, [8, 3..=127, ..] | [_, _, _, _, b'O', b'R', b'T', b'M']))
 }
 
+/// Refuses a folder where an exported file is expected, with the way to one.
+fn exported_file(path: &Path) -> Result<()> {
+    ensure!(
+        !path.is_dir(),
+        "{0}: is a folder, expected an exported file: dmd export {0} --onnx FILE.onnx makes one",
+        path.display()
+    );
+    Ok(())
+}
+
 /// The model that a path names: of a run, its generator; of a teacher's run, the teacher.
 fn model_path(path: &Path) -> Result<PathBuf> {
     let is_model = |path: &Path| path.join("model_index.json").exists();
@@ -107,6 +117,11 @@ fn model_path(path: &Path) -> Result<PathBuf> {
             bail!("{}: is a run without a generator yet: the command that began it goes on with it", path.display())
         }
     }
+}
+
+/// An option that would be passed over is refused.
+fn without_effect(option: &str, given: bool, why: &str) -> Result<()> {
+    if given { Err(WrongUsage(format!("{option} has no effect here: {why}")).into()) } else { Ok(()) }
 }
 
 /// Refuses to write over a file unless forced, before any work is done.

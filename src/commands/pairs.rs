@@ -1,6 +1,7 @@
 //! `dmd pairs`: noise-picture pairs of a teacher, for the regression term.
 
 use super::distill::small_files;
+use super::model_path;
 use crate::cli::PairsArgs;
 use crate::config::{check_guidance, count, not_negative};
 use crate::output::{progress, say};
@@ -20,12 +21,13 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     count("--batch", args.batch as u64)?;
     count("--per-shard", args.per_shard as u64)?;
     not_negative("--guidance", args.guidance)?;
-    if let Some((unet, null_class)) = small_files(&args.teacher) {
+    let path = model_path(&args.teacher)?;
+    if let Some((unet, null_class)) = small_files(&path) {
         check_guidance("--guidance", args.guidance, unet.num_class_embeds.is_some(), null_class)?;
     }
     let device = args.device.open()?;
-    let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)?;
-    ensure!(teacher.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", args.teacher.display());
+    let teacher = ModelFolder::load(&path, &Device::Cpu)?;
+    ensure!(teacher.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", path.display());
     let [height, width] = teacher.size()?;
     // Noise and pictures of a shard are in memory at once.
     let in_memory = args.n.min(args.per_shard);
@@ -53,7 +55,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
         "{n} pairs in {out} ({made} made in {seconds:.1} s): dmd distill --teacher {teacher} --recipe dmd --pairs {out} --out RUN",
         n = args.n,
         out = args.out.display(),
-        teacher = args.teacher.display()
+        teacher = path.display()
     ));
     Ok(json!({ "pairs": args.n, "made": made, "seconds": seconds, "out": args.out }))
 }

@@ -1,6 +1,6 @@
 //! `dmd sample`: pictures of a teacher, a generator or an exported file, from a seed or from given noise.
 
-use super::{check_free, engine_options, is_exported, make_parent, model_path};
+use super::{check_free, engine_options, is_exported, make_parent, model_path, without_effect};
 use crate::cli::{Engine, SampleArgs, WrongUsage};
 use crate::device::Choice;
 use crate::limits;
@@ -249,11 +249,6 @@ impl Source {
     }
 }
 
-/// An option that would be passed over is refused.
-fn without_effect(option: &str, given: bool, why: &str) -> Result<()> {
-    if given { Err(WrongUsage(format!("{option} has no effect here: {why}")).into()) } else { Ok(()) }
-}
-
 /// A generator's steps are its own.
 fn check_steps(asked: Option<usize>, passes: usize) -> Result<()> {
     let Some(steps) = asked.filter(|steps| *steps != passes) else { return Ok(()) };
@@ -273,14 +268,12 @@ fn noise(args: &SampleArgs, shape: [usize; 3]) -> Result<Array4<f32>> {
         let n = args.n.unwrap_or(PICTURES);
         return Ok(dmd_runtime::picture_noise(args.seed, 0, n, shape));
     };
-    let noise = npy::read(path)?;
-    let (n, c, h, w) = noise.dim();
-    let [ec, eh, ew] = shape;
-    ensure!(
-        [c, h, w] == shape,
-        "{}: noise of shape [{n}, {c}, {h}, {w}], expected [N, {ec}, {eh}, {ew}]",
-        path.display()
-    );
+    let noise = npy::read(path, |[n, c, h, w]| {
+        let [ec, eh, ew] = shape;
+        ensure!([c, h, w] == shape, "noise of shape [{n}, {c}, {h}, {w}], expected [N, {ec}, {eh}, {ew}]");
+        Ok(())
+    })?;
+    let n = noise.dim().0;
     ensure!(noise.iter().all(|v| v.is_finite()), "{}: holds values that are not finite", path.display());
     let wanted = args.n.unwrap_or(n);
     ensure!(wanted >= 1 && wanted <= n, "{}: holds {n} noises, -n asks for {wanted}", path.display());

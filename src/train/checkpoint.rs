@@ -1,6 +1,6 @@
 //! A checkpoint: a folder with one safetensors file per part and `state.json`, which holds the parts' checksums.
 
-use crate::output;
+use crate::{optim, output};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Var};
 use dmd_models::Weights;
@@ -42,6 +42,20 @@ pub(super) fn write(checkpoints: &Path, step: u64, parts: &Parts, mut state: Val
         Ok(replace_dir(&aside, &checkpoints.join(format!("step-{step:08}")))?)
     };
     write().inspect_err(|_| _ = fs::remove_dir_all(&aside))
+}
+
+/// Refuses values that are not finite: a checkpoint is what a run goes back to.
+pub(super) fn check_finite(parts: &Parts) -> Result<()> {
+    for (part, weights) in parts {
+        // Zero times a number is zero, unless the number is not finite.
+        let floats = weights.iter().filter(|(_, tensor)| tensor.dtype().is_float());
+        let marks =
+            floats.map(|(_, tensor)| tensor.affine(0.0, 0.0)?.sum_all()).collect::<candle_core::Result<Vec<_>>>()?;
+        for mark in if marks.is_empty() { Vec::new() } else { optim::read(&marks)? } {
+            optim::finite("a value", mark).with_context(|| format!("the checkpoint's {part}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes the room of a checkpoint on the disk, and gives it back; refused where there is none.

@@ -137,7 +137,9 @@ pub fn train<S: Settings>(
         if last || stop || (is_due(step, schedule.checkpoint_every) && !guards.in_trouble()) {
             let mut state = trainee.state();
             guards.save(&mut state);
-            run.checkpoint(step, &trainee.parts()?, &state)?;
+            let parts = trainee.parts()?;
+            checkpoint::check_finite(&parts).map_err(|error| stopped(step, error))?;
+            run.checkpoint(step, &parts, &state)?;
             trainee.write_model()?;
         }
         if stop && !last {

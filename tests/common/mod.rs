@@ -34,7 +34,7 @@ impl Workplace {
     }
 
     pub fn npy(&self, name: &str) -> Array4<f32> {
-        dmd::npy::read(&self.path(name)).unwrap()
+        dmd::npy::read(&self.path(name), |_| Ok(())).unwrap()
     }
 
     /// 24 pictures of 8x8 in `pictures/blue` and `pictures/red`, and a network for them in `unet.json`.

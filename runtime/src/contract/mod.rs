@@ -3,7 +3,7 @@
 //! examples/web reads it a second time, in JavaScript.
 
 use std::fs::File;
-use std::io::Cursor;
+use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -151,10 +151,15 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Whether it is in ONNX Runtime's own format: by its name, as ONNX Runtime decides, or where it has none by its mark.
+    /// Whether it is in ONNX Runtime's own format: by its mark, or by its name, which promises the mark.
     pub fn is_ort(self) -> bool {
         match self {
-            Source::File(path) => path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ort")),
+            Source::File(path) => {
+                let mut first = [0; 8];
+                let begun = File::open(path).and_then(|mut file| file.read_exact(&mut first));
+                path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ort"))
+                    || begun.is_ok() && first[4..] == *ort_file::MARK
+            }
             Source::Bytes(bytes) => bytes.get(4..8) == Some(ort_file::MARK),
         }
     }
