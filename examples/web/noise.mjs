@@ -1,4 +1,4 @@
-// The noise of a seed, as `dmd_runtime::noise` defines it: Philox4x32-10 words, made normal by Box and Muller.
+// The noise of a seed, as docs/noise.md defines it: Philox4x32-10 words, made normal by Box and Muller.
 //
 // The integers are exact, and so is everything up to the logarithm, the sine and the cosine. Those are the browser's
 // own; they differ from the runtime's in the last bit of a double, which the rounding to f32 hides nearly always.
@@ -21,7 +21,7 @@ export function refine(seed, pass, index, picture, sigma) {
 }
 
 /** `n` unit normals of the stream (seed, purpose, index). */
-function normals(seed, purpose, index, n) {
+export function normals(seed, purpose, index, n) {
   const values = new Float32Array(n);
   for (let block = 0; 2 * block < n; block++) {
     const [a, b, c, d] = words(seed, purpose, index, block);

@@ -152,7 +152,7 @@ fn outputs_are_those_of_the_python_runtime() {
 fn a_file_of_several_passes_runs_them_all() {
     let info = Info::read(fixture("steps-f32.onnx")).unwrap();
     assert_eq!((info.format, info.passes(), info.sigmas.as_slice()), (2, 3, &[8.0, 2.0, 0.5][..]));
-    // onnxruntime 1.32.0 in a loop of numpy, with the noise of fixtures/noise.py: the first six values of three passes
+    // onnxruntime 1.32.0 in a loop of numpy, with the noise of noise/ports/noise.py: the first six values of three passes
     // for labels [1, 0] of seed 2^33 + 5, and the sum of all |values|.
     //
     //     x = noise(purpose=0)

@@ -4,20 +4,20 @@ import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 import { describe } from "../metadata.mjs";
-import { PICTURE_NOISE, pictureNoise, refine, words } from "../noise.mjs";
+import { normals, pictureNoise, refine, words } from "../noise.mjs";
 
 const FIXTURES = new URL("../../../runtime/tests/fixtures/", import.meta.url);
 
-test("the test vectors of dmd-runtime hold here", async () => {
-  const vectors = JSON.parse(await readFile(new URL("noise.json", FIXTURES), "utf8"));
+test("the test vectors of the noise hold here", async () => {
+  const vectors = JSON.parse(await readFile(new URL("../../noise/vectors.json", FIXTURES), "utf8"));
   assert.ok(vectors.length > 0);
   for (const vector of vectors) {
-    const [seed, index] = [BigInt(vector.seed), BigInt(vector.index)];
-    const blocks = Array.from({ length: vector.words.length / 4 }, (_, block) => words(seed, PICTURE_NOISE, index, block));
+    const [seed, purpose, index] = [BigInt(vector.seed), Number(vector.purpose), BigInt(vector.index)];
+    const blocks = Array.from({ length: vector.words.length / 4 }, (_, block) => words(seed, purpose, index, block));
     assert.deepEqual(blocks.flat(), vector.words);
-    const normals = pictureNoise(seed, index, vector.normals.length);
+    const found = normals(seed, purpose, index, vector.normals.length);
     // The engine's own logarithm, sine and cosine: one unit in the last place of an f32 is allowed.
-    normals.forEach((x, i) => assert.ok(Math.abs(x - vector.normals[i]) <= 2 ** -23 * Math.max(1, Math.abs(x))));
+    found.forEach((x, i) => assert.ok(Math.abs(x - vector.normals[i]) <= 2 ** -23 * Math.max(1, Math.abs(x))));
   }
 });
 
@@ -34,7 +34,7 @@ test("a seed that a number does not hold is refused, not changed", () => {
 });
 
 test("a pass reads the picture before it, noised by its own stream", () => {
-  // runtime/tests/fixtures/noise.py: normals(*philox([0, 0x101, 5, 0], [7, 0])), added to [0.25, -0.25].
+  // runtime/noise/ports/noise.py: normals(7, 0x101, 5, 2), added to [0.25, -0.25].
   const found = refine(7, 1, 5, Float32Array.of(0.5, -0.5), 2);
   [0.70511067, -0.04911879].forEach((x, i) => assert.ok(Math.abs(found[i] - x) <= 2 ** -22));
 });
