@@ -132,10 +132,10 @@ fn plain(domain: &str) -> &str {
 /// How far the pictures of two files are from each other; an error where that is too far for their precision.
 fn compare(onnx: &Path, ort: &Path, info: &Info, library: Option<&Path>) -> Result<Comparison> {
     let precision: Precision = info.precision.parse()?;
-    let request = Request { seed: 0, labels: vec![], batch: PICTURES.max(info.classes.len()) };
+    let request = Request { batch: PICTURES.max(info.classes.len()), ..Request::default() };
     let values = |path: &Path| -> Result<Vec<f64>> {
         let library = library.map(Into::into);
-        let options = Options { engine: EngineChoice::OnnxRuntime, library, threads: None };
+        let options = Options { engine: EngineChoice::OnnxRuntime, library, ..Options::default() };
         Ok(values(&Generator::load(path, options)?.generate(&request)?))
     };
     let (expected, found) = (values(onnx)?, values(ort)?);

@@ -376,7 +376,7 @@ fn run_engine(
         EngineKind::Tract => EngineChoice::Tract,
     };
     let run = || {
-        let mut generator = dmd_runtime::Generator::load(path, Options { engine, library, ..Options::default() })?;
+        let generator = dmd_runtime::Generator::load(path, Options { engine, library, ..Options::default() })?;
         generator.run(samples.inputs.noise.view(), &samples.inputs.labels)
     };
     let images = run().map_err(|error| error.to_string())?;

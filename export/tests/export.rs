@@ -242,7 +242,7 @@ fn a_fixed_label_folds_into_the_graph() {
     assert_eq!(graph.input.len(), 1);
     assert!(!graph.node.iter().any(|node| node.op_type == "Gather" || node.name.starts_with("class_table")));
     let load = |path: &Path| dmd_runtime::Generator::load(path, Default::default()).unwrap();
-    let (mut all, mut one) = (load(&all), load(&one));
+    let (all, one) = (load(&all), load(&one));
     assert_eq!((one.info().labelled(), one.info().fixed_class.as_deref()), (false, Some("dog")));
     let noise = dmd_runtime::picture_noise(3, 0, 2, [3, 8, 8]);
     let expected = all.run(noise.view(), &[1, 1]).unwrap().to_f32();
@@ -266,7 +266,7 @@ fn a_dynamic_batch_is_the_only_free_axis_and_takes_any_number() {
         for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
             let pictures = |path: &Path| {
                 let options = dmd_runtime::Options { engine, ..Default::default() };
-                let mut generator = dmd_runtime::Generator::load(path, options).unwrap();
+                let generator = dmd_runtime::Generator::load(path, options).unwrap();
                 assert_eq!(generator.info().dynamic_batch, path == free);
                 generator.run(noise.view(), &[0, 1, 2, 1, 0]).unwrap().to_f32()
             };
@@ -339,7 +339,7 @@ fn several_passes_are_one_graph_that_makes_candles_pictures_by_every_engine() {
             report.engines.iter().for_each(|verdict| eprintln!("{kind} {dialect}: {verdict}"));
             for engine in [dmd_runtime::EngineChoice::Auto, dmd_runtime::EngineChoice::Tract] {
                 let options = dmd_runtime::Options { engine, ..Default::default() };
-                let mut generator = dmd_runtime::Generator::load(&path, options).unwrap();
+                let generator = dmd_runtime::Generator::load(&path, options).unwrap();
                 assert_eq!(generator.info().sigmas, STEPS);
                 let noise = dmd_runtime::picture_noise(6, 0, 5, [3, 8, 8]);
                 let found = generator.run_seeded(noise.view(), labels.unwrap_or(&[]), 6).unwrap().to_f32();
@@ -403,10 +403,10 @@ fn one_class_and_outside_weights_go_with_several_passes() {
     let path = folder.path().join("one.onnx");
     let options = ExportOptions { fixed_label: Some(1), external_data: true, ..Default::default() };
     export_passes(&passes, &info(&config), &options, &path).unwrap();
-    let mut generator = dmd_runtime::Generator::load(&path, Default::default()).unwrap();
+    let generator = dmd_runtime::Generator::load(&path, Default::default()).unwrap();
     assert_eq!((generator.info().labelled(), generator.info().fixed_class.as_deref()), (false, Some("1")));
     let expected = in_candle(&passes, 3, Some(&[1, 1]), 2);
-    let found = generator.generate(&dmd_runtime::Request { seed: 3, labels: vec![], batch: 2 }).unwrap().to_f32();
+    let found = generator.generate(&dmd_runtime::Request { seed: 3, batch: 2, ..Default::default() }).unwrap().to_f32();
     assert!(largest(&(&expected - found)) < 1e-5 * largest(&expected));
 }
 
@@ -799,7 +799,7 @@ fn two_engines_are_as_near_to_each_other_as_the_precision_allows() {
         export(&generator, &info(&config), &options, &path).unwrap();
         let pictures = |engine| {
             let options = dmd_runtime::Options { engine, ..Default::default() };
-            let request = dmd_runtime::Request { seed: 3, labels: vec![], batch: 8 };
+            let request = dmd_runtime::Request { seed: 3, batch: 8, ..Default::default() };
             dmd_runtime::Generator::load(&path, options).unwrap().generate(&request).unwrap().to_f32()
         };
         let (a, b) = (pictures(EngineChoice::OnnxRuntime), pictures(EngineChoice::Tract));

@@ -9,11 +9,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let seed = rest.first().map_or(Ok(0), |seed| seed.parse())?;
 
-    let mut generator = Generator::load(model, Options::default())?;
+    let generator = Generator::load(model, Options::default())?;
     if let Some(warning) = &generator.engine().warning {
         eprintln!("{warning}");
     }
-    let images = generator.generate(&Request { seed, labels: vec![], batch: 1 })?;
+    let images = generator.generate(&Request { seed, ..Request::default() })?;
     images.to_images()[0].save(out)?;
     Ok(())
 }

@@ -14,12 +14,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = arguments.next().ok_or("usage: overhead MODEL.onnx [THREADS]")?;
     let threads: usize = arguments.next().map_or(Ok(1), |n| n.parse())?;
 
-    let mut generator = Generator::load(&path, Options { threads: Some(threads), ..Options::default() })?;
+    let generator = Generator::load(&path, Options { threads: Some(threads), ..Options::default() })?;
     let (shape, batch) = (generator.info().shape(), generator.info().batch);
     let (mut bare_us, mut generate_us) = (Vec::new(), Vec::new());
     for seed in 0..ROUNDS {
-        bare_us.push(microseconds(|| generator.run_engine())?);
-        let request = Request { seed, labels: vec![], batch };
+        bare_us.push(microseconds(|| generator.warm_up())?);
+        let request = Request { seed, batch, ..Request::default() };
         generate_us.push(microseconds(|| generator.generate(&request))?);
     }
     let (bare_us, generate_us) = (median(bare_us), median(generate_us));

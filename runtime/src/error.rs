@@ -117,6 +117,14 @@ pub enum Error {
         /// The number of classes.
         classes: usize,
     },
+    /// The name of a class that the file does not have.
+    #[error("no class of this file is named {name:?}; {}", listed(classes))]
+    NoSuchClass {
+        /// The name.
+        name: String,
+        /// The names that there are.
+        classes: Vec<String>,
+    },
     /// Too few or too many labels.
     #[error("found {found} labels, expected {expected}")]
     LabelCount {
@@ -128,6 +136,30 @@ pub enum Error {
     /// Labels for a generator without classes.
     #[error("this file has no classes, but labels were given")]
     NotLabelled,
+    /// The caller's memory does not hold the pictures, or more than them.
+    #[error("the buffer has room for {found} values, the pictures are {expected}")]
+    BufferSize {
+        /// Values or bytes of the buffer.
+        found: usize,
+        /// What the request takes in its layout.
+        expected: usize,
+    },
+    /// Pixels for a screen of a file whose channels are no colours.
+    #[error("pictures of {channels} channels have no red, green, blue and alpha, expected 1 to 4 channels")]
+    NoColours {
+        /// The channels of the file.
+        channels: usize,
+    },
+    /// A picture could not be written as PNG.
+    #[cfg(feature = "image")]
+    #[error("the picture cannot be written as PNG: {reason}")]
+    Png {
+        /// The encoder's reason.
+        reason: String,
+    },
+    /// The request was called off; its pictures are dropped.
+    #[error("the request was cancelled")]
+    Cancelled,
     /// Noise of the wrong shape.
     #[error("noise has shape {found:?}, expected [N, {}, {}, {}]", expected[0], expected[1], expected[2])]
     NoiseShape {
@@ -148,4 +180,15 @@ pub enum Error {
         /// The first such picture.
         picture: usize,
     },
+}
+
+/// Names for a message, the first ones of many.
+fn listed(names: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let shown: Vec<_> = names.iter().take(SHOWN).map(|name| crate::printable(name)).collect();
+    match names.len() {
+        0 => "it has none".into(),
+        n if n > SHOWN => format!("it has {n}: {}, ...", shown.join(", ")),
+        _ => format!("it has {}", shown.join(", ")),
+    }
 }

@@ -10,10 +10,10 @@
 //! ```no_run
 //! use dmd_runtime::{Generator, Options, Request};
 //!
-//! let mut generator = Generator::load("emoji-32.onnx", Options::default())?;
-//! let images = generator.generate(&Request { seed: 7, labels: vec![], batch: 4 })?;
-//! for (i, image) in images.to_images().iter().enumerate() {
-//!     image.save(format!("{i}.png"))?;
+//! let generator = Generator::load("emoji-32.onnx", Options::default())?;
+//! let images = generator.generate(&Request { seed: 7, batch: 4, ..Request::default() })?;
+//! for (i, image) in images.iter().enumerate() {
+//!     std::fs::write(format!("{i}.png"), image.to_png()?)?;
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -23,6 +23,7 @@ mod contract;
 mod generator;
 mod images;
 pub mod noise;
+mod request;
 
 mod engine;
 pub mod library;
@@ -36,8 +37,9 @@ pub use contract::{FORMAT, FileInfo, Info, OPERATORS, Output, Port};
 pub use engine::network;
 pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, max_threads, rewrite};
 pub use error::{Error, Result};
-pub use generator::{Generator, Options, Request};
-pub use images::{Images, quantize};
+pub use generator::{Generator, Options};
+pub use images::{Buffer, Image, Images, quantize};
 pub use library::Tried;
 pub use noise::picture_noise;
 pub use printable::printable;
+pub use request::{Label, Progress, Request, Watch};

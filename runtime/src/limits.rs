@@ -30,12 +30,23 @@ pub(crate) fn zeros<T: Clone + Default>(n: usize) -> Result<Vec<T>> {
     Ok(values)
 }
 
+/// Makes it `n` values long, if there is memory for them; without an allocation where it was as long before.
+pub(crate) fn resize<T: Clone + Default>(values: &mut Vec<T>, n: usize) -> Result<()> {
+    let more = n.saturating_sub(values.len());
+    values.try_reserve_exact(more).map_err(|_| no_memory::<T>(n))?;
+    values.resize(n, T::default());
+    Ok(())
+}
+
 /// Room for `n` values, not touched yet, if the system would give it.
 pub(crate) fn room<T>(n: usize) -> Result<Vec<T>> {
     let mut values = Vec::new();
-    let no_memory = |_| Error::NoMemory { bytes: (n as u64).saturating_mul(size_of::<T>() as u64) };
-    values.try_reserve_exact(n).map_err(no_memory)?;
+    values.try_reserve_exact(n).map_err(|_| no_memory::<T>(n))?;
     Ok(values)
+}
+
+fn no_memory<T>(n: usize) -> Error {
+    Error::NoMemory { bytes: (n as u64).saturating_mul(size_of::<T>() as u64) }
 }
 
 /// What reading a file may cost, whatever its lengths and offsets say, which may lead to the same bytes many times over.

@@ -105,7 +105,7 @@ fn present() -> Vec<EngineChoice> {
 }
 
 fn request(seed: u64, labels: &[usize], batch: usize) -> Request {
-    Request { seed, labels: labels.to_vec(), batch }
+    Request { seed, labels: labels.iter().map(|label| (*label).into()).collect(), batch, ..Request::default() }
 }
 
 fn error(result: Result<impl Sized, Error>) -> Error {
@@ -161,7 +161,7 @@ fn a_file_of_several_passes_runs_them_all() {
     //         image = session.run(None, {"noise": x, "row": [p * 2 + label for label in [1, 0]]})[0]
     let expected = [-0.54790473, -0.6076405, -0.49089473, -0.29027638, -0.40598375, -0.46325982];
     for engine in present() {
-        let mut generator = load("steps-f32.onnx", engine);
+        let generator = load("steps-f32.onnx", engine);
         let seed = (1 << 33) + 5;
         let images = generator.generate(&request(seed, &[1, 0], 2)).unwrap();
         let values = images.as_f32().unwrap();
@@ -295,7 +295,7 @@ fn a_u8_file_gives_the_rounded_values_of_its_f32_twin() {
 #[test]
 fn a_picture_is_the_same_in_any_batch() {
     for engine in present() {
-        let mut generator = load("classes-f32.onnx", engine);
+        let generator = load("classes-f32.onnx", engine);
         // The file's own batch is 2: chunks of 2, 2 and a padded 1.
         let all = generator.generate(&request(5, &[], 5)).unwrap();
         assert_eq!(all.labels(), [0, 1, 2, 0, 1]);
@@ -312,10 +312,10 @@ fn a_picture_is_the_same_in_any_batch() {
 #[test]
 fn noise_of_any_memory_order_gives_the_same_pictures() {
     for engine in present() {
-        let mut generator = load("classes-f32.onnx", engine);
+        let generator = load("classes-f32.onnx", engine);
         let noise = ramp(3);
         let channels_last = noise.view().permuted_axes([0, 2, 3, 1]).as_standard_layout().into_owned();
-        let mut run = |noise| generator.run(noise, &[2, 1, 0]).unwrap();
+        let run = |noise| generator.run(noise, &[2, 1, 0]).unwrap();
         assert_eq!(run(noise.view()), run(channels_last.view().permuted_axes([0, 3, 1, 2])));
     }
 }
@@ -323,8 +323,8 @@ fn noise_of_any_memory_order_gives_the_same_pictures() {
 #[test]
 fn labels_choose_the_pictures() {
     for engine in present() {
-        let mut generator = load("classes-f32.onnx", engine);
-        let mut make = |labels: &[usize]| generator.generate(&request(1, labels, 3)).unwrap();
+        let generator = load("classes-f32.onnx", engine);
+        let make = |labels: &[usize]| generator.generate(&request(1, labels, 3)).unwrap();
         assert_eq!(make(&[1]).labels(), [1, 1, 1]);
         assert_eq!(make(&[2, 0, 1]).labels(), [2, 0, 1]);
         assert_eq!(make(&[]), make(&[0, 1, 2]));
@@ -348,8 +348,8 @@ fn pictures_have_the_files_size_and_colours() {
 #[test]
 fn wrong_requests_are_named() {
     for engine in present() {
-        let mut generator = load("classes-f32.onnx", engine);
-        let mut make = |labels: &[usize], batch| error(generator.generate(&request(0, labels, batch)));
+        let generator = load("classes-f32.onnx", engine);
+        let make = |labels: &[usize], batch| error(generator.generate(&request(0, labels, batch)));
         assert!(matches!(make(&[], 0), Error::EmptyBatch));
         assert!(matches!(make(&[3], 2), Error::Label { label: 3, classes: 3 }));
         assert!(matches!(make(&[usize::MAX], 2), Error::Label { .. }));
@@ -357,14 +357,14 @@ fn wrong_requests_are_named() {
         for batch in [usize::MAX, usize::MAX / 144, 1 << 30] {
             assert!(matches!(make(&[], batch), Error::TooLarge { .. }), "{batch}");
         }
-        let mut run = |noise: Array4<f32>, labels: &[i64]| error(generator.run(noise.view(), labels));
+        let run = |noise: Array4<f32>, labels: &[i64]| error(generator.run(noise.view(), labels));
         assert!(matches!(run(ramp(2), &[0, -1]), Error::Label { label: -1, .. }));
         assert!(matches!(run(ramp(2), &[0]), Error::LabelCount { found: 1, .. }));
         assert!(matches!(run(ramp(0), &[]), Error::EmptyBatch));
         let wrong = run(Array4::zeros((1, 3, 6, 8)), &[0]);
         assert_eq!(wrong.to_string(), "noise has shape [1, 3, 6, 8], expected [N, 3, 8, 6]");
 
-        let mut plain = load("plain-f32.onnx", engine);
+        let plain = load("plain-f32.onnx", engine);
         assert!(matches!(error(plain.generate(&request(0, &[0], 1))), Error::NotLabelled));
         assert!(matches!(error(plain.run(Array4::zeros((1, 1, 8, 6)).view(), &[0])), Error::NotLabelled));
     }
@@ -381,7 +381,7 @@ fn values_that_are_not_finite_are_an_error() {
     let path = folder.path().join("nan.onnx");
     fs::write(&path, bytes).unwrap();
     for engine in present() {
-        let mut broken = Generator::load(&path, Options { engine, ..Options::default() }).unwrap();
+        let broken = Generator::load(&path, Options { engine, ..Options::default() }).unwrap();
         let found = error(broken.generate(&Request::default()));
         assert!(matches!(found, Error::NotFinite { picture: 0 }), "{engine:?}: {found}");
 
@@ -497,7 +497,7 @@ fn flipped_bytes_never_panic() {
             bytes[at] ^= 1 << (at % 8);
             fs::write(&path, bytes).unwrap();
             // A flip in a weight, or in a name, may leave a good file.
-            if let Ok(mut generator) = Generator::load(&path, Options { engine, ..Options::default() }) {
+            if let Ok(generator) = Generator::load(&path, Options { engine, ..Options::default() }) {
                 drop(generator.generate(&request(0, &[], 2)));
             }
         }
@@ -513,7 +513,7 @@ fn a_named_library_that_is_missing_is_an_error_with_its_place() {
     let false_library = folder.path().join("libonnxruntime.so");
     for engine in [EngineChoice::OnnxRuntime, EngineChoice::Auto] {
         let load = |library: &Path| {
-            let options = Options { engine, library: Some(library.into()), threads: None };
+            let options = Options { engine, library: Some(library.into()), ..Options::default() };
             error(Generator::load(fixture("classes-f32.onnx"), options))
         };
         let missing = load(&folder.path().join("none"));

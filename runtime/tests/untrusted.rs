@@ -33,7 +33,7 @@ fn present() -> Vec<EngineChoice> {
 
 /// The picture of a noise of ones, from a file that one and the same engine opened.
 fn picture(path: &Path, engine: EngineChoice) -> Result<Vec<f32>, dmd_runtime::Error> {
-    let mut generator = Generator::load(path, Options { engine, ..Options::default() })?;
+    let generator = Generator::load(path, Options { engine, ..Options::default() })?;
     let images = generator.run(Array4::ones((1, 1, 4, 4)).view(), &[])?;
     Ok(images.to_f32().into_raw_vec_and_offset().0)
 }
@@ -41,7 +41,7 @@ fn picture(path: &Path, engine: EngineChoice) -> Result<Vec<f32>, dmd_runtime::E
 #[test]
 fn the_tiny_file_itself_runs() {
     for engine in present() {
-        let mut generator =
+        let generator =
             Generator::from_bytes(&Tiny::default().bytes(), Options { engine, ..Options::default() }).unwrap();
         let images = generator.run(Array4::ones((1, 1, 4, 4)).view(), &[]).unwrap();
         assert!(images.to_f32().iter().all(|x| *x == 0.5), "{engine:?}");
@@ -306,7 +306,7 @@ fn more_threads_than_cores_are_held_down_and_said() {
     for engine in present() {
         let options = Options { engine, threads: Some(100_000), library: None };
         let start = Instant::now();
-        let mut generator = Generator::from_bytes(&Tiny::default().bytes(), options).unwrap();
+        let generator = Generator::from_bytes(&Tiny::default().bytes(), options).unwrap();
         generator.generate(&Request::default()).unwrap();
         assert!(start.elapsed() < Duration::from_secs(10), "{engine:?}: {:?}", start.elapsed());
         let warning = generator.engine().warning.as_deref().unwrap();
@@ -323,7 +323,7 @@ fn a_file_in_memory_makes_the_pictures_of_the_file_on_disk() {
     assert_eq!(Info::from_bytes(&bytes).unwrap(), Info::read(&path).unwrap());
     for engine in present() {
         let options = || Options { engine, ..Options::default() };
-        let request = Request { seed: 4, labels: vec![], batch: 3 };
+        let request = Request { seed: 4, batch: 3, ..Request::default() };
         let from_disk = Generator::load(&path, options()).unwrap().generate(&request).unwrap();
         assert_eq!(Generator::from_bytes(&bytes, options()).unwrap().generate(&request).unwrap(), from_disk);
     }

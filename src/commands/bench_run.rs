@@ -15,7 +15,7 @@ pub fn run(args: &BenchRunArgs, threads: Option<usize>) -> Result<Value> {
     limits::count("--runs", args.runs as u64, limits::RUNS)?;
     exported_file(&args.onnx)?;
     let started = Instant::now();
-    let mut generator = Generator::load(&args.onnx, engine_options(args.engine, threads))?;
+    let generator = Generator::load(&args.onnx, engine_options(args.engine, threads))?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;
     let batch = generator.info().batch;
     let request = Request { batch, ..Request::default() };
@@ -28,7 +28,7 @@ pub fn run(args: &BenchRunArgs, threads: Option<usize>) -> Result<Value> {
         generator.generate(&request)?;
         whole.push(started.elapsed().as_secs_f64() * 1e3);
         let started = Instant::now();
-        generator.run_engine()?;
+        generator.warm_up()?;
         bare.push(started.elapsed().as_secs_f64() * 1e3);
     }
     let (median_ms, p95_ms, engine_ms) = (median(&mut whole), percentile(&mut whole, 0.95), median(&mut bare));

@@ -64,7 +64,7 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
     let (of_teacher, teacher_ms) = stage.pictures(&teacher_model)?;
     let (of_before, before_ms) = stage.pictures(&Model::Generator(before))?;
     let (of_after, after_ms) = stage.pictures(&Model::Generator(after))?;
-    let mut file = dmd_runtime::Generator::load(&onnx, engine_options(Engine::Auto, threads))?;
+    let file = dmd_runtime::Generator::load(&onnx, engine_options(Engine::Auto, threads))?;
     let noise = stage.noise_array()?;
     let labels = &stage.labels[..stage.labels.len().min(SHOWN)];
     file.run(noise.slice(s![..1, .., .., ..]), &labels[..labels.len().min(1)])?;

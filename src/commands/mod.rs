@@ -69,7 +69,7 @@ fn completions(shell: clap_complete::Shell) -> Result<Value> {
 fn engine_options(engine: Engine, threads: Option<usize>) -> dmd_runtime::Options {
     // More than these have been warned of.
     let threads = threads.map(|n| n.min(dmd_runtime::max_threads()));
-    dmd_runtime::Options { engine: engine_choice(engine), library: None, threads }
+    dmd_runtime::Options { engine: engine_choice(engine), threads, ..Default::default() }
 }
 
 fn engine_choice(engine: Engine) -> EngineChoice {

@@ -75,7 +75,7 @@ impl Reference {
 
     /// Runs a file beside the network.
     pub fn measure(&self, path: &Path, options: dmd_runtime::Options) -> Result<Compared> {
-        let mut generator = dmd_runtime::Generator::load(path, options)?;
+        let generator = dmd_runtime::Generator::load(path, options)?;
         let labels = if generator.info().labelled() { self.labels.as_slice() } else { &[] };
         let images = generator.run(self.noise.view(), labels)?;
         let expected = match images.output() {
@@ -83,7 +83,7 @@ impl Reference {
             Output::U8 => self.pictures.mapv(|x| f32::from(dmd_runtime::quantize(x)) / 127.5 - 1.0),
         };
         let found = images.to_f32();
-        let (latency_ms, latency_batch) = self.latency(&mut generator, labels)?;
+        let (latency_ms, latency_batch) = self.latency(&generator, labels)?;
         let (mut max, mut sum) = (0f64, 0f64);
         for (a, b) in expected.iter().zip(&found) {
             let difference = f64::from((a - b).abs());
@@ -102,14 +102,14 @@ impl Reference {
     }
 
     /// The fastest pass, and how many pictures it makes: the engine repeats its last call, which is set to that here.
-    fn latency(&self, generator: &mut dmd_runtime::Generator, labels: &[i64]) -> Result<(f64, usize)> {
+    fn latency(&self, generator: &dmd_runtime::Generator, labels: &[i64]) -> Result<(f64, usize)> {
         let batch = if generator.info().dynamic_batch { 1 } else { generator.info().batch };
         let n = batch.min(PICTURES);
         generator.run(self.noise.slice(s![..n, .., .., ..]), &labels[..n.min(labels.len())])?;
         let mut fastest_ms = f64::INFINITY;
         for run in 0..WARM_UP + RUNS {
             let started = Instant::now();
-            generator.run_engine()?;
+            generator.warm_up()?;
             if run >= WARM_UP {
                 fastest_ms = fastest_ms.min(started.elapsed().as_secs_f64() * 1e3);
             }

@@ -5,7 +5,9 @@
 use std::fs::File;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{self, MAX_PICTURE_VALUES};
@@ -140,35 +142,45 @@ impl Default for Info {
 pub(crate) enum Source<'a> {
     File(&'a Path),
     Bytes(&'a [u8]),
+    /// What is in a file, and stays there while somebody holds the map.
+    Map(&'a Path, &'a Arc<Mmap>),
 }
 
 impl<'a> Source<'a> {
     /// What errors call it.
     pub fn path(self) -> &'a Path {
         match self {
-            Source::File(path) => path,
+            Source::File(path) | Source::Map(path, _) => path,
             Source::Bytes(_) => Path::new("the model in memory"),
         }
     }
 
-    /// Whether it is in ONNX Runtime's own format: by its mark, or by its name, which promises the mark.
-    pub fn is_ort(self) -> bool {
+    /// What is in memory of it.
+    pub fn bytes(self) -> Option<&'a [u8]> {
         match self {
-            Source::File(path) => {
-                let mut first = [0; 8];
-                let begun = File::open(path).and_then(|mut file| file.read_exact(&mut first));
-                path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ort"))
-                    || begun.is_ok() && first[4..] == *ort_file::MARK
-            }
-            Source::Bytes(bytes) => bytes.get(4..8) == Some(ort_file::MARK),
+            Source::File(_) => None,
+            Source::Bytes(bytes) => Some(bytes),
+            Source::Map(_, map) => Some(map),
         }
+    }
+
+    /// Whether it is in ONNX Runtime's own format: by its mark, or of a file by its name, which promises the mark.
+    pub fn is_ort(self) -> bool {
+        let Some(bytes) = self.bytes() else {
+            let mut first = [0; 8];
+            let begun = File::open(self.path()).and_then(|mut file| file.read_exact(&mut first));
+            return self.path().extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ort"))
+                || begun.is_ok() && first[4..] == *ort_file::MARK;
+        };
+        bytes.get(4..8) == Some(ort_file::MARK)
     }
 
     fn model(self) -> Result<Model> {
         let io = |source| Error::Io { path: self.path().into(), source };
         let not_onnx = |reason| Error::NotOnnx { path: self.path().into(), reason };
-        let read = match self {
-            Source::File(path) => {
+        let read = match self.bytes() {
+            None => {
+                let path = self.path();
                 let file = File::open(path).map_err(io)?;
                 let about = file.metadata().map_err(io)?;
                 if about.is_dir() {
@@ -184,8 +196,8 @@ impl<'a> Source<'a> {
                 }
                 onnx::model(file, about.len())
             }
-            Source::Bytes(bytes) if self.is_ort() => return ort_file::model(bytes).map_err(not_onnx),
-            Source::Bytes(bytes) => onnx::model(Cursor::new(bytes), bytes.len() as u64),
+            Some(bytes) if self.is_ort() => return ort_file::model(bytes).map_err(not_onnx),
+            Some(bytes) => onnx::model(Cursor::new(bytes), bytes.len() as u64),
         };
         read.map_err(|error| match error {
             onnx::Broken::Io(source) => io(source),

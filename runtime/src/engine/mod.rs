@@ -18,17 +18,17 @@ mod onnxruntime;
 mod tract;
 
 /// A loaded graph. The generator has checked the sizes of everything it hands over.
-pub(crate) trait Engine: Send {
+pub(crate) trait Engine: Send + Sync {
     /// Runs one full batch, or any number of pictures where the file leaves it free, on a feed for each of the graph's
-    /// inputs. Writes the first `out.len()` values of the output; an error is the engine's own reason.
-    fn run(&mut self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String>;
+    /// inputs, and writes the whole output; an error is the engine's own reason. Many threads may call at once.
+    fn run(&self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String>;
 }
 
 /// What one input of the graph is given, lent: its first axis counts pictures.
 #[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
 pub(crate) struct Feed<'a> {
     pub name: &'static str,
-    pub shape: Vec<usize>,
+    pub shape: &'a [usize],
     pub values: Values<'a>,
 }
 
@@ -40,7 +40,7 @@ pub(crate) enum Values<'a> {
     I64(&'a [i64]),
 }
 
-/// Where the output goes: the graph's element type, and room for the leading pictures of the batch.
+/// Where the output goes: the graph's element type, and room for all pictures of the call.
 #[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
 pub(crate) enum Out<'a> {
     F32(&'a mut [f32]),
@@ -219,45 +219,15 @@ fn open_tract(_: Source<'_>, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, 
     Err(Error::EngineDisabled { engine: EngineKind::Tract })
 }
 
-#[cfg(any(feature = "onnxruntime", feature = "tract"))]
+#[cfg(feature = "tract")]
 impl Out<'_> {
-    /// The room for `n` values from `start` on, as far as there is any.
-    #[cfg(feature = "tract")]
+    /// The room for `n` values from `start` on.
     fn part(&mut self, start: usize, n: usize) -> Out<'_> {
-        fn part<T>(out: &mut [T], start: usize, n: usize) -> &mut [T] {
-            let len = out.len();
-            &mut out[start.min(len)..(start + n).min(len)]
-        }
         match self {
-            Out::F32(out) => Out::F32(part(out, start, n)),
-            Out::U8(out) => Out::U8(part(out, start, n)),
+            Out::F32(out) => Out::F32(&mut out[start..start + n]),
+            Out::U8(out) => Out::U8(&mut out[start..start + n]),
         }
     }
-
-    /// Copies the leading values of an f32 output of `expected` values.
-    fn fill_f32(self, values: &[f32], expected: usize) -> Result<(), String> {
-        match self {
-            Out::F32(out) => copy_leading(values, out, expected),
-            Out::U8(_) => Err("the output is f32, the file says u8".into()),
-        }
-    }
-
-    /// Copies the leading values of a u8 output of `expected` values.
-    fn fill_u8(self, values: &[u8], expected: usize) -> Result<(), String> {
-        match self {
-            Out::U8(out) => copy_leading(values, out, expected),
-            Out::F32(_) => Err("the output is u8, the file says f32".into()),
-        }
-    }
-}
-
-#[cfg(any(feature = "onnxruntime", feature = "tract"))]
-fn copy_leading<T: Copy>(values: &[T], out: &mut [T], expected: usize) -> Result<(), String> {
-    if values.len() != expected {
-        return Err(format!("the output has {} values, the file says {expected}", values.len()));
-    }
-    out.copy_from_slice(&values[..out.len()]);
-    Ok(())
 }
 
 /// Threads to use: what was asked for within reason, else what the machine offers.

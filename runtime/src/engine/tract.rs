@@ -90,6 +90,7 @@ fn proto(source: Source<'_>, info: &Info, onnx: &Onnx) -> TractResult<pb::ModelP
     let mut proto = match source {
         Source::File(path) => onnx.proto_model_for_path(path)?,
         Source::Bytes(mut bytes) => onnx.proto_model_for_read(&mut bytes)?,
+        Source::Map(_, map) => onnx.proto_model_for_read(&mut &map[..])?,
     };
     let Some(name) = info.file.data.as_ref().and_then(|data| data.file_name()?.to_str()) else { return Ok(proto) };
     for constant in proto.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
@@ -104,24 +105,29 @@ fn proto(source: Source<'_>, info: &Info, onnx: &Onnx) -> TractResult<pb::ModelP
 }
 
 impl Engine for Tract {
-    fn run(&mut self, feeds: &[Feed<'_>], mut out: Out<'_>) -> Result<(), String> {
+    fn run(&self, feeds: &[Feed<'_>], mut out: Out<'_>) -> Result<(), String> {
         let pictures = feeds.first().and_then(|feed| feed.shape.first()).copied().unwrap_or(0);
         let values = self.batch * self.values;
         for call in 0..pictures / self.batch {
             let image = caught(|| self.try_run(feeds, call * self.batch))?;
             match out.part(call * values, values) {
-                part @ Out::F32(_) => {
-                    let view = image.to_plain_array_view::<f32>().map_err(|error| format!("{error:#}"))?;
-                    part.fill_f32(view.as_slice().ok_or("the output is not contiguous")?, values)?;
-                }
-                part @ Out::U8(_) => {
-                    let view = image.to_plain_array_view::<u8>().map_err(|error| format!("{error:#}"))?;
-                    part.fill_u8(view.as_slice().ok_or("the output is not contiguous")?, values)?;
-                }
+                Out::F32(out) => copy(&image, out)?,
+                Out::U8(out) => copy(&image, out)?,
             }
         }
         Ok(())
     }
+}
+
+/// Copies an output, if it is of the type and the size that the file promises.
+fn copy<T: Datum + Copy>(image: &TValue, out: &mut [T]) -> Result<(), String> {
+    let view = image.to_plain_array_view::<T>().map_err(|error| format!("{error:#}"))?;
+    let values = view.as_slice().ok_or("the output is not contiguous")?;
+    if values.len() != out.len() {
+        return Err(format!("the output has {} values, the file says {}", values.len(), out.len()));
+    }
+    out.copy_from_slice(values);
+    Ok(())
 }
 
 impl Tract {
@@ -132,7 +138,7 @@ impl Tract {
                 .iter()
                 .find(|feed| feed.name == name)
                 .ok_or_else(|| format_err!("nothing is given for {name}"))?;
-            let (mut shape, of_each) = (feed.shape.clone(), feed.shape[1..].iter().product::<usize>());
+            let (mut shape, of_each) = (feed.shape.to_vec(), feed.shape[1..].iter().product::<usize>());
             shape[0] = self.batch;
             let part = first * of_each..(first + self.batch) * of_each;
             Ok(match feed.values {

@@ -1,7 +1,7 @@
-//! ONNX Runtime by the `ort` crate, its library loaded at run time.
+//! The library of this process: found, looked at, and loaded once.
 //!
-//! `ort` panics where it must look for the library by itself, so that nothing of it is touched before
-//! [`runtime`] has found a library, asked it for its version and its API, and handed it over.
+//! `ort` panics where it must look for the library by itself, so that nothing of it is touched before [`runtime`] has found
+//! a library, asked it for its version and its API, and handed it over.
 
 use std::ffi::CStr;
 use std::mem;
@@ -10,119 +10,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ort::environment::Environment;
 use ort::logging::LogLevel;
-use ort::session::builder::GraphOptimizationLevel;
-use ort::session::{Session, SessionInputValue};
-use ort::value::TensorRef;
 
-use super::{Engine, EngineInfo, EngineKind, Feed, Out, Rewrite, Values, threads};
-use crate::contract::Source;
 use crate::library::{Host, Place, binary, libraries_at};
 use crate::printable::printable_lines;
-use crate::{Error, Info, Options, Result, Tried};
+use crate::{Error, Result, Tried};
 
 /// The library of this process, once it is found. It is never unloaded: its threads and its environment live on.
 #[derive(Clone)]
-pub(super) struct Runtime {
-    pub(super) environment: Environment,
-    library: PathBuf,
-    version: String,
-    warning: Option<String>,
+pub(crate) struct Runtime {
+    pub environment: Environment,
+    pub library: PathBuf,
+    pub version: String,
+    pub warning: Option<String>,
 }
 
 static RUNTIME: Mutex<Option<Runtime>> = Mutex::new(None);
 
-struct OnnxRuntime {
-    session: Session,
-    /// Values of one picture.
-    values: usize,
-}
-
-pub(super) fn info(library: Option<&Path>) -> Result<EngineInfo> {
-    let Runtime { library, version, warning, .. } = runtime(library)?;
-    Ok(EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning })
-}
-
-pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
-    let runtime = runtime(options.library.as_deref())?;
-    let session = session(&runtime.environment, source, threads(options)).map_err(|error| Error::Load {
-        path: source.path().into(),
-        engine: EngineKind::OnnxRuntime,
-        reason: printable_lines(&error.to_string()),
-    })?;
-    let Runtime { library, version, warning, .. } = runtime;
-    let engine_info = EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning };
-    Ok((Box::new(OnnxRuntime { session, values: info.values() }), engine_info))
-}
-
-pub(super) fn session(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<Session> {
-    let mut builder = Session::builder(environment)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_intra_threads(threads)?
-        .with_inter_threads(1)?
-        // It must read the bytes as they were read for the checks.
-        .with_config_entry("session.load_model_format", if source.is_ort() { "ORT" } else { "ONNX" })?;
-    match source {
-        Source::File(path) => builder.commit_from_file(path),
-        Source::Bytes(bytes) => builder.commit_from_memory(bytes),
-    }
-}
-
-/// Writes what the library makes of a file; gives the library's version.
-pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<&Path>) -> Result<String> {
-    let runtime = runtime(library)?;
-    let (level, format) = match rewrite {
-        // One level below the highest, whose layouts suit this machine's processor alone.
-        Rewrite::Optimise => (GraphOptimizationLevel::Level2, "ONNX"),
-        Rewrite::Ort => (GraphOptimizationLevel::Disable, "ORT"),
-    };
-    let written = || -> ort::Result<Session> {
-        Session::builder(&runtime.environment)?
-            .with_optimization_level(level)?
-            .with_config_entry("session.save_model_format", format)?
-            .with_optimized_model_path(to)?
-            .commit_from_file(from)
-    };
-    let failed = |error: ort::Error| Error::Load {
-        path: from.into(),
-        engine: EngineKind::OnnxRuntime,
-        reason: printable_lines(&error.to_string()),
-    };
-    written().map_err(failed)?;
-    Ok(runtime.version)
-}
-
-impl Engine for OnnxRuntime {
-    fn run(&mut self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String> {
-        self.try_run(feeds, out).map_err(|error| printable_lines(&error.to_string()))?
-    }
-}
-
-impl OnnxRuntime {
-    /// The outer result is the engine's, the inner one that of the output's size.
-    fn try_run(&mut self, feeds: &[Feed<'_>], out: Out<'_>) -> ort::Result<Result<(), String>> {
-        let pictures = feeds.first().and_then(|feed| feed.shape.first()).copied().unwrap_or(0);
-        let expected = pictures * self.values;
-        let inputs = feeds.iter().map(|feed| Ok((feed.name, lent(feed)?))).collect::<ort::Result<Vec<_>>>()?;
-        let outputs = self.session.run(inputs)?;
-        let image = &outputs[0];
-        Ok(match &out {
-            Out::F32(_) => out.fill_f32(image.try_extract_tensor::<f32>()?.1, expected),
-            Out::U8(_) => out.fill_u8(image.try_extract_tensor::<u8>()?.1, expected),
-        })
-    }
-}
-
-/// A feed as the library takes it, without a copy.
-fn lent<'a>(feed: &'a Feed<'_>) -> ort::Result<SessionInputValue<'a>> {
-    let shape = feed.shape.as_slice();
-    Ok(match feed.values {
-        Values::F32(values) => TensorRef::from_array_view((shape, values))?.into(),
-        Values::I64(values) => TensorRef::from_array_view((shape, values))?.into(),
-    })
-}
-
 /// The library of this process; searches for it on the first call.
-pub(super) fn runtime(asked: Option<&Path>) -> Result<Runtime> {
+pub(crate) fn runtime(asked: Option<&Path>) -> Result<Runtime> {
     let mut runtime = RUNTIME.lock().unwrap_or_else(PoisonError::into_inner);
     match (&*runtime, asked) {
         (Some(runtime), None) => Ok(runtime.clone()),
