@@ -136,8 +136,7 @@ pub struct PairBatch {
 impl Pairs {
     /// Reads a folder that `make` wrote, and refuses pairs of another teacher, size or guidance before reading shards.
     pub fn load(folder: &Path, teacher: &ModelFolder, guidance_scale: f64) -> Result<Self> {
-        let [height, width] = teacher.size()?;
-        let shape = [teacher.config.in_channels, height, width];
+        let shape = teacher.sample_shape()?;
         let manifest = manifest_for(folder, shape, guidance_scale)?;
         ensure!(
             fingerprint::teacher(teacher)?.is(&manifest.teacher_sha256),

@@ -30,7 +30,8 @@ fn pictures_of_a_seed_stay_what_they_were() {
         let denoiser = folder.denoiser(&Device::Cpu).unwrap();
         let labels = labels_in_turn(2, denoiser.n_classes());
         let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 4, guidance_scale: 1.0 };
-        let pictures = model.pictures_of_seed(5, 2, folder.size().unwrap(), &labels, 2).unwrap();
+        let [_, height, width] = folder.sample_shape().unwrap();
+        let pictures = model.pictures_of_seed(5, 2, [height, width], &labels, 2).unwrap();
         let all: Vec<f64> = pictures.iter().map(|value| f64::from(*value)).collect();
         let n = all.len() as f64;
         let mut found: Vec<f64> = (0..6).map(|i| all[i * all.len() / 6 + i]).collect();

@@ -266,7 +266,6 @@ struct Run {
 }
 
 impl Architecture for Run {
-    const CLASS: &'static str = "Run";
     type Config = ();
 
     fn build(_: &(), _: &mut dyn dmd_models::layers::Source) -> dmd_models::Result<Self> {

@@ -28,7 +28,8 @@ fn exported_files_are_what_they_were() {
     for name in ["tests/fixtures/edm-tiny", "tests/fixtures/ddpm-tiny", "pretrained/emoji-16"] {
         let folder = ModelFolder::load(&models.join(name), &Device::Cpu).unwrap();
         let generator = Generator { denoiser: folder.denoiser(&Device::Cpu).unwrap(), sigma: 2.5 };
-        let info = ModelInfo { size: folder.size().unwrap(), classes: folder.classes(), weights_sha256: String::new() };
+        let [_, height, width] = folder.sample_shape().unwrap();
+        let info = ModelInfo { size: [height, width], classes: folder.classes(), weights_sha256: String::new() };
         for dialect in Dialect::ALL {
             for precision in Precision::ALL {
                 let path = target.path().join("a.onnx");

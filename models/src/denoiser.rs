@@ -25,6 +25,19 @@ pub enum Prediction {
     Sample,
 }
 
+impl std::fmt::Display for Prediction {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Prediction::Edm { sigma_data, negative } => {
+                write!(f, "{}F of EDM, sigma_data {sigma_data}", if *negative { "minus " } else { "" })
+            }
+            Prediction::Epsilon => f.write_str("noise (epsilon)"),
+            Prediction::V => f.write_str("velocity (v)"),
+            Prediction::Sample => f.write_str("picture (x0)"),
+        }
+    }
+}
+
 /// x0 = c_skip·x + c_out·F(c_in·x, c_noise).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Coefficients {

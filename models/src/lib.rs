@@ -28,6 +28,6 @@ pub use error::{Error, Result};
 pub use folder::{About, ModelFolder};
 pub use interpret::{Eager, Precision, Training, cost};
 pub use networks::unet2d::{UNet, UNetConfig};
-pub use networks::{Architecture, Network, Takes, Told, Want};
+pub use networks::{Architecture, Network, NetworkConfig, Takes, Told, Want};
 pub use noise_levels::NoiseLevels;
 pub use weights::{Weights, read_metadata, write_whole};

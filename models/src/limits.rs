@@ -18,6 +18,8 @@ pub const LAYERS: RangeInclusive<usize> = 1..=256;
 pub const ROWS: RangeInclusive<usize> = 1..=1 << 24;
 /// Height or width of a picture.
 pub const SIDE: RangeInclusive<usize> = 1..=1 << 13;
+/// Tokens of a sample: 256 patches each way.
+pub const TOKENS: RangeInclusive<usize> = 1..=1 << 16;
 /// Parameters of a network that is drawn anew.
 pub const PARAMETERS: usize = 1 << 30;
 /// Noise levels of a schedule; one has no step between its ends.

@@ -39,7 +39,10 @@ fn a_ddpm_folder_of_diffusers_denoises_as_there() {
     let io = tensors(&fixture("ddpm-tiny/io.safetensors"));
     let denoiser = folder.denoiser(&Device::Cpu).unwrap();
     assert_eq!((denoiser.prediction, denoiser.n_classes()), (Prediction::Epsilon, None));
-    assert_eq!((folder.about.kind, folder.size().unwrap(), folder.classes()), (Kind::Teacher, [8, 8], vec![]));
+    assert_eq!(
+        (folder.about.kind, folder.sample_shape().unwrap(), folder.classes()),
+        (Kind::Teacher, [3, 8, 8], vec![])
+    );
     let sigma = denoiser.levels.sigma(440);
     // x_t is variance preserving: x0 + sigma·noise is √(1 + sigma²) times that.
     let x = (io.get("x_t").unwrap() * (1.0 + sigma * sigma).sqrt()).unwrap();
@@ -270,13 +273,13 @@ fn a_missing_folder_and_a_file_are_told_apart() {
 #[test]
 fn a_folder_without_unet_is_refused() {
     let remove = |folder: &Path| fs::remove_dir_all(folder.join("unet")).unwrap();
-    check("ddpm-tiny", remove, "DIR: not a diffusers folder: it has no unet/");
+    check("ddpm-tiny", remove, "DIR: not a diffusers folder: it has no unet/ or transformer/");
     let bare = |folder: &Path| {
         fs::rename(folder.join(CONFIG), folder.join("config.json")).unwrap();
         remove(folder);
         fs::remove_dir_all(folder.join("scheduler")).unwrap();
     };
-    let expected = "DIR: not a diffusers folder: it has no unet/ (a bare UNet: put it into a folder unet/ beside a folder scheduler/)";
+    let expected = "DIR: not a diffusers folder: it has no unet/ or transformer/ (a bare UNet: put it into a folder unet/ beside a folder scheduler/)";
     check("ddpm-tiny", bare, expected);
 }
 
@@ -291,7 +294,7 @@ fn a_missing_file_is_named() {
 #[test]
 fn a_latent_pipeline_is_refused() {
     let add_vae = |folder: &Path| fs::create_dir(folder.join("vae")).unwrap();
-    let expected = "DIR: has a vae/ folder, which decodes latents: only pixel-space UNet2DModel pipelines are supported, not latent or text-conditional ones";
+    let expected = "DIR: has a vae/ folder, which decodes latents: only pixel-space UNet2DModel pipelines and DiTPipelines are supported, not other latent or text-conditional ones";
     check("ddpm-tiny", add_vae, expected);
 }
 
@@ -354,7 +357,7 @@ fn a_config_value_of_a_wrong_kind_is_named() {
 
 #[test]
 fn other_networks_are_refused() {
-    let expected = "DIR/unet/config.json: _class_name is UNet2DConditionModel, only UNet2DModel is supported";
+    let expected = "DIR/unet/config.json: _class_name is UNet2DConditionModel, which is not supported (only UNet2DModel, DiTTransformer2DModel)";
     check("ddpm-tiny", set(CONFIG, json!({ "_class_name": "UNet2DConditionModel" })), expected);
 }
 
@@ -491,7 +494,7 @@ fn pickled_weights_are_refused_with_the_remedy() {
 fn a_dmd_json_that_does_not_fit_is_refused() {
     let about = |text: &'static str| move |folder: &Path| fs::write(folder.join("dmd.json"), text).unwrap();
     let teacher = r#"{ "kind": "teacher", "version": "0.1.0", "classes": ["cat", "dog"] }"#;
-    check("edm-tiny", about(teacher), "DIR: dmd.json names 2 classes, num_class_embeds is 3");
+    check("edm-tiny", about(teacher), "DIR: dmd.json names 2 classes, the network knows 3");
     let generator = r#"{ "kind": "generator", "version": "0.1.0" }"#;
     let expected = "DIR: dmd.json says generator with sigma None, expected a positive number";
     check("edm-tiny", about(generator), expected);
@@ -525,7 +528,7 @@ fn a_decoder_of_any_name_makes_a_model_latent() {
             fs::write(folder.join(name).join("config.json"), config.to_string()).unwrap();
         }
     };
-    const LATENT: &str = "which decodes latents: only pixel-space UNet2DModel pipelines are supported, not latent or text-conditional ones";
+    const LATENT: &str = "which decodes latents: only pixel-space UNet2DModel pipelines and DiTPipelines are supported, not other latent or text-conditional ones";
     for (name, config, class) in [
         ("vqvae", json!({ "_class_name": "VQModel" }), " (VQModel)"),
         ("movq", json!({}), ""),
@@ -607,7 +610,10 @@ fn a_checkpoint_of_a_training_script_says_where_the_whole_model_is() {
     assert_eq!(error(&checkpoint), expected.replace(checkpoint.to_str().unwrap(), "DIR"));
     // The network alone, too.
     let message = error(&temp.path().join("unet"));
-    assert!(message.ends_with(&format!("it has no unet/: the whole model is in {}", whole.display())), "{message}");
+    assert!(
+        message.ends_with(&format!("it has no unet/ or transformer/: the whole model is in {}", whole.display())),
+        "{message}"
+    );
     fs::remove_dir_all(temp.path().join("scheduler")).unwrap();
     let message = error(&checkpoint);
     assert!(

@@ -51,7 +51,7 @@ impl Players {
             Some(folder) => {
                 let loaded = ModelFolder::load(folder, &Device::Cpu).context("the generator")?;
                 ensure!(
-                    loaded.size()? == teacher.size()? && loaded.config.in_channels == teacher.config.in_channels,
+                    loaded.sample_shape()? == teacher.sample_shape()?,
                     "{}: its pictures are not of the teacher's size",
                     folder.display()
                 );
@@ -78,15 +78,14 @@ impl Players {
     /// The picture, and its numbers by noise level.
     pub fn panel(&self, seed: u64) -> Result<(RgbImage, Value)> {
         let real_score = self.teacher.denoiser(&Device::Cpu)?;
-        let [height, width] = self.teacher.size()?;
-        let shape = [self.teacher.config.in_channels, height, width];
+        let shape = self.teacher.sample_shape()?;
         let labels = labels_in_turn(PICTURES, real_score.n_classes());
         let cond = Condition::of_classes(labels.iter().copied(), &Device::Cpu)?;
         let x = self.generator.pictures(&picture_noise(seed, 0, PICTURES, shape, &Device::Cpu)?, &labels, PICTURES)?;
         let x = Tensor::from_vec(x.iter().copied().collect::<Vec<f32>>(), x.dim(), &Device::Cpu)?;
         let eps = picture_noise(seed, PICTURES as u64, PICTURES, shape, &Device::Cpu)?;
 
-        let scale = (SIDE / width.max(1) as u32).max(1);
+        let scale = (SIDE / shape[2].max(1) as u32).max(1);
         let cell = |images: &Tensor| -> Result<RgbImage> {
             let values = images.flatten_all()?.to_vec1()?;
             Ok(grid(&Array4::from_shape_vec(images.dims4()?, values)?, PICTURES, scale))

@@ -147,8 +147,7 @@ struct Judge {
 
 impl Judge {
     fn new(args: &BenchRecipesArgs, teacher: &ModelFolder) -> Result<Self> {
-        let [h, w] = teacher.size()?;
-        let shape = [teacher.config.in_channels, h, w];
+        let shape = teacher.sample_shape()?;
         let (data, labels) = pictures(&args.data, shape, args.n, &teacher.classes())?;
         let features = Features::load("TEACHER", &args.teacher, None)?;
         let mut judge = Judge { samples: Array4::zeros((0, 0, 0, 0)), data, labels, features, shape };

@@ -15,7 +15,7 @@ use candle_core::Device;
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
 use dmd_models::networks::unet2d::SampleSize;
-use dmd_models::{Architecture, ModelFolder, UNet, UNetConfig};
+use dmd_models::{ModelFolder, NetworkConfig, UNetConfig};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Instant;
@@ -156,7 +156,8 @@ pub fn random_teacher(unet: &Path, side: Option<usize>) -> Result<ModelFolder> {
     };
     let random = Random { seed: 0, device: Device::Cpu };
     let mut index = 0;
-    let weights = UNet::init(&config, &mut |_, n| {
+    let config = NetworkConfig::from(config);
+    let weights = config.init(&mut |_, n| {
         index += 1;
         random.stream(Purpose::Init, index).uniform(n)
     })?;
@@ -170,5 +171,6 @@ pub fn random_teacher(unet: &Path, side: Option<usize>) -> Result<ModelFolder> {
         version: crate::VERSION.into(),
         run: None,
     };
-    Ok(ModelFolder { config, scheduler: Scheduler::edm(0.002, 80.0, 0.5)?, weights, about })
+    let scheduler = Scheduler::edm(0.002, 80.0, 0.5)?;
+    Ok(ModelFolder { config, scheduler, weights, about, parts: Default::default() })
 }

@@ -121,8 +121,7 @@ struct Stage {
 
 impl Stage {
     fn new(teacher: &ModelFolder) -> Result<Self> {
-        let [h, w] = teacher.size()?;
-        let noise = picture_noise(SEED, 0, MEASURED, [teacher.config.in_channels, h, w], &Device::Cpu)?;
+        let noise = picture_noise(SEED, 0, MEASURED, teacher.sample_shape()?, &Device::Cpu)?;
         Ok(Stage { noise, labels: labels_in_turn(MEASURED, teacher.n_classes()) })
     }
 

@@ -8,7 +8,7 @@ use crate::{device, distill, memory, pairs};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use dmd_models::folder::Kind;
-use dmd_models::{About, UNetConfig};
+use dmd_models::{ModelFolder, Takes};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -60,26 +60,18 @@ pub fn settings(args: &SettingsArgs) -> Result<Config> {
 /// Refuses what would be found out only after weights and pictures are read, where the settings and small files tell.
 fn check_beforehand(config: &Config, teacher: &Path) -> Result<()> {
     let regression = &config.loss.regression;
-    let Some((unet, null_class)) = small_files(teacher) else { return Ok(()) };
+    let Some((takes, null_class)) = small_files(teacher) else { return Ok(()) };
     let guidance = config.real_score.guidance_scale;
-    check_guidance("real_score.guidance_scale", guidance, unet.num_class_embeds.is_some(), null_class)?;
-    if let Some([height, width]) = unet.size().filter(|_| regression.weight > 0.0) {
-        pairs::manifest_for(Path::new(&regression.pairs), [unet.in_channels, height, width], guidance)?;
+    check_guidance("real_score.guidance_scale", guidance, takes.n_classes().is_some(), null_class)?;
+    if let Some([height, width]) = takes.size.filter(|_| regression.weight > 0.0) {
+        pairs::manifest_for(Path::new(&regression.pairs), [takes.channels, height, width], guidance)?;
     }
     Ok(())
 }
 
-/// A teacher's network, and whether it knows pictures without a class, by the small files of its folder; none where
-/// there is something amiss, which the loader will say.
-pub fn small_files(teacher: &Path) -> Option<(UNetConfig, bool)> {
-    let text = |name: &str| std::fs::read_to_string(teacher.join(name)).ok();
-    let unet = UNetConfig::from_json(teacher, &text("unet/config.json")?).ok()?;
-    let about: Option<About> = match teacher.join("dmd.json").exists() {
-        true => Some(serde_json::from_str(&text("dmd.json")?).ok()?),
-        false => None,
-    };
-    match about {
-        Some(about) if about.kind != Kind::Teacher => None,
-        about => Some((unet, about.is_some_and(|about| about.null_class))),
-    }
+/// What a teacher's network takes, and whether it knows pictures without a class, by the small files of its folder; none
+/// where there is something amiss, which the loader will say.
+pub fn small_files(teacher: &Path) -> Option<(Takes, bool)> {
+    let (config, about) = ModelFolder::glance(teacher).ok()?;
+    (about.kind == Kind::Teacher).then(|| (config.takes(), about.null_class))
 }

@@ -123,8 +123,9 @@ fn write_report(
 
 /// What goes into a file beside the network.
 pub fn info(folder: &ModelFolder) -> Result<ModelInfo> {
+    let [_, height, width] = folder.sample_shape()?;
     Ok(ModelInfo {
-        size: folder.size()?,
+        size: [height, width],
         classes: folder.classes(),
         weights_sha256: weights_sha256(&folder.weights.to(DType::F32, &Device::Cpu)?)?,
     })

@@ -16,7 +16,7 @@ pub fn run(args: &InspectArgs) -> Result<Value> {
     let path = &args.path;
     let found = if is_exported(path) {
         serde_json::to_value(dmd_runtime::Info::read(path)?)?
-    } else if ["model_index.json", "unet", "scheduler_config.json"].iter().any(|part| path.join(part).exists()) {
+    } else if ModelFolder::is_at(path) {
         model(path)?
     } else if path.join("config.toml").exists() {
         training_run(path)?
@@ -56,23 +56,29 @@ fn lines(object: &Value, depth: usize, text: &mut Vec<String>) {
 fn model(path: &Path) -> Result<Value> {
     let folder = ModelFolder::load(path, &Device::Cpu)?;
     let levels = folder.scheduler.levels()?;
+    let [channels, height, width] = folder.sample_shape()?;
+    let mut network = json!({ "class": folder.config.class() });
+    for (key, value) in folder.config.described()?.as_object().into_iter().flatten() {
+        network[key] = value.clone();
+    }
     let dtypes: std::collections::BTreeSet<String> =
         folder.weights.iter().map(|(_, t)| format!("{:?}", t.dtype())).collect();
     Ok(json!({
         "kind": folder.about.kind,
-        "size": folder.size()?,
-        "channels": folder.config.in_channels,
+        "size": [height, width],
+        "channels": channels,
         "classes": folder.classes(),
         "parameters": folder.weights.n_parameters(),
         "dtype": dtypes,
         "scheduler": folder.scheduler.class_name(),
-        "prediction": format!("{:?}", folder.scheduler.prediction()),
+        "prediction": folder.scheduler.prediction().to_string(),
         "sigma_range": [levels.sigma_min(), levels.sigma_max()],
         "sigma": folder.about.sigma,
         "steps": folder.about.sigmas(),
         "data": folder.about.data,
         "made_by": made_by(&folder),
-        "block_out_channels": folder.config.block_out_channels,
+        "network": network,
+        "parts": folder.parts.iter().map(|(name, part)| (name.clone(), json!(part.class))).collect::<serde_json::Map<_, _>>(),
         "run": folder.about.run,
     }))
 }

@@ -22,20 +22,20 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     count("--per-shard", args.per_shard as u64)?;
     not_negative("--guidance", args.guidance)?;
     let path = model_path(&args.teacher)?;
-    if let Some((unet, null_class)) = small_files(&path) {
-        check_guidance("--guidance", args.guidance, unet.num_class_embeds.is_some(), null_class)?;
+    if let Some((takes, null_class)) = small_files(&path) {
+        check_guidance("--guidance", args.guidance, takes.n_classes().is_some(), null_class)?;
     }
     let device = args.device.open()?;
     let teacher = ModelFolder::load(&path, &Device::Cpu)?;
     ensure!(teacher.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", path.display());
-    let [height, width] = teacher.size()?;
+    let shape = teacher.sample_shape()?;
     // Noise and pictures of a shard are in memory at once.
     let in_memory = args.n.min(args.per_shard);
-    let sizes = [2, in_memory, teacher.config.in_channels, height, width];
+    let sizes = [&[2, in_memory], &shape[..]].concat();
     memory::room(&format!("{in_memory} pairs at a time (--per-shard)"), &sizes)?;
     let manifest = Manifest {
         teacher_sha256: fingerprint::teacher(&teacher)?.now,
-        shape: [teacher.config.in_channels, height, width],
+        shape,
         guidance_scale: args.guidance,
         sampler_steps: args.steps,
         seed: args.seed,

@@ -153,7 +153,6 @@ impl Source {
         let device = sampling.device.unwrap_or_default().open()?;
         let folder = ModelFolder::load(path, &device);
         let folder = folder.map_err(|error| memory::explained(error.into(), Work::Networks))?;
-        let [h, w] = folder.size()?;
         let model = match folder.generator(&device)? {
             Some(generator) => {
                 is_no_teacher()?;
@@ -168,11 +167,7 @@ impl Source {
                 Model::Teacher { denoiser, sampler, n_steps, guidance_scale: 1.0 }
             }
         };
-        Ok(Source::Folder {
-            model: Box::new(model),
-            shape: [folder.config.in_channels, h, w],
-            classes: folder.classes(),
-        })
+        Ok(Source::Folder { model: Box::new(model), shape: folder.sample_shape()?, classes: folder.classes() })
     }
 
     /// Whether it takes many steps, which can be guided.

@@ -14,6 +14,7 @@ use crate::output::{self, say, warn};
 use crate::random::Purpose;
 use crate::sample::labels_in_turn;
 use anyhow::{Result, ensure};
+use dmd_models::ModelFolder;
 use ndarray::{Array2, Array4};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -107,7 +108,7 @@ enum Reference {
 impl Reference {
     fn open(path: &Path, source: &Source, args: &ScoreArgs, threads: Option<usize>) -> Result<Self> {
         let (shape, classes) = (source.shape(), source.classes());
-        if !(is_exported(path) || path.join("model_index.json").exists() || path.join("unet").is_dir()) {
+        if !(is_exported(path) || ModelFolder::is_at(path)) {
             let (images, labels) = pictures(path, shape, args.n, classes)?;
             return Ok(Reference::Pictures(images, labels));
         }

@@ -82,10 +82,9 @@ struct Distillation<'a> {
 
 /// Refuses a batch that does not fit into memory.
 pub fn check_memory(config: &Config, teacher: &ModelFolder, device: &Device) -> Result<()> {
-    let [height, width] = teacher.size()?;
     let [passes, whole_passes] = passes(config);
     let needs = Needs {
-        cost: cost(&teacher.denoiser(&Device::Cpu)?.network, [teacher.config.in_channels, height, width])?,
+        cost: cost(&teacher.denoiser(&Device::Cpu)?.network, teacher.sample_shape()?)?,
         grad_checkpoint: config.grad_checkpoint,
         precision: config.precision,
         passes,
@@ -249,12 +248,12 @@ impl Trainee for Distillation<'_> {
 
     fn draw_samples(&self, path: &Path) -> Result<()> {
         let denoiser = self.folder.denoiser_on(&self.networks.averages[0].view.detached())?;
-        let [h, w] = self.folder.size()?;
+        let shape = self.folder.sample_shape()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
-        let noise = picture_noise(self.config.seed, 0, GRID, [self.folder.config.in_channels, h, w], &Device::Cpu)?;
+        let noise = picture_noise(self.config.seed, 0, GRID, shape, &Device::Cpu)?;
         let model = Model::of_steps(denoiser, &self.networks.sigmas, self.config.seed);
         let images = model.pictures(&noise, &labels, GRID)?;
-        let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
+        let grid = picture::grid(&images, picture::columns(GRID), (128 / shape[1] as u32).max(1));
         picture::save(path, &grid)
     }
 }
@@ -316,10 +315,8 @@ fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64], begins: boo
     };
     let reality = match config.loss.gan.on() {
         true => {
-            let [height, width] = teacher.size()?;
-            let shape = [teacher.config.in_channels, height, width];
-            let (path, options) =
-                (Path::new(&config.data), DataOptions::of_model(shape, teacher.n_classes().is_some())?);
+            let options = DataOptions::of_model(teacher.sample_shape()?, teacher.n_classes().is_some())?;
+            let path = Path::new(&config.data);
             Some(Reality::new(data::load_aloud(path, &options)?, path, teacher)?)
         }
         false => None,
@@ -339,7 +336,7 @@ fn start_of(path: &Path, teacher: &ModelFolder, sigmas: &[f64]) -> Result<(Optio
     let folder = ModelFolder::load(if is_run { &inner } else { path }, &Device::Cpu).context("generator.start")?;
     ensure!(
         folder.config == teacher.config && folder.scheduler.json() == teacher.scheduler.json(),
-        "generator.start: {} is another network than the teacher's (its unet/config.json or its scheduler differ)",
+        "generator.start: {} is another network than the teacher's (its config.json or its scheduler differ)",
         path.display()
     );
     ensure!(

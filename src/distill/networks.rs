@@ -54,7 +54,7 @@ pub struct Networks {
     pub rate_factor: f64,
     /// The samples of the generator's last update, for a critic that shares them.
     pub(super) last_samples: Option<Samples>,
-    /// `(C, H, W)` of a picture.
+    /// `(C, H, W)` of a sample.
     pub(super) shape: [usize; 3],
 }
 
@@ -106,8 +106,7 @@ impl Networks {
             let (view, vars) = student.trainable()?;
             Ok(Average { decay, vars, view })
         };
-        let [height, width] = teacher.size()?;
-        let shape = [teacher.config.in_channels, height, width];
+        let shape = teacher.sample_shape()?;
         let training = Training::new(config.precision, config.grad_checkpoint);
         let denoiser = |weights: &Weights| teacher.denoiser_on(weights);
         // Nothing is lost: every pass rounds the kernels of convolutions, and they alone, which are nearly all weights.
@@ -164,7 +163,7 @@ impl Networks {
         })
     }
 
-    /// `(C, H, W)` of a picture.
+    /// `(C, H, W)` of a sample.
     pub fn shape(&self) -> [usize; 3] {
         self.shape
     }

@@ -2,22 +2,22 @@
 
 use crate::data::Pictures;
 use dmd_models::networks::unet2d::{Resampling, SampleSize, TimeEmbedding, TimeScaleShift};
-use dmd_models::{Activation, ModelFolder};
+use dmd_models::{Activation, ModelFolder, NetworkConfig};
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub fn teacher(teacher: &ModelFolder, weights: &str) -> Option<String> {
-    let unet = UNetConfig::new(&teacher.config);
+    let unet = UNetConfig::of(&teacher.config)?;
     let scheduler = Scheduler::new(teacher.scheduler.json())?;
     Some(super::hex(Sha256::new_with_prefix(format!("{unet:?} {scheduler:?} {weights}"))))
 }
 
-pub fn lesson(pictures: &Pictures, unet: &dmd_models::UNetConfig) -> String {
+pub fn lesson(pictures: &Pictures, network: &NetworkConfig) -> Option<String> {
     let mut hash = Sha256::new_with_prefix(&pictures.pixels);
     pictures.labels.iter().for_each(|label| hash.update(label.to_le_bytes()));
-    hash.update(format!("{:?} {:?}", pictures.classes, UNetConfig::new(unet)));
-    super::hex(hash)
+    hash.update(format!("{:?} {:?}", pictures.classes, UNetConfig::of(network)?));
+    Some(super::hex(hash))
 }
 
 #[derive(Debug)]
@@ -54,8 +54,10 @@ struct UNetConfig {
 }
 
 impl UNetConfig {
-    fn new(now: &dmd_models::UNetConfig) -> Self {
-        UNetConfig {
+    /// None for networks that came later.
+    fn of(now: &NetworkConfig) -> Option<Self> {
+        let NetworkConfig::UNet2D(now) = now else { return None };
+        Some(UNetConfig {
             sample_size: now.sample_size,
             in_channels: now.in_channels,
             out_channels: now.out_channels,
@@ -84,7 +86,7 @@ impl UNetConfig {
             class_embed_type: now.class_embed_type.clone(),
             num_class_embeds: now.num_class_embeds,
             num_train_timesteps: now.num_train_timesteps,
-        }
+        })
     }
 }
 

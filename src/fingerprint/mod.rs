@@ -6,8 +6,7 @@ mod legacy;
 use crate::data::Pictures;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
-use dmd_models::{ModelFolder, UNetConfig};
-use serde::Serialize;
+use dmd_models::{ModelFolder, NetworkConfig};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -32,20 +31,20 @@ pub fn teacher(teacher: &ModelFolder) -> Result<Fingerprint> {
     let weights = dmd_export::weights_sha256(&teacher.weights.to(DType::F32, &Device::Cpu)?)?;
     let known = json!({
         "weights": weights,
-        "unet": without_defaults(&teacher.config)?,
+        teacher.config.part(): teacher.config.described()?,
         "scheduler": teacher.scheduler.json(),
     });
     Ok(Fingerprint { now: of_json(known), legacy: legacy::teacher(teacher, &weights) })
 }
 
 /// What a teacher learns, and what learns it.
-pub fn lesson(pictures: &Pictures, unet: &UNetConfig) -> Result<Fingerprint> {
+pub fn lesson(pictures: &Pictures, network: &NetworkConfig) -> Result<Fingerprint> {
     let known = json!({
         "pictures": self::pictures(pictures),
         "classes": pictures.classes,
-        "unet": without_defaults(unet)?,
+        network.part(): network.described()?,
     });
-    Ok(Fingerprint { now: of_json(known), legacy: Some(legacy::lesson(pictures, unet)) })
+    Ok(Fingerprint { now: of_json(known), legacy: legacy::lesson(pictures, network) })
 }
 
 /// Pictures with their labels, in their order.
@@ -77,15 +76,6 @@ pub fn file(path: &Path) -> Result<String> {
     Ok(hex(hash))
 }
 
-/// The fields that differ from their default.
-fn without_defaults<T: Serialize + Default>(value: &T) -> Result<Value> {
-    let (mut value, default) = (serde_json::to_value(value)?, serde_json::to_value(T::default())?);
-    if let Some(fields) = value.as_object_mut() {
-        fields.retain(|name, value| default.get(name) != Some(value));
-    }
-    Ok(value)
-}
-
 fn of_json(mut value: Value) -> String {
     value.sort_all_objects();
     hex(Sha256::new_with_prefix(value.to_string()))
@@ -99,31 +89,11 @@ fn hex(hash: Sha256) -> String {
 mod tests {
     use super::*;
 
-    /// A field that a later version adds, at its default, and another order of the fields.
     #[test]
-    fn what_is_at_its_default_or_stands_elsewhere_changes_no_fingerprint() {
-        #[derive(Serialize, Default)]
-        struct Before {
-            width: usize,
-            depth: usize,
-        }
-        #[derive(Serialize)]
-        struct After {
-            depth: usize,
-            added: Option<f64>,
-            width: usize,
-        }
-        impl Default for After {
-            fn default() -> Self {
-                After { depth: 0, added: Some(0.5), width: 0 }
-            }
-        }
-        let hash = |value: Result<Value>| of_json(value.unwrap());
-        let before = hash(without_defaults(&Before { width: 3, depth: 2 }));
-        let after = |added| hash(without_defaults(&After { depth: 2, added, width: 3 }));
-        assert_eq!(after(Some(0.5)), before);
-        assert_ne!(after(None), before);
-        assert_ne!(hash(without_defaults(&Before { width: 2, depth: 3 })), before);
+    fn the_order_of_fields_changes_no_fingerprint() {
+        let hash = |text: &str| of_json(serde_json::from_str(text).unwrap());
+        assert_eq!(hash(r#"{ "a": { "c": 1, "d": 2 }, "b": 3 }"#), hash(r#"{ "b": 3, "a": { "d": 2, "c": 1 } }"#));
+        assert_ne!(hash(r#"{ "a": 1, "b": 2 }"#), hash(r#"{ "a": 2, "b": 1 }"#));
     }
 
     /// By the program before fingerprints were of JSON, in the run that it left of this folder.

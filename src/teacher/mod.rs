@@ -21,7 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
-use dmd_models::{Architecture, Condition, Denoiser, ModelFolder, Network, Training, UNet, UNetConfig, Weights};
+use dmd_models::{Condition, Denoiser, ModelFolder, Network, NetworkConfig, Training, Weights};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -30,7 +30,7 @@ use std::path::Path;
 /// Returns what a script would want to know.
 pub fn train(
     settings: &TeacherSettings,
-    unet: UNetConfig,
+    network: impl Into<NetworkConfig>,
     pictures: &Pictures,
     out: &Path,
     device: &Device,
@@ -47,7 +47,7 @@ pub fn train(
     }
     let random = Random { seed: settings.seed, device: device.clone() };
     // First what can be refused, then what leaves a trace in `out`.
-    let mut trainer = Trainer::new(settings, unet, pictures, out, random)
+    let mut trainer = Trainer::new(settings, network.into(), pictures, out, random)
         .map_err(|error| memory::explained(error, Work::Networks))?;
     let schedule = Schedule {
         n_steps: settings.steps,
@@ -120,7 +120,7 @@ fn check_memory(
 impl<'a> Trainer<'a> {
     fn new(
         settings: &'a TeacherSettings,
-        unet: UNetConfig,
+        config: NetworkConfig,
         pictures: &'a Pictures,
         out: &'a Path,
         random: Random,
@@ -128,14 +128,8 @@ impl<'a> Trainer<'a> {
         let (train, held_out) = pictures.split(settings.held_out, settings.seed);
         ensure!(!train.is_empty(), "no picture is left to train on");
         let mut draw = |name: &str, n: usize| random.stream(Purpose::Init, name_key(name)).uniform(n);
-        let fresh = UNet::init(&unet, &mut draw)?;
-        check_memory(
-            settings,
-            &Network::UNet2D(UNet::new(&unet, &fresh)?),
-            fresh.n_parameters(),
-            pictures,
-            &random.device,
-        )?;
+        let fresh = config.init(&mut draw)?;
+        check_memory(settings, &config.network(&fresh)?, fresh.n_parameters(), pictures, &random.device)?;
         let fresh = fresh.to(DType::F32, &random.device)?;
         let (weights, vars) = fresh.trainable()?;
         let (averaged, average) = fresh.trainable()?;
@@ -150,8 +144,8 @@ impl<'a> Trainer<'a> {
             run: Some(serde_json::to_value(settings)?),
         };
         let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
-        let lesson = fingerprint::lesson(pictures, &unet)?;
-        let folder = ModelFolder { config: unet, scheduler, weights: averaged.detached(), about };
+        let lesson = fingerprint::lesson(pictures, &config)?;
+        let folder = ModelFolder { config, scheduler, weights: averaged.detached(), about, parts: BTreeMap::new() };
         let denoiser = folder.denoiser_on(&weights)?;
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
         Ok(Trainer {

@@ -4,7 +4,7 @@
 use super::json;
 use crate::weights::missing;
 use crate::{Error, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,50 +12,129 @@ use std::path::{Path, PathBuf};
 /// The stem of a network's weights.
 pub(super) const WEIGHTS: &str = "diffusion_pytorch_model";
 
+/// The pipeline whose index names the classes of its network, as `id2label`.
+pub(super) const NAMES_CLASSES: &str = "DiTPipeline";
+
 /// Where things lie.
 pub(super) struct Layout {
     /// The folder of the network's `config.json` and weights.
-    pub unet: PathBuf,
+    pub network: PathBuf,
+    /// The network's class where its own file names none.
+    pub network_class: Option<String>,
     /// `scheduler_config.json`.
     pub scheduler: PathBuf,
     /// The class that the index gives the scheduler, which is the one that diffusers loads.
     pub scheduler_class: Option<String>,
+    /// Parts that are kept as they are.
+    pub parts: BTreeMap<String, Part>,
+    /// Names that the index has for classes, by their number.
+    pub classes: BTreeMap<usize, String>,
+    /// What a person should know of how the parts were found.
+    pub said: Vec<String>,
 }
 
 impl Layout {
-    /// Finds the parts of a pixel model, or says what the folder is instead.
+    /// Finds the parts of a model, or says what the folder is instead.
     pub fn of(path: &Path) -> Result<Self> {
         if !path.is_dir() {
             let what = if path.exists() { "is a file, expected a model folder" } else { "no such folder" };
             return Err(Error::file(path, what));
         }
-        let parts = parts(path)?;
-        for (name, part) in &parts {
-            if let Some(reason) = part.why_not(name) {
+        let index = index(path)?;
+        let mut found = parts(path, &index)?;
+        let mut said = Vec::new();
+        // A UNet says its class itself, of all that it may be in `unet/`.
+        let is_transformer = path.join("transformer").is_dir() && !path.join("unet").is_dir();
+        let network_class = match is_transformer {
+            true => found.remove("transformer").map(|part| part.class).filter(|class| !class.is_empty()),
+            false => Some("UNet2DModel".into()),
+        };
+        let mut parts = BTreeMap::new();
+        for (name, part) in found.iter() {
+            if is_transformer && name == "vae" {
+                if part.has_folder {
+                    said.push(format!("its decoder {name}/ is not read yet: what the model makes are latents"));
+                    parts.insert(name.clone(), part.kept(path.join(name)));
+                }
+            } else if let Some(reason) = part.why_not(name) {
                 return Err(Error::file(
                     path,
                     format!(
-                        "{}: only pixel-space UNet2DModel pipelines are supported, not latent or text-conditional ones",
+                        "{}: only pixel-space UNet2DModel pipelines and DiTPipelines are supported, not other latent or text-conditional ones",
                         part.said(name, reason)
                     ),
                 ));
             }
         }
-        let scheduler_class = parts.get("scheduler").map(|part| part.class.clone());
-        Ok(Layout { unet: unet(path)?, scheduler: scheduler(path)?, scheduler_class })
+        let network = if is_transformer { path.join("transformer") } else { unet(path, &mut said)? };
+        let scheduler_class = found.remove("scheduler").map(|part| part.class);
+        let classes = index.get("id2label").and_then(Value::as_object).into_iter().flatten();
+        let classes = classes.filter_map(|(id, name)| Some((id.parse().ok()?, name.as_str()?.to_string())));
+        Ok(Layout {
+            network,
+            network_class,
+            scheduler: scheduler(path)?,
+            scheduler_class,
+            parts,
+            classes: classes.collect(),
+            said,
+        })
     }
+}
+
+/// A part of a pipeline that is kept as it is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// The Python library that it is of.
+    pub library: String,
+    /// Its class there.
+    pub class: String,
+    /// The folder that it lies in.
+    pub path: PathBuf,
+}
+
+impl Part {
+    /// Puts its files into this folder, by a second name where the disk can, for they may be many gigabytes.
+    pub(super) fn copy_to(&self, path: &Path) -> Result<()> {
+        copy_folder(&self.path, path)
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(Error::io(to))?;
+    for entry in fs::read_dir(from).map_err(missing(from))? {
+        let entry = entry.map_err(Error::io(from))?;
+        // Links of a download are followed.
+        let source = fs::canonicalize(entry.path()).map_err(missing(&entry.path()))?;
+        let target = to.join(entry.file_name());
+        if source.is_dir() {
+            copy_folder(&source, &target)?;
+        } else if fs::canonicalize(&target).ok().as_ref() != Some(&source) {
+            _ = fs::remove_file(&target);
+            fs::hard_link(&source, &target)
+                .or_else(|_| fs::copy(&source, &target).map(drop))
+                .map_err(Error::io(&target))?;
+        }
+    }
+    Ok(())
 }
 
 /// A part of a pipeline: what `model_index.json` or its own config calls it.
 #[derive(Default)]
-struct Part {
+struct Found {
+    library: String,
     class: String,
     /// Keys of its `config.json`.
     keys: Vec<String>,
     has_folder: bool,
 }
 
-impl Part {
+impl Found {
+    fn kept(&self, path: PathBuf) -> Part {
+        let library = if self.library.is_empty() { "diffusers" } else { &self.library };
+        Part { library: library.into(), class: self.class.clone(), path }
+    }
+
     /// Why a model with this part is none that is taken; none for a part that does not change what the network makes.
     fn why_not(&self, name: &str) -> Option<&'static str> {
         const LATENT: &str = "which decodes latents";
@@ -91,18 +170,26 @@ impl Part {
     }
 }
 
+/// What `model_index.json` says, where there is one.
+fn index(path: &Path) -> Result<Map<String, Value>> {
+    let path = path.join("model_index.json");
+    if !path.exists() {
+        return Ok(Map::new());
+    }
+    match json::read(&path)? {
+        Value::Object(index) => Ok(index),
+        _ => Err(Error::file(&path, "not a JSON object")),
+    }
+}
+
 /// All parts, by what the index says and by the configs of the folders.
-fn parts(path: &Path) -> Result<BTreeMap<String, Part>> {
-    let mut parts: BTreeMap<String, Part> = BTreeMap::new();
-    let index_path = path.join("model_index.json");
-    if index_path.exists() {
-        let index = json::read(&index_path)?;
-        let entries = index.as_object().ok_or_else(|| Error::file(&index_path, "not a JSON object"))?;
-        // A part is [library, class], both null where it was left out; the rest are settings of the pipeline.
-        for (name, entry) in entries.iter().filter(|(name, _)| !name.starts_with('_')) {
-            if let Some([Value::String(_), Value::String(class)]) = entry.as_array().map(Vec::as_slice) {
-                parts.insert(name.clone(), Part { class: class.clone(), ..Part::default() });
-            }
+fn parts(path: &Path, index: &Map<String, Value>) -> Result<BTreeMap<String, Found>> {
+    let mut parts: BTreeMap<String, Found> = BTreeMap::new();
+    // A part is [library, class], both null where it was left out; the rest are settings of the pipeline.
+    for (name, entry) in index.iter().filter(|(name, _)| !name.starts_with('_')) {
+        if let Some([Value::String(library), Value::String(class)]) = entry.as_array().map(Vec::as_slice) {
+            let (library, class) = (library.clone(), class.clone());
+            parts.insert(name.clone(), Found { library, class, ..Found::default() });
         }
     }
     for entry in fs::read_dir(path).map_err(Error::io(path))?.flatten().filter(|entry| entry.path().is_dir()) {
@@ -126,15 +213,15 @@ fn parts(path: &Path) -> Result<BTreeMap<String, Part>> {
     Ok(parts)
 }
 
-/// The folder of the network.
-fn unet(path: &Path) -> Result<PathBuf> {
+/// The folder of a network that is no transformer.
+fn unet(path: &Path, said: &mut Vec<String>) -> Result<PathBuf> {
     let inner = path.join("unet");
     if inner.is_dir() {
         return Ok(inner);
     }
     let averages = path.join("unet_ema");
     if averages.is_dir() && !path.join("config.json").exists() {
-        log::warn!("{}: there is no unet/, so unet_ema/ is taken", path.display());
+        said.push("there is no unet/, so unet_ema/ is taken".into());
         return Ok(averages);
     }
     if path.join("config.json").exists() && scheduler_in(path).is_some() {
@@ -145,7 +232,10 @@ fn unet(path: &Path) -> Result<PathBuf> {
         false => "",
     };
     let parent = whole_model_beside(path);
-    Err(Error::file(path, format!("not a diffusers folder: it has no unet/{}", parent.as_deref().unwrap_or(found))))
+    Err(Error::file(
+        path,
+        format!("not a diffusers folder: it has no unet/ or transformer/{}", parent.as_deref().unwrap_or(found)),
+    ))
 }
 
 /// The scheduler's file, or where one should be.

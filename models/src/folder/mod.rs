@@ -1,5 +1,6 @@
-//! A model folder is a diffusers folder: `model_index.json`, `unet/`, `scheduler/`. What diffusers has no field for
-//! (the generator's sigma, class names, where the data came from) lies beside it in `dmd.json`.
+//! A model folder is a diffusers folder: `model_index.json` and parts by name, of which the network (`unet/`,
+//! `transformer/`) and `scheduler/` are read, and others kept. What diffusers has no field for (the generator's sigma,
+//! class names, where the data came from) lies beside them in `dmd.json`.
 
 pub(crate) mod json;
 mod layout;
@@ -7,9 +8,9 @@ mod scheduler;
 pub use scheduler::Scheduler;
 
 use crate::error::printable;
-use crate::networks::unet2d::TimeEmbedding;
-use crate::{Architecture, Condition, Denoiser, Error, Generator, Network, Result, UNet, UNetConfig, Way, Weights};
+use crate::{Condition, Denoiser, Error, Generator, NetworkConfig, Result, Way, Weights};
 use candle_core::{DType, Device, Tensor};
+pub use layout::Part;
 use layout::{Layout, WEIGHTS, weights_file};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -19,14 +20,16 @@ use std::path::{Path, PathBuf};
 /// A diffusion model as it lies on the disk.
 #[derive(Clone, Debug)]
 pub struct ModelFolder {
-    /// `unet/config.json`.
-    pub config: UNetConfig,
+    /// The network's `config.json`.
+    pub config: NetworkConfig,
     /// `scheduler/scheduler_config.json`.
     pub scheduler: Scheduler,
-    /// `unet/diffusion_pytorch_model.safetensors`, in the file's own dtype.
+    /// The network's `diffusion_pytorch_model.safetensors`, in the file's own dtype.
     pub weights: Weights,
     /// `dmd.json`; made up from the rest where diffusers wrote the folder.
     pub about: About,
+    /// The other parts of the pipeline by name, as they lie: a folder that is written of this one gets them too.
+    pub parts: BTreeMap<String, Part>,
 }
 
 /// What a folder of ours says of itself. A person may write the same of a teacher from elsewhere: every field may be left
@@ -82,8 +85,8 @@ impl ModelFolder {
     /// Reads a folder. Errors name the file, and say what is missing for it to be a model.
     pub fn load(path: &Path, device: &Device) -> Result<Self> {
         let layout = Layout::of(path)?;
-        let config_path = layout.unet.join("config.json");
-        let config = UNetConfig::from_value(&json::read(&config_path)?).map_err(|e| Error::file(&config_path, e))?;
+        layout.said.iter().for_each(|said| log::warn!("{}: {said}", path.display()));
+        let (config, about) = described(&layout, path)?;
         let scheduler =
             Scheduler::from_value(json::read(&layout.scheduler)?).map_err(|e| Error::file(&layout.scheduler, e))?;
         if let Some(class) = layout.scheduler_class.filter(|class| !scheduler.same_as(class)) {
@@ -94,19 +97,26 @@ impl ModelFolder {
                 scheduler.class_name()
             );
         }
-        let weights_path = weights_file(&layout.unet)?;
+        let weights_path = weights_file(&layout.network)?;
         let weights = Weights::load(&weights_path, device)?;
-        let weights = plain_names(weights, &weights_path).map_err(|e| Error::file(&weights_path, e))?;
-        let about_path = path.join("dmd.json");
-        let about = match about_path.exists() {
-            true => serde_json::from_value(json::read(&about_path)?).map_err(|e| Error::file(&about_path, e))?,
-            false => About::default(),
-        };
-        let folder = ModelFolder { config, scheduler, weights, about };
+        let weights =
+            plain_names(weights, config.landmark(), &weights_path).map_err(|e| Error::file(&weights_path, e))?;
+        let folder = ModelFolder { config, scheduler, weights, about, parts: layout.parts };
         folder.check().map_err(|e| Error::file(path, e))?;
         // Only here is it known which file a missing or mis-shaped tensor belongs to.
-        UNet::new(&folder.config, &folder.weights).map_err(|e| Error::file(&weights_path, e))?;
+        folder.config.network(&folder.weights).map_err(|e| Error::file(&weights_path, e))?;
         Ok(folder)
+    }
+
+    /// What the small files of a folder tell of its network and of itself, without weights and scheduler.
+    pub fn glance(path: &Path) -> Result<(NetworkConfig, About)> {
+        described(&Layout::of(path)?, path)
+    }
+
+    /// Whether a path looks like a model folder, whole or not.
+    pub fn is_at(path: &Path) -> bool {
+        let parts = ["model_index.json", "unet", "transformer", "scheduler_config.json"];
+        parts.iter().any(|part| path.join(part).exists())
     }
 
     /// Writes the folder aside and renames it into place, replacing what was there.
@@ -122,15 +132,17 @@ impl ModelFolder {
 
     /// Writes the files of the model into a folder that may hold others, each file whole.
     pub fn write_into(&self, path: &Path, dtype: DType) -> Result<()> {
-        for folder in ["unet", "scheduler"] {
+        let network = self.config.part();
+        for folder in [network, "scheduler"] {
             fs::create_dir_all(path.join(folder)).map_err(Error::io(path))?;
         }
         let text = |name: &str, text: String| crate::write_whole(&path.join(name), (text + "\n").as_bytes());
         let pretty = |value: &serde_json::Value| format!("{value:#}");
         let weights = self.weights.to(dtype, &Device::Cpu)?;
-        weights.save(&path.join(format!("unet/{WEIGHTS}.safetensors")), &self.metadata())?;
-        text("unet/config.json", self.config.to_json()?)?;
+        weights.save(&path.join(format!("{network}/{WEIGHTS}.safetensors")), &self.metadata())?;
+        text(&format!("{network}/config.json"), self.config.to_json()?)?;
         text("scheduler/scheduler_config.json", self.scheduler.to_json())?;
+        self.parts.iter().try_for_each(|(name, part)| part.copy_to(&path.join(name)))?;
         text("dmd.json", pretty(&serde_json::to_value(&self.about).map_err(|e| Error::Config(e.to_string()))?))?;
         text("model_index.json", pretty(&self.model_index()))
     }
@@ -142,13 +154,13 @@ impl ModelFolder {
 
     /// The model on other weights than the folder's, such as trainable ones.
     pub fn denoiser_on(&self, weights: &Weights) -> Result<Denoiser> {
-        let network = UNet::new(&self.config, weights)?;
+        let network = self.config.network(weights)?;
         let null = match self.n_classes() {
             Some(n) if self.about.null_class => Some(Tensor::new(&[n as i64], network.device())?),
             _ => None,
         };
         Ok(Denoiser {
-            network: Network::UNet2D(network),
+            network,
             prediction: self.scheduler.prediction(),
             levels: self.scheduler.levels()?,
             clip: self.scheduler.clip(),
@@ -165,9 +177,16 @@ impl ModelFolder {
         }
     }
 
-    /// Height and width of its pictures.
-    pub fn size(&self) -> Result<[usize; 2]> {
-        self.config.size().ok_or_else(|| Error::Config("unet/config.json has no sample_size".into()))
+    /// `[C, H, W]` of a sample: what the network takes and makes.
+    pub fn sample_shape(&self) -> Result<[usize; 3]> {
+        let takes = self.config.takes();
+        let [height, width] = takes.size.ok_or_else(|| {
+            Error::Config(format!(
+                "{}/config.json has no sample_size, which tells the size of the pictures",
+                self.config.part()
+            ))
+        })?;
+        Ok([takes.channels, height, width])
     }
 
     /// Class names; their numbers where the folder names none; empty for an unconditional model.
@@ -181,22 +200,13 @@ impl ModelFolder {
 
     /// Number of classes, "no class" aside; none for an unconditional model.
     pub fn n_classes(&self) -> Option<usize> {
-        self.config.num_class_embeds.map(|n| n.saturating_sub(usize::from(self.about.null_class)))
+        self.config.takes().n_classes().map(|n| n.saturating_sub(usize::from(self.about.null_class)))
     }
 
     fn check(&self) -> Result<()> {
         let refuse = |message: String| Err(Error::Config(message));
-        if self.config.in_channels != self.config.out_channels {
-            return refuse(format!(
-                "in_channels {} and out_channels {} differ: a denoiser returns what it takes (learned variances are not supported)",
-                self.config.in_channels, self.config.out_channels
-            ));
-        }
-        if self.config.class_embed_type.is_some() {
-            return refuse("class_embed_type timestep and identity have no list of classes to draw from, supported for whole models: null with num_class_embeds".into());
-        }
-        if self.config.time_embedding_type == TimeEmbedding::Learned {
-            return refuse("time_embedding_type is learned, a table of whole timesteps: the noise levels of sampling and distillation lie between them, supported for whole models: positional, fourier".into());
+        if let Some(reason) = self.config.why_no_model() {
+            return refuse(reason);
         }
         if let Some((name, tensor)) = self.weights.iter().find(|(_, tensor)| !tensor.dtype().is_float()) {
             return refuse(format!(
@@ -204,14 +214,12 @@ impl ModelFolder {
                 tensor.dtype()
             ));
         }
-        if self.config.sample_size.is_none() {
-            return refuse("unet/config.json has no sample_size, which tells the size of the pictures".into());
-        }
+        self.sample_shape()?;
         if let Some(n) = self.n_classes()
             && !self.about.classes.is_empty()
             && self.about.classes.len() != n
         {
-            return refuse(format!("dmd.json names {} classes, num_class_embeds is {n}", self.about.classes.len()));
+            return refuse(format!("dmd.json names {} classes, the network knows {n}", self.about.classes.len()));
         }
         if self.about.null_class && self.n_classes().is_none_or(|n| n == 0) {
             return refuse("dmd.json says null_class, but the model has no classes to leave out".into());
@@ -236,25 +244,21 @@ impl ModelFolder {
     }
 
     fn model_index(&self) -> serde_json::Value {
-        let class = self.scheduler.class_name();
-        let scales = ["EDM", "Euler", "KDPM2Ancestral"].iter().any(|begin| class.starts_with(begin));
-        let plain = ["DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler"];
-        // The pipelines of diffusers that take any UNet2DModel: one scales its noise and its network's input and hands on
-        // classes, and nothing in it is of consistency models; one takes these schedulers as they are; one makes DDIM's of
-        // all others.
-        let pipeline = if scales || self.config.num_class_embeds.is_some() {
-            "ConsistencyModelPipeline"
-        } else if plain.contains(&class) {
-            "DDPMPipeline"
-        } else {
-            "DDIMPipeline"
-        };
-        serde_json::json!({
-            "_class_name": pipeline,
+        let scheduler = self.scheduler.class_name();
+        let mut index = serde_json::json!({
+            "_class_name": self.config.pipeline(scheduler),
             "_diffusers_version": "0.42.0",
-            "scheduler": ["diffusers", class],
-            "unet": ["diffusers", "UNet2DModel"],
-        })
+            "scheduler": ["diffusers", scheduler],
+            self.config.part(): ["diffusers", self.config.class()],
+        });
+        for (name, part) in &self.parts {
+            index[name] = serde_json::json!([part.library, part.class]);
+        }
+        if index["_class_name"] == layout::NAMES_CLASSES && !self.about.classes.is_empty() {
+            let names = self.about.classes.iter().enumerate();
+            index["id2label"] = names.map(|(id, name)| (id.to_string(), serde_json::json!(name))).collect();
+        }
+        index
     }
 
     fn metadata(&self) -> BTreeMap<String, String> {
@@ -281,16 +285,36 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// What the small files tell.
+fn described(layout: &Layout, path: &Path) -> Result<(NetworkConfig, About)> {
+    let config_path = layout.network.join("config.json");
+    let class = layout.network_class.as_deref();
+    let config =
+        NetworkConfig::from_value(&json::read(&config_path)?, class).map_err(|e| Error::file(&config_path, e))?;
+    let about_path = path.join("dmd.json");
+    let mut about: About = match about_path.exists() {
+        true => serde_json::from_value(json::read(&about_path)?).map_err(|e| Error::file(&about_path, e))?,
+        false => About::default(),
+    };
+    about.null_class |= config.has_null_class();
+    if about.classes.is_empty() && !layout.classes.is_empty() {
+        let n = config.takes().n_classes().map_or(0, |n| n.saturating_sub(usize::from(about.null_class)));
+        let name = |id: usize| layout.classes.get(&id).cloned().unwrap_or_else(|| id.to_string());
+        about.classes = (0..n).map(name).collect();
+    }
+    Ok((config, about))
+}
+
 /// Names as the network has them. What a wrapper put before or into them comes off, and is said; attention layers of old
 /// files go by their new names, as in diffusers.
-fn plain_names(weights: Weights, path: &Path) -> Result<Weights> {
+fn plain_names(weights: Weights, landmark: &str, path: &Path) -> Result<Weights> {
     const WRAPPERS: [&str; 3] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."];
     const LEGACY: [(&str, &str); 4] =
         [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
     let unwrapped = |name: &str| WRAPPERS.iter().fold(name.to_string(), |name, wrapper| name.replace(wrapper, ""));
     // One prefix of all, such as that of a module within another.
-    let first = weights.names().map(unwrapped).find(|name| name.ends_with(".conv_in.weight")).unwrap_or_default();
-    let prefix = first.strip_suffix("conv_in.weight").unwrap_or_default();
+    let first = weights.names().map(unwrapped).find(|name| name.ends_with(&format!(".{landmark}"))).unwrap_or_default();
+    let prefix = first.strip_suffix(landmark).unwrap_or_default();
     let prefix = if weights.names().all(|name| unwrapped(name).starts_with(prefix)) { prefix } else { "" };
     let mut plain = Weights::default();
     let mut wrapped = None;

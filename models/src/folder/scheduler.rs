@@ -4,7 +4,7 @@
 //! them; the file itself is carried through unchanged.
 
 use super::json;
-use crate::networks::unet2d::nearest;
+use crate::networks::config::nearest;
 use crate::noise_levels::Betas;
 use crate::{Error, NoiseLevels, Prediction, Result, limits};
 use serde::Deserialize;

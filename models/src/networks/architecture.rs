@@ -8,8 +8,6 @@ use candle_core::Device;
 
 /// A kind of network, of which a `config.json` and weights make one.
 pub trait Architecture: Sized {
-    /// diffusers' `_class_name`.
-    const CLASS: &'static str;
     /// What `config.json` holds.
     type Config;
 

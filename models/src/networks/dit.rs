@@ -10,9 +10,10 @@ use crate::blocks::{TimeProjection, TimestepEmbedding};
 use crate::condition::{Condition, Way};
 use crate::layers::{Conv2d, Embedding, Init, LayerNorm, Linear, Scope, Source};
 use crate::ops::Patches;
-use crate::{Error, Result};
+use crate::{Error, Result, limits};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// The fields of `config.json`, with diffusers' defaults.
@@ -44,7 +45,8 @@ pub struct DiTConfig {
     pub norm_elementwise_affine: bool,
     /// Added to its variance.
     pub norm_eps: f64,
-    /// Positions are so much closer together; one for every 64 of the sample when null.
+    /// Positions are so much closer together: 1 in `DiTTransformer2DModel`, one for every 64 of the sample in the older class
+    /// when null.
     pub interpolation_scale: Option<f64>,
 }
 
@@ -111,20 +113,25 @@ impl DiTConfig {
     }
 
     fn width(&self) -> usize {
-        self.num_attention_heads * self.attention_head_dim
+        self.num_attention_heads.saturating_mul(self.attention_head_dim)
     }
 
     fn out_channels(&self) -> usize {
         self.out_channels.unwrap_or(self.in_channels)
     }
+
+    fn interpolation_scale(&self) -> f64 {
+        self.interpolation_scale.unwrap_or((self.sample_size / 64).max(1) as f64)
+    }
 }
 
 impl Fields for DiTConfig {
-    const CLASSES: &'static [&'static str] = &["DiTTransformer2DModel", "Transformer2DModel"];
+    const CLASSES: &'static [&'static str] = &["DiTTransformer2DModel", OLDER];
+    const PART: &'static str = "transformer";
+    const LANDMARK: &'static str = "pos_embed.proj.weight";
 
-    fn fixed() -> Vec<(&'static str, Vec<serde_json::Value>)> {
-        use serde_json::json;
-        let null = || vec![serde_json::Value::Null];
+    fn fixed() -> Vec<(&'static str, Vec<Value>)> {
+        let null = || vec![Value::Null];
         let mut fixed = vec![
             ("norm_type", vec![json!("ada_norm_zero")]),
             ("attention_type", vec![json!("default")]),
@@ -147,27 +154,30 @@ impl Fields for DiTConfig {
         for (name, value) in [
             ("num_attention_heads", self.num_attention_heads),
             ("attention_head_dim", self.attention_head_dim),
+            ("num_attention_heads times attention_head_dim", self.width()),
             ("in_channels", self.in_channels),
-            ("num_layers", self.num_layers),
-            ("patch_size", self.patch_size),
-            ("num_embeds_ada_norm", self.num_embeds_ada_norm),
+            ("out_channels", self.out_channels()),
         ] {
-            if value == 0 {
-                return refuse(format!("{name} is 0, expected at least 1"));
-            }
+            limits::check(name, value, limits::CHANNELS)?;
         }
+        limits::check("num_layers", self.num_layers, limits::LAYERS)?;
+        limits::check("num_embeds_ada_norm", self.num_embeds_ada_norm, limits::ROWS)?;
+        limits::check("sample_size", self.sample_size, limits::SIDE)?;
+        limits::check("patch_size", self.patch_size, limits::SIDE)?;
         if !self.width().is_multiple_of(4) {
             return refuse(format!(
                 "num_attention_heads {} times attention_head_dim {} is no multiple of 4, which positions need",
                 self.num_attention_heads, self.attention_head_dim
             ));
         }
-        if !self.sample_size.is_multiple_of(self.patch_size) || self.sample_size == 0 {
+        if !self.sample_size.is_multiple_of(self.patch_size) {
             return refuse(format!(
                 "sample_size {} is not made of patches of patch_size {}",
                 self.sample_size, self.patch_size
             ));
         }
+        let patches = self.sample_size / self.patch_size;
+        limits::check("sample_size over patch_size, squared,", patches * patches, limits::TOKENS)?;
         if ![self.in_channels, 2 * self.in_channels].contains(&self.out_channels()) {
             return refuse(format!(
                 "out_channels is {}, expected in_channels ({}) or twice as many",
@@ -175,12 +185,46 @@ impl Fields for DiTConfig {
                 self.in_channels
             ));
         }
-        if !(self.norm_eps > 0.0 && self.interpolation_scale.unwrap_or(1.0) > 0.0) {
+        if !(self.norm_eps > 0.0 && self.interpolation_scale() > 0.0) {
             return refuse("norm_eps and interpolation_scale must be positive".into());
         }
         Ok(())
     }
+
+    fn settle(&mut self, class: &str) {
+        self.interpolation_scale = Some(if class == OLDER { self.interpolation_scale() } else { 1.0 });
+    }
+
+    fn takes(&self) -> Takes {
+        let labels = Told::Id(Some(self.num_embeds_ada_norm + 1));
+        let size = Some([self.sample_size; 2]);
+        Takes { channels: self.in_channels, size, told: Condition::of(Way::Label, labels) }
+    }
+
+    fn has_null_class(&self) -> bool {
+        true
+    }
+
+    fn pipeline(&self, _scheduler: &str) -> &'static str {
+        "DiTPipeline"
+    }
+
+    fn class(&self) -> &'static str {
+        if self.interpolation_scale() == 1.0 { Self::CLASSES[0] } else { OLDER }
+    }
+
+    fn to_fields(&self) -> Result<Map<String, Value>> {
+        let mut fields = config::fields(self)?;
+        match self.class() {
+            OLDER => _ = fields.insert("norm_type".into(), "ada_norm_zero".into()),
+            _ => _ = fields.remove("interpolation_scale"),
+        }
+        Ok(fields)
+    }
 }
+
+/// The class of before, which has other networks beside this one.
+const OLDER: &str = "Transformer2DModel";
 
 /// The network with its parameters in place. Cheap to clone: the tensors are shared.
 #[derive(Clone, Debug)]
@@ -204,7 +248,6 @@ struct Embedder {
 }
 
 impl Architecture for DiT {
-    const CLASS: &'static str = "DiTTransformer2DModel";
     type Config = DiTConfig;
 
     fn build(config: &DiTConfig, source: &mut dyn Source) -> Result<Self> {
@@ -232,12 +275,7 @@ impl Architecture for DiT {
     }
 
     fn takes(&self) -> Takes {
-        let labels = Told::Id(Some(self.config.num_embeds_ada_norm + 1));
-        Takes {
-            channels: self.config.in_channels,
-            size: Some([self.config.sample_size; 2]),
-            told: Condition::of(Way::Label, labels),
-        }
+        self.config.takes()
     }
 
     fn device(&self) -> &Device {
@@ -296,8 +334,8 @@ impl DiT {
 
     /// Sines and cosines of the places of patches, `(1, width, h, w)`: half of the channels for columns, half for rows.
     fn positions(&self, [h, w]: [usize; 2]) -> Result<Tensor> {
-        let DiTConfig { sample_size, patch_size, interpolation_scale, .. } = self.config;
-        let scale = interpolation_scale.unwrap_or((sample_size / 64).max(1) as f64);
+        let DiTConfig { sample_size, patch_size, .. } = self.config;
+        let scale = self.config.interpolation_scale();
         let base = (sample_size / patch_size) as f64;
         let quarter = self.config.width() / 4;
         let frequency = |i: usize| 10000f64.powf(-(i as f64) / quarter as f64);

@@ -1,8 +1,11 @@
 //! `config.json` of a `UNet2DModel`: what each field may be here, and why the rest is refused.
 
-use crate::folder::json;
+use crate::condition::{Condition, Way};
+use crate::networks::config::{self, Fields};
+use crate::networks::{Takes, Told};
 use crate::{Activation, Error, Result, limits};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::path::Path;
 
 /// The fields of diffusers' `UNet2DModel`, with its defaults.
@@ -168,61 +171,113 @@ impl UNetConfig {
     /// Reads `config.json`. An unknown key, a value of a wrong kind, or a combination that this network does not have
     /// is refused by name.
     pub fn from_json(path: &Path, text: &str) -> Result<Self> {
-        Self::from_value(&json::parse(path, text)?).map_err(|e| Error::file(path, e))
+        config::from_json(path, text)
     }
 
-    pub(crate) fn from_value(value: &serde_json::Value) -> Result<Self> {
-        let refuse = |message: String| Err(Error::Config(message));
-        let Some(fields) = value.as_object() else { return refuse("not a JSON object".into()) };
-        let mut whole = serde_json::to_value(UNetConfig::default()).map_err(|e| Error::Config(e.to_string()))?;
-        let known: Vec<String> = whole.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
-        let known: Vec<&str> = known.iter().map(String::as_str).collect();
-        if let Some(class) = fields.get("_class_name").filter(|class| *class != "UNet2DModel") {
-            let class = class.as_str().map_or_else(|| class.to_string(), str::to_string);
-            return refuse(format!("_class_name is {class}, only UNet2DModel is supported"));
-        }
-        let mut said_by = std::collections::BTreeMap::new();
-        // Keys that begin with an underscore are diffusers' own bookkeeping (class name, version, origin).
-        for (written, field) in fields.iter().filter(|(key, _)| !key.starts_with('_')) {
-            let key = modern(written);
-            if OF_AVERAGES.contains(&key) {
-                continue;
-            }
-            if !known.contains(&key) {
-                return refuse(format!("unknown key \"{written}\"{}", nearest(written, &known)));
-            }
-            let kept = std::mem::replace(&mut whole[key], field.clone());
-            if let Some(other) = said_by.insert(key, written)
-                && kept != *field
-            {
-                return refuse(format!("{other} and {written} say two different things: take one of them out"));
-            }
-            // One field at a time, so that the message can name it.
-            if let Err(reason) = serde_json::from_value::<UNetConfig>(whole.clone()) {
-                let field = json::shown(field);
-                return refuse(format!("{written} is {field}, which is not supported: {reason} (default: {kept})"));
-            }
-        }
-        let config: UNetConfig = serde_json::from_value(whole).map_err(|e| Error::Config(e.to_string()))?;
-        config.validate()?;
-        Ok(config)
+    /// Height and width, where the config states them.
+    pub fn size(&self) -> Option<[usize; 2]> {
+        self.sample_size.map(|size| match size {
+            SampleSize::Square(side) => [side, side],
+            SampleSize::Rectangle(size) => size,
+        })
     }
 
-    /// The text of `config.json`, as diffusers reads it.
-    pub fn to_json(&self) -> Result<String> {
-        let mut value = serde_json::to_value(self).map_err(|e| Error::Config(e.to_string()))?;
-        if self.freq_shift.fract() == 0.0 {
-            value["freq_shift"] = (self.freq_shift as i64).into();
+    /// Whether pictures of this size can be halved at every level, so that the way up meets the way down.
+    pub fn check_size(&self, height: usize, width: usize) -> Result<()> {
+        let halvings = self.block_out_channels.len() - 1;
+        let factor = 1usize.checked_shl(halvings as u32).unwrap_or(usize::MAX);
+        if height == 0 || width == 0 || !height.is_multiple_of(factor) || !width.is_multiple_of(factor) {
+            return Err(Error::Config(format!(
+                "sample_size {height}x{width} cannot be halved {halvings} times ({} levels): both sides must be multiples of {factor}",
+                halvings + 1
+            )));
         }
-        if let Some(fields) = value.as_object_mut() {
-            fields.insert("_class_name".into(), "UNet2DModel".into());
-            fields.insert("_diffusers_version".into(), "0.42.0".into());
-        }
-        serde_json::to_string_pretty(&value).map_err(|e| Error::Config(e.to_string()))
+        Ok(())
     }
 
-    /// Checks every field against the others.
-    pub fn validate(&self) -> Result<()> {
+    /// Width of the time and class embedding.
+    pub fn time_dim(&self) -> usize {
+        self.time_embedding_dim.unwrap_or(4 * self.block_out_channels[0])
+    }
+
+    /// How labels enter.
+    pub fn class_embedding(&self) -> ClassEmbedding {
+        match (self.class_embed_type.as_deref(), self.num_class_embeds) {
+            (Some("timestep"), _) => ClassEmbedding::Timestep,
+            (Some(_), _) => ClassEmbedding::Identity,
+            (None, Some(n)) => ClassEmbedding::Table(n),
+            (None, None) => ClassEmbedding::None,
+        }
+    }
+
+    pub(super) fn down_block(&self, i: usize) -> Result<BlockKind> {
+        let (attention, resampling) = match plain(&self.down_block_types[i]) {
+            "DownBlock2D" => (false, Resampling::Conv),
+            "AttnDownBlock2D" => (true, self.downsample_type),
+            "ResnetDownsampleBlock2D" => (false, Resampling::Resnet),
+            other => {
+                return Err(unsupported_block(
+                    "down_block_types",
+                    other,
+                    "DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D",
+                ));
+            }
+        };
+        Ok(BlockKind { attention, resampling })
+    }
+
+    pub(super) fn up_block(&self, i: usize) -> Result<BlockKind> {
+        let (attention, resampling) = match plain(&self.up_block_types[i]) {
+            "UpBlock2D" => (false, Resampling::Conv),
+            "AttnUpBlock2D" => (true, self.upsample_type),
+            "ResnetUpsampleBlock2D" => (false, Resampling::Resnet),
+            other => {
+                return Err(unsupported_block(
+                    "up_block_types",
+                    other,
+                    "UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D",
+                ));
+            }
+        };
+        Ok(BlockKind { attention, resampling })
+    }
+}
+
+impl Fields for UNetConfig {
+    const CLASSES: &'static [&'static str] = &["UNet2DModel"];
+    const PART: &'static str = "unet";
+    const LANDMARK: &'static str = "conv_in.weight";
+    // What diffusers' `EMAModel` adds of itself to the config of averaged weights.
+    const WITHOUT_EFFECT: &'static [&'static str] = &[
+        "decay",
+        "inv_gamma",
+        "max_value",
+        "min_decay",
+        "min_value",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+    ];
+
+    // The first releases had other names.
+    fn modern(key: &str) -> &str {
+        match key {
+            "image_size" | "resolution" => "sample_size",
+            "num_res_blocks" => "layers_per_block",
+            "block_channels" => "block_out_channels",
+            "down_blocks" => "down_block_types",
+            "up_blocks" => "up_block_types",
+            "downscale_freq_shift" => "freq_shift",
+            "resnet_num_groups" => "norm_num_groups",
+            "resnet_act_fn" => "act_fn",
+            "resnet_eps" => "norm_eps",
+            "num_head_channels" => "attention_head_dim",
+            _ => key,
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
         let refuse = |message: String| Err(Error::Config(message));
         let levels = self.block_out_channels.len();
         if levels == 0 || self.block_out_channels.contains(&0) {
@@ -304,72 +359,49 @@ impl UNetConfig {
         }
     }
 
-    /// Height and width, where the config states them.
-    pub fn size(&self) -> Option<[usize; 2]> {
-        self.sample_size.map(|size| match size {
-            SampleSize::Square(side) => [side, side],
-            SampleSize::Rectangle(size) => size,
-        })
-    }
-
-    /// Whether pictures of this size can be halved at every level, so that the way up meets the way down.
-    pub fn check_size(&self, height: usize, width: usize) -> Result<()> {
-        let halvings = self.block_out_channels.len() - 1;
-        let factor = 1usize.checked_shl(halvings as u32).unwrap_or(usize::MAX);
-        if height == 0 || width == 0 || !height.is_multiple_of(factor) || !width.is_multiple_of(factor) {
-            return Err(Error::Config(format!(
-                "sample_size {height}x{width} cannot be halved {halvings} times ({} levels): both sides must be multiples of {factor}",
-                halvings + 1
-            )));
+    fn why_no_model(&self) -> Option<String> {
+        if self.in_channels != self.out_channels {
+            return Some(format!(
+                "in_channels {} and out_channels {} differ: a denoiser returns what it takes (learned variances are not supported)",
+                self.in_channels, self.out_channels
+            ));
         }
-        Ok(())
+        if self.class_embed_type.is_some() {
+            return Some("class_embed_type timestep and identity have no list of classes to draw from, supported for whole models: null with num_class_embeds".into());
+        }
+        (self.time_embedding_type == TimeEmbedding::Learned).then(|| "time_embedding_type is learned, a table of whole timesteps: the noise levels of sampling and distillation lie between them, supported for whole models: positional, fourier".into())
     }
 
-    /// Width of the time and class embedding.
-    pub fn time_dim(&self) -> usize {
-        self.time_embedding_dim.unwrap_or(4 * self.block_out_channels[0])
+    fn takes(&self) -> Takes {
+        let (way, told) = match self.class_embedding() {
+            ClassEmbedding::None => (Way::Label, None),
+            ClassEmbedding::Table(n) => (Way::Label, Some(Told::Id(Some(n)))),
+            ClassEmbedding::Timestep => (Way::Label, Some(Told::Id(None))),
+            ClassEmbedding::Identity => (Way::Vector, Some(Told::Values(vec![self.time_dim()]))),
+        };
+        Takes { channels: self.in_channels, size: self.size(), told: Condition::of(way, told) }
     }
 
-    /// How labels enter.
-    pub fn class_embedding(&self) -> ClassEmbedding {
-        match (self.class_embed_type.as_deref(), self.num_class_embeds) {
-            (Some("timestep"), _) => ClassEmbedding::Timestep,
-            (Some(_), _) => ClassEmbedding::Identity,
-            (None, Some(n)) => ClassEmbedding::Table(n),
-            (None, None) => ClassEmbedding::None,
+    // Those of diffusers that take any UNet2DModel: one scales its noise and its network's input and hands on classes, and
+    // nothing in it is of consistency models; one takes these schedulers as they are; one makes DDIM's of all others.
+    fn pipeline(&self, scheduler: &str) -> &'static str {
+        let scales = ["EDM", "Euler", "KDPM2Ancestral"].iter().any(|begin| scheduler.starts_with(begin));
+        let plain = ["DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler"];
+        if scales || self.num_class_embeds.is_some() {
+            "ConsistencyModelPipeline"
+        } else if plain.contains(&scheduler) {
+            "DDPMPipeline"
+        } else {
+            "DDIMPipeline"
         }
     }
 
-    pub(super) fn down_block(&self, i: usize) -> Result<BlockKind> {
-        let (attention, resampling) = match plain(&self.down_block_types[i]) {
-            "DownBlock2D" => (false, Resampling::Conv),
-            "AttnDownBlock2D" => (true, self.downsample_type),
-            "ResnetDownsampleBlock2D" => (false, Resampling::Resnet),
-            other => {
-                return Err(unsupported_block(
-                    "down_block_types",
-                    other,
-                    "DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D",
-                ));
-            }
-        };
-        Ok(BlockKind { attention, resampling })
-    }
-
-    pub(super) fn up_block(&self, i: usize) -> Result<BlockKind> {
-        let (attention, resampling) = match plain(&self.up_block_types[i]) {
-            "UpBlock2D" => (false, Resampling::Conv),
-            "AttnUpBlock2D" => (true, self.upsample_type),
-            "ResnetUpsampleBlock2D" => (false, Resampling::Resnet),
-            other => {
-                return Err(unsupported_block(
-                    "up_block_types",
-                    other,
-                    "UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D",
-                ));
-            }
-        };
-        Ok(BlockKind { attention, resampling })
+    fn to_fields(&self) -> Result<Map<String, Value>> {
+        let mut fields = config::fields(self)?;
+        if self.freq_shift.fract() == 0.0 {
+            fields.insert("freq_shift".into(), (self.freq_shift as i64).into());
+        }
+        Ok(fields)
     }
 }
 
@@ -385,40 +417,4 @@ fn unsupported_block(field: &str, name: &str, supported: &str) -> Error {
         _ => "not a block of the supported kinds",
     };
     Error::Config(format!("{field} holds {name}: {reason}; supported: {supported}"))
-}
-
-/// A key as diffusers 0.42 spells it; the first releases had other names.
-fn modern(key: &str) -> &str {
-    match key {
-        "image_size" | "resolution" => "sample_size",
-        "num_res_blocks" => "layers_per_block",
-        "block_channels" => "block_out_channels",
-        "down_blocks" => "down_block_types",
-        "up_blocks" => "up_block_types",
-        "downscale_freq_shift" => "freq_shift",
-        "resnet_num_groups" => "norm_num_groups",
-        "resnet_act_fn" => "act_fn",
-        "resnet_eps" => "norm_eps",
-        "num_head_channels" => "attention_head_dim",
-        _ => key,
-    }
-}
-
-/// What diffusers' `EMAModel` adds of itself to the config of averaged weights.
-const OF_AVERAGES: [&str; 9] = [
-    "decay",
-    "inv_gamma",
-    "max_value",
-    "min_decay",
-    "min_value",
-    "optimization_step",
-    "power",
-    "update_after_step",
-    "use_ema_warmup",
-];
-
-/// ", did you mean …?" for a misspelt key, or nothing.
-pub(crate) fn nearest(key: &str, known: &[&str]) -> String {
-    let best = known.iter().max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
-    best.map(|name| format!(", did you mean \"{name}\"?")).unwrap_or_default()
 }

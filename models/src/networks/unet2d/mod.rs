@@ -2,7 +2,8 @@
 //! name with the reason. Tensor names and the order of operations are diffusers' (0.42), so that its weights load here
 //! and ours load there with equal outputs.
 
-use super::architecture::{Architecture, Takes, Told, Want};
+use super::architecture::{Architecture, Takes, Want};
+use super::config::Fields;
 use crate::backend::{Activation, Backend};
 use crate::blocks::{
     AttentionBlock, AttentionShape, Resample, Resampler, ResnetBlock, ResnetShape, TimeProjection, TimestepEmbedding,
@@ -13,7 +14,6 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
 mod config;
-pub(crate) use config::nearest;
 pub use config::{ClassEmbedding, Resampling, SampleSize, TimeEmbedding, TimeScaleShift, UNetConfig};
 
 /// A UNet with its parameters in place. Cheap to clone: the tensors are shared.
@@ -32,7 +32,6 @@ pub struct UNet {
 }
 
 impl Architecture for UNet {
-    const CLASS: &'static str = "UNet2DModel";
     type Config = UNetConfig;
 
     fn build(config: &UNetConfig, source: &mut dyn Source) -> Result<Self> {
@@ -83,14 +82,9 @@ impl Architecture for UNet {
             up_blocks,
         })
     }
+
     fn takes(&self) -> Takes {
-        let (way, told) = match self.config.class_embedding() {
-            ClassEmbedding::None => (Way::Label, None),
-            ClassEmbedding::Table(n) => (Way::Label, Some(Told::Id(Some(n)))),
-            ClassEmbedding::Timestep => (Way::Label, Some(Told::Id(None))),
-            ClassEmbedding::Identity => (Way::Vector, Some(Told::Values(vec![self.config.time_dim()]))),
-        };
-        Takes { channels: self.config.in_channels, size: self.config.size(), told: Condition::of(way, told) }
+        self.config.takes()
     }
 
     fn device(&self) -> &Device {
