@@ -493,6 +493,7 @@ fn activation_name(act: Activation) -> &'static str {
         Activation::GeluTanh => "gelu_tanh",
         Activation::QuickGelu => "quick_gelu",
         Activation::Relu => "relu",
+        Activation::Tanh => "tanh",
     }
 }
 

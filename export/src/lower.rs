@@ -337,6 +337,7 @@ impl Lowering<'_> {
     fn activation(&mut self, node: &Node, act: Activation, x: &str) -> Result<String> {
         Ok(match act {
             Activation::Relu => self.step(node, "", "Relu", &[x]),
+            Activation::Tanh => self.step(node, "", "Tanh", &[x]),
             Activation::Silu => {
                 let gate = self.step(node, "sigmoid", "Sigmoid", &[x]);
                 self.step(node, "", "Mul", &[x, &gate])

@@ -89,6 +89,7 @@ operations! {
     activation_gelu_tanh [2, 3, 3, 3], [], |b, x, p| b.activation(x, Activation::GeluTanh), |x, _| x.gelu();
     activation_quick_gelu [2, 3, 3, 3], [], |b, x, p| b.activation(x, Activation::QuickGelu), |x, _| x * sigmoid(&(x * 1.702)?)?;
     activation_relu [2, 3, 3, 3], [], |b, x, p| b.activation(x, Activation::Relu), |x, _| x.relu();
+    activation_tanh [2, 3, 3, 3], [], |b, x, p| b.activation(x, Activation::Tanh), |x, _| x.tanh();
     gated [2, 16, 3, 3], [], |b, x, p| b.gated(x, Activation::Gelu), |x, _| x.narrow(1, 0, 8)? * x.narrow(1, 8, 8)?.gelu_erf()?;
     gated_silu [2, 6, 3, 3], [], |b, x, p| b.gated(x, Activation::Silu),
         |x, _| x.narrow(1, 0, 3)? * candle_nn::ops::silu(&x.narrow(1, 3, 3)?)?;

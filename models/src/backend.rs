@@ -28,6 +28,9 @@ pub enum Activation {
     QuickGelu,
     /// max(x, 0).
     Relu,
+    /// tanh(x), which no `act_fn` names.
+    #[serde(skip)]
+    Tanh,
 }
 
 /// An axis along which maps are cut and joined.

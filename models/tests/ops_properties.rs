@@ -262,11 +262,12 @@ proptest! {
 
     #[test]
     fn activations_and_gates(
-        b in 1usize..4, c in 1usize..5, h in 1usize..40, w in 1usize..9, act in 0usize..5, scale in 0.1f64..8.0,
+        b in 1usize..4, c in 1usize..5, h in 1usize..40, w in 1usize..9, act in 0usize..6, scale in 0.1f64..8.0,
         seed in 0u64..1000,
     ) {
         let act = [
             Activation::Silu, Activation::Mish, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu,
+            Activation::Tanh,
         ][act];
         let map = (turned(&[b, 2 * c, h, w], seed) * scale).unwrap();
         check(std::slice::from_ref(&map), &|t| ops::activation(&t[0], act), &|t| ops::activation_composite(&t[0], act))?;

@@ -24,6 +24,7 @@ pub fn activation_composite(x: &Tensor, act: Activation) -> Result<Tensor> {
         Activation::Mish => x * (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?.tanh()?,
         Activation::Gelu => x.gelu_erf(),
         Activation::Relu => x.relu(),
+        Activation::Tanh => x.tanh(),
         // Not candle's own gelu, whose gradient is another formula's.
         Activation::GeluTanh => (x * 0.5)? * (((x + (x.powf(3.0)? * CUBIC)?)? * ROOT_2_OVER_PI)?.tanh()? + 1.0)?,
         Activation::QuickGelu => x * ((x * -QUICK)?.exp()? + 1.0)?.recip()?,
@@ -159,6 +160,10 @@ macro_rules! with_function {
                 let $f = relu;
                 $body
             }
+            Activation::Tanh => {
+                let $f = tanh;
+                $body
+            }
         }
     };
 }
@@ -225,6 +230,13 @@ fn quick_gelu(x: f32) -> [f32; 2] {
 #[inline(always)]
 fn relu(x: f32) -> [f32; 2] {
     [x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }]
+}
+
+/// tanh x = 2·sigmoid(2x) − 1.
+#[inline(always)]
+fn tanh(x: f32) -> [f32; 2] {
+    let y = 2.0 * sigmoid(2.0 * x) - 1.0;
+    [y, 1.0 - y * y]
 }
 
 /// The error function to a few units in the last place, without branches: the quotient of polynomials in x² that Eigen
