@@ -10,7 +10,7 @@ use crate::{Error, Result};
 pub struct ResnetBlock {
     norm1: GroupNorm,
     conv1: Conv2d,
-    time_emb_proj: Linear,
+    time_emb_proj: Option<Linear>,
     norm2: GroupNorm,
     conv2: Conv2d,
     conv_shortcut: Option<Conv2d>,
@@ -20,8 +20,8 @@ pub struct ResnetBlock {
 /// What resnets of one network have in common, and where one of them differs.
 #[derive(Clone, Copy, Debug)]
 pub struct ResnetShape {
-    /// Width of the time embedding.
-    pub time_dim: usize,
+    /// Width of the time embedding; none in autoencoders.
+    pub time_dim: Option<usize>,
     /// Groups of both norms.
     pub groups: usize,
     /// Added to their variances.
@@ -53,7 +53,10 @@ impl ResnetBlock {
         Ok(ResnetBlock {
             norm1: scope.group_norm("norm1", input, groups, eps)?,
             conv1: scope.conv2d("conv1", [input, output], 3, 1, false)?,
-            time_emb_proj: scope.linear("time_emb_proj", [time_dim, projected])?,
+            time_emb_proj: match time_dim {
+                Some(time_dim) => Some(scope.linear("time_emb_proj", [time_dim, projected])?),
+                None => None,
+            },
             norm2: scope.group_norm("norm2", output, groups, eps)?,
             conv2: scope.conv2d("conv2", [output, output], 3, 1, true)?,
             conv_shortcut: match input == output {
@@ -66,9 +69,8 @@ impl ResnetBlock {
 }
 
 impl Block for ResnetBlock {
-    /// Reads the embedding of time and class beside x.
+    /// Reads the embedding of time and class beside x, if it was built for one.
     fn forward<B: Backend>(&self, b: &B, x: &B::Value, beside: &[&B::Value]) -> Result<B::Value> {
-        let [emb] = beside else { return Err(Error::Unsupported("a resnet reads one vector beside x".into())) };
         let ResnetShape { act, scale_shift, output_scale, resample, .. } = self.shape;
         let mut h = b.group_norm(x, &self.norm1, Some(act))?;
         let mut x = x.clone();
@@ -77,14 +79,22 @@ impl Block for ResnetBlock {
             Some(Resample::Down) => (x, h) = (b.avg_pool_2x(&x)?, b.avg_pool_2x(&h)?),
             None => {}
         }
-        let emb = b.linear(&b.activation(emb, act)?, &self.time_emb_proj)?;
-        h = if scale_shift {
-            let width = b.dims(&emb)[1] / 2;
-            let (scale, shift) = (b.columns(&emb, 0, width)?, b.columns(&emb, width, width)?);
+        let emb = match (&self.time_emb_proj, beside) {
+            (Some(proj), [emb]) => Some(b.linear(&b.activation(emb, act)?, proj)?),
+            (None, []) => None,
+            _ => return Err(Error::Unsupported("a resnet reads the embedding it was built for beside x".into())),
+        };
+        h = if let (true, Some(emb)) = (scale_shift, &emb) {
+            let width = b.dims(emb)[1] / 2;
+            let (scale, shift) = (b.columns(emb, 0, width)?, b.columns(emb, width, width)?);
             let h = b.group_norm(&b.conv2d(&h, &self.conv1)?, &self.norm2, None)?;
             b.activation(&b.modulate(&h, &scale, &shift)?, act)?
         } else {
-            b.group_norm(&b.conv2d_add_per_channel(&h, &self.conv1, &emb)?, &self.norm2, Some(act))?
+            let h = match &emb {
+                Some(emb) => b.conv2d_add_per_channel(&h, &self.conv1, emb)?,
+                None => b.conv2d(&h, &self.conv1)?,
+            };
+            b.group_norm(&h, &self.norm2, Some(act))?
         };
         h = b.conv2d(&h, &self.conv2)?;
         if let Some(conv) = &self.conv_shortcut {

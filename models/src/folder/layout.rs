@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The stem of a network's weights.
-pub(super) const WEIGHTS: &str = "diffusion_pytorch_model";
+pub(crate) const WEIGHTS: &str = "diffusion_pytorch_model";
 
 /// The pipeline whose index names the classes of its network, as `id2label`.
 pub(super) const NAMES_CLASSES: &str = "DiTPipeline";
@@ -279,16 +279,17 @@ fn whole_model_beside(path: &Path) -> Option<String> {
 }
 
 /// The weights of a network: those without a variant's name, else those of the only variant.
-pub(super) fn weights_file(folder: &Path) -> Result<PathBuf> {
+pub(crate) fn weights_file(folder: &Path, stem: &str) -> Result<PathBuf> {
     let entries = fs::read_dir(folder).map_err(missing(folder))?.flatten();
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
-    for plain in [format!("{WEIGHTS}.safetensors"), format!("{WEIGHTS}.safetensors.index.json")] {
+    for plain in [format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json")] {
         if names.contains(&plain) {
             return Ok(folder.join(plain));
         }
     }
-    let variants: Vec<(&str, &str)> = names.iter().filter_map(|name| Some((variant(name)?, name.as_str()))).collect();
+    let variants: Vec<(&str, &str)> =
+        names.iter().filter_map(|name| Some((variant(name, stem)?, name.as_str()))).collect();
     // The same weights in less precision; the one that keeps most.
     let precisions = ["fp32", "fp16", "bf16"];
     let taken = match variants[..] {
@@ -298,7 +299,7 @@ pub(super) fn weights_file(folder: &Path) -> Result<PathBuf> {
         }
         _ => None,
     };
-    let Some((variant, name)) = taken else { return Err(Error::file(folder, no_weights(&names, &variants))) };
+    let Some((variant, name)) = taken else { return Err(Error::file(folder, no_weights(&names, &variants, stem))) };
     if !precisions.contains(&variant) {
         log::warn!("{}: the weights are those of the variant \"{variant}\"", folder.display());
     }
@@ -306,8 +307,8 @@ pub(super) fn weights_file(folder: &Path) -> Result<PathBuf> {
 }
 
 /// The variant in the name of a whole file or of an index of shards.
-fn variant(name: &str) -> Option<&str> {
-    let rest = name.strip_prefix(WEIGHTS)?.strip_prefix('.')?;
+fn variant<'a>(name: &'a str, stem: &str) -> Option<&'a str> {
+    let rest = name.strip_prefix(stem)?.strip_prefix('.')?;
     let variant = match rest.strip_prefix("safetensors.index.") {
         Some(rest) => rest.strip_suffix(".json")?,
         None => rest.strip_suffix(".safetensors").or_else(|| rest.strip_suffix(".safetensors.index.json"))?,
@@ -318,8 +319,8 @@ fn variant(name: &str) -> Option<&str> {
 }
 
 /// What to do about a folder without weights that can be taken.
-fn no_weights(names: &[String], variants: &[(&str, &str)]) -> String {
-    let plain = format!("{WEIGHTS}.safetensors");
+fn no_weights(names: &[String], variants: &[(&str, &str)], stem: &str) -> String {
+    let plain = format!("{stem}.safetensors");
     if !variants.is_empty() {
         let variants: Vec<&str> = variants.iter().map(|(_, name)| *name).collect();
         return format!(
@@ -333,7 +334,7 @@ fn no_weights(names: &[String], variants: &[(&str, &str)]) -> String {
         format!("; there is {shard}, a shard without its index {plain}.index.json")
     } else if let Some(other) = ends(&[".safetensors"]) {
         format!("; there is {other}: give it that name if these are the network's weights")
-    } else if names.contains(&format!("{WEIGHTS}.bin")) {
+    } else if names.contains(&format!("{stem}.bin")) {
         "; there is a pickled .bin, save it again with save_pretrained(…, safe_serialization=True)".to_string()
     } else if let Some(other) =
         ends(&[".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".gguf"])

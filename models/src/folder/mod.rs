@@ -11,7 +11,8 @@ use crate::error::printable;
 use crate::{Condition, Denoiser, Error, Generator, NetworkConfig, Result, Way, Weights};
 use candle_core::{DType, Device, Tensor};
 pub use layout::Part;
-use layout::{Layout, WEIGHTS, weights_file};
+use layout::Layout;
+pub(crate) use layout::{WEIGHTS, weights_file};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -97,7 +98,7 @@ impl ModelFolder {
                 scheduler.class_name()
             );
         }
-        let weights_path = weights_file(&layout.network)?;
+        let weights_path = weights_file(&layout.network, WEIGHTS)?;
         let weights = Weights::load(&weights_path, device)?;
         let weights =
             plain_names(weights, config.landmark(), &weights_path).map_err(|e| Error::file(&weights_path, e))?;
@@ -307,7 +308,7 @@ fn described(layout: &Layout, path: &Path) -> Result<(NetworkConfig, About)> {
 
 /// Names as the network has them. What a wrapper put before or into them comes off, and is said; attention layers of old
 /// files go by their new names, as in diffusers.
-fn plain_names(weights: Weights, landmark: &str, path: &Path) -> Result<Weights> {
+pub(crate) fn plain_names(weights: Weights, landmark: &str, path: &Path) -> Result<Weights> {
     const WRAPPERS: [&str; 3] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."];
     const LEGACY: [(&str, &str); 4] =
         [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];

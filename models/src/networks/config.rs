@@ -10,14 +10,10 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What a `config.json` of one kind of network may hold, and where such a network lies.
+/// What a `config.json` of one kind may hold.
 pub trait Fields: Default + Serialize + DeserializeOwned {
     /// The `_class_name`s that read as this; the first is diffusers' of today.
     const CLASSES: &'static [&'static str];
-    /// The folder of the network in a pipeline's.
-    const PART: &'static str;
-    /// A tensor that every such network has; what is before this name in a file is a wrapper's.
-    const LANDMARK: &'static str;
     /// Keys that change nothing here, whatever they say.
     const WITHOUT_EFFECT: &'static [&'static str] = &[];
 
@@ -37,6 +33,24 @@ pub trait Fields: Default + Serialize + DeserializeOwned {
     /// Checks every field against the others.
     fn validate(&self) -> Result<()>;
 
+    /// The class that it is written as.
+    fn class(&self) -> &'static str {
+        Self::CLASSES[0]
+    }
+
+    /// The fields as diffusers reads them.
+    fn to_fields(&self) -> Result<Map<String, Value>> {
+        fields(self)
+    }
+}
+
+/// And where a network of one kind lies, and what it is for.
+pub trait NetworkFields: Fields {
+    /// The folder of the network in a pipeline's.
+    const PART: &'static str;
+    /// A tensor that every such network has; what is before this name in a file is a wrapper's.
+    const LANDMARK: &'static str;
+
     /// Why a network of this kind is no denoiser of a whole model, if it is none.
     fn why_no_model(&self) -> Option<String> {
         None
@@ -52,16 +66,6 @@ pub trait Fields: Default + Serialize + DeserializeOwned {
 
     /// diffusers' pipeline for the network and a scheduler of this class.
     fn pipeline(&self, scheduler: &str) -> &'static str;
-
-    /// The class that it is written as.
-    fn class(&self) -> &'static str {
-        Self::CLASSES[0]
-    }
-
-    /// The fields as diffusers reads them.
-    fn to_fields(&self) -> Result<Map<String, Value>> {
-        fields(self)
-    }
 }
 
 /// Reads the text of `config.json`.
@@ -70,7 +74,7 @@ pub fn from_json<C: Fields>(path: &Path, text: &str) -> Result<C> {
 }
 
 /// Reads what `config.json` holds.
-pub(crate) fn from_value<C: Fields>(value: &Value) -> Result<C> {
+pub fn from_value<C: Fields>(value: &Value) -> Result<C> {
     let refuse = |message: String| Err(Error::Config(message));
     let Some(written) = value.as_object() else { return refuse("not a JSON object".into()) };
     let class = class_of(written)?.unwrap_or(C::CLASSES[0]);

@@ -4,7 +4,7 @@
 //! embedding of time and class. Tokens stay where their patches are, as the pixels of a map.
 
 use super::architecture::{Architecture, Takes, Told, Want};
-use super::config::{self, Fields};
+use super::config::{self, Fields, NetworkFields};
 use crate::backend::{Activation, Axis, Backend, Block};
 use crate::blocks::{TimeProjection, TimestepEmbedding};
 use crate::condition::{Condition, Way};
@@ -127,8 +127,6 @@ impl DiTConfig {
 
 impl Fields for DiTConfig {
     const CLASSES: &'static [&'static str] = &["DiTTransformer2DModel", OLDER];
-    const PART: &'static str = "transformer";
-    const LANDMARK: &'static str = "pos_embed.proj.weight";
 
     fn fixed() -> Vec<(&'static str, Vec<Value>)> {
         let null = || vec![Value::Null];
@@ -195,6 +193,24 @@ impl Fields for DiTConfig {
         self.interpolation_scale = Some(if class == OLDER { self.interpolation_scale() } else { 1.0 });
     }
 
+    fn class(&self) -> &'static str {
+        if self.interpolation_scale() == 1.0 { Self::CLASSES[0] } else { OLDER }
+    }
+
+    fn to_fields(&self) -> Result<Map<String, Value>> {
+        let mut fields = config::fields(self)?;
+        match self.class() {
+            OLDER => _ = fields.insert("norm_type".into(), "ada_norm_zero".into()),
+            _ => _ = fields.remove("interpolation_scale"),
+        }
+        Ok(fields)
+    }
+}
+
+impl NetworkFields for DiTConfig {
+    const PART: &'static str = "transformer";
+    const LANDMARK: &'static str = "pos_embed.proj.weight";
+
     fn takes(&self) -> Takes {
         let labels = Told::Id(Some(self.num_embeds_ada_norm + 1));
         let size = Some([self.sample_size; 2]);
@@ -207,19 +223,6 @@ impl Fields for DiTConfig {
 
     fn pipeline(&self, _scheduler: &str) -> &'static str {
         "DiTPipeline"
-    }
-
-    fn class(&self) -> &'static str {
-        if self.interpolation_scale() == 1.0 { Self::CLASSES[0] } else { OLDER }
-    }
-
-    fn to_fields(&self) -> Result<Map<String, Value>> {
-        let mut fields = config::fields(self)?;
-        match self.class() {
-            OLDER => _ = fields.insert("norm_type".into(), "ada_norm_zero".into()),
-            _ => _ = fields.remove("interpolation_scale"),
-        }
-        Ok(fields)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::condition::Condition;
 use crate::layers::Draws;
 use crate::{Error, Result, Weights};
 use candle_core::Device;
-use config::Fields;
+use config::{Fields, NetworkFields};
 use dit::DiT;
 use serde_json::Value;
 use unet2d::UNet;
@@ -145,7 +145,7 @@ impl NetworkConfig {
         with!(NetworkConfig, self, config => part_of(config))
     }
 
-    /// A tensor that every such network has ([`Fields::LANDMARK`]).
+    /// A tensor that every such network has ([`NetworkFields::LANDMARK`]).
     pub(crate) fn landmark(&self) -> &'static str {
         with!(NetworkConfig, self, config => landmark_of(config))
     }
@@ -166,10 +166,10 @@ impl NetworkConfig {
     }
 }
 
-fn part_of<C: Fields>(_: &C) -> &'static str {
+fn part_of<C: NetworkFields>(_: &C) -> &'static str {
     C::PART
 }
 
-fn landmark_of<C: Fields>(_: &C) -> &'static str {
+fn landmark_of<C: NetworkFields>(_: &C) -> &'static str {
     C::LANDMARK
 }

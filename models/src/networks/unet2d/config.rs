@@ -1,7 +1,7 @@
 //! `config.json` of a `UNet2DModel`: what each field may be here, and why the rest is refused.
 
 use crate::condition::{Condition, Way};
-use crate::networks::config::{self, Fields};
+use crate::networks::config::{self, Fields, NetworkFields};
 use crate::networks::{Takes, Told};
 use crate::{Activation, Error, Result, limits};
 use serde::{Deserialize, Serialize};
@@ -245,8 +245,6 @@ impl UNetConfig {
 
 impl Fields for UNetConfig {
     const CLASSES: &'static [&'static str] = &["UNet2DModel"];
-    const PART: &'static str = "unet";
-    const LANDMARK: &'static str = "conv_in.weight";
     // What diffusers' `EMAModel` adds of itself to the config of averaged weights.
     const WITHOUT_EFFECT: &'static [&'static str] = &[
         "decay",
@@ -359,6 +357,19 @@ impl Fields for UNetConfig {
         }
     }
 
+    fn to_fields(&self) -> Result<Map<String, Value>> {
+        let mut fields = config::fields(self)?;
+        if self.freq_shift.fract() == 0.0 {
+            fields.insert("freq_shift".into(), (self.freq_shift as i64).into());
+        }
+        Ok(fields)
+    }
+}
+
+impl NetworkFields for UNetConfig {
+    const PART: &'static str = "unet";
+    const LANDMARK: &'static str = "conv_in.weight";
+
     fn why_no_model(&self) -> Option<String> {
         if self.in_channels != self.out_channels {
             return Some(format!(
@@ -394,14 +405,6 @@ impl Fields for UNetConfig {
         } else {
             "DDIMPipeline"
         }
-    }
-
-    fn to_fields(&self) -> Result<Map<String, Value>> {
-        let mut fields = config::fields(self)?;
-        if self.freq_shift.fract() == 0.0 {
-            fields.insert("freq_shift".into(), (self.freq_shift as i64).into());
-        }
-        Ok(fields)
     }
 }
 

@@ -3,7 +3,7 @@
 //! and ours load there with equal outputs.
 
 use super::architecture::{Architecture, Takes, Want};
-use super::config::Fields;
+use super::config::{Fields, NetworkFields};
 use crate::backend::{Activation, Backend};
 use crate::blocks::{
     AttentionBlock, AttentionShape, Resample, Resampler, ResnetBlock, ResnetShape, TimeProjection, TimestepEmbedding,
@@ -181,7 +181,7 @@ impl UNetConfig {
     /// What all its resnets have in common.
     fn resnet(&self) -> ResnetShape {
         ResnetShape {
-            time_dim: self.time_dim(),
+            time_dim: Some(self.time_dim()),
             groups: self.norm_num_groups,
             eps: self.norm_eps,
             act: self.act_fn,
