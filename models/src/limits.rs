@@ -14,8 +14,6 @@ pub const CHANNELS: RangeInclusive<usize> = 1..=1 << 17;
 pub const LEVELS: RangeInclusive<usize> = 1..=16;
 /// Layers of a level.
 pub const LAYERS: RangeInclusive<usize> = 1..=256;
-/// Tokens of a prompt.
-pub const TOKENS: RangeInclusive<usize> = 1..=1 << 14;
 /// Rows of a table: classes, timesteps.
 pub const ROWS: RangeInclusive<usize> = 1..=1 << 24;
 /// Height or width of a picture.
