@@ -264,3 +264,18 @@ fn a_learned_critic_must_be_faster_than_the_student() {
     let top = one.iter().position(|v| v[0] == highest(&one)).unwrap();
     assert!(one[top..].iter().any(|v| v[0] < 0.25));
 }
+
+/// ARCHITECTURE.md: a loss takes tensors and gives a scalar. Its file can reach nothing else.
+#[test]
+fn a_loss_reaches_no_network_no_noise_and_no_settings() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/loss");
+    let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(files.len() > 5, "{files:?}");
+    for path in files {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for reached in ["dmd_models", "dmd_runtime", "crate::"] {
+            assert!(!code.contains(reached), "{}: reaches {reached}", path.display());
+        }
+    }
+}
