@@ -54,7 +54,7 @@ pub enum Command {
     /// Time training, or an exported file.
     #[command(subcommand)]
     Bench(BenchCommand),
-    /// Draw what each part of the method is for: on points of the plane, or one step of a picture model.
+    /// Draw one step of a picture model at several noise levels: the sample, both scores' answers, the gradient.
     Ablate(AblateArgs),
     /// Print what a shell needs to complete the command line, as `dmd completions bash > ~/.local/share/bash-completion/completions/dmd`.
     Completions {
@@ -472,98 +472,8 @@ pub struct OrtArgs {
 pub enum BenchCommand {
     /// The work of one distillation iteration, step by step.
     Train(BenchTrainArgs),
-    /// How an update's time grows with batch and area, as a plot.
-    Scaling(BenchScalingArgs),
-    /// Every fused operation beside its composite, and beside what the machine can do at most.
-    Ops(BenchOpsArgs),
     /// One pass of an exported file.
     Run(BenchRunArgs),
-    /// A model in every dialect and precision: size, likeness to fp32, latency.
-    Export(BenchExportArgs),
-    /// One teacher distilled by every recipe, scored against its training pictures and its own samples.
-    Recipes(BenchRecipesArgs),
-}
-
-/// `dmd bench scaling`.
-#[derive(Debug, Args)]
-pub struct BenchScalingArgs {
-    /// The network: a UNet2DModel's config.json.
-    #[arg(long, value_name = "CONFIG.json")]
-    pub unet: PathBuf,
-    /// The plot to write.
-    #[arg(long, value_name = "PLOT.png")]
-    pub out: PathBuf,
-    /// Timed repetitions; each figure is their median.
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    pub steps: usize,
-    /// Replace an existing file.
-    #[arg(long)]
-    pub force: bool,
-}
-
-/// `dmd bench ops`.
-#[derive(Debug, Args)]
-pub struct BenchOpsArgs {
-    /// Samples per operation.
-    #[arg(long, default_value_t = 16, value_name = "N")]
-    pub batch: usize,
-    /// Timed repetitions; each figure is their median.
-    #[arg(long, default_value_t = 15, value_name = "N")]
-    pub steps: usize,
-    /// Where to run.
-    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
-    pub device: Choice,
-    /// What the operations compute in on a GPU.
-    #[arg(long, default_value = "f32", value_name = "f32|bf16")]
-    pub precision: dmd_models::Precision,
-}
-
-/// `dmd bench recipes`.
-#[derive(Debug, Args)]
-pub struct BenchRecipesArgs {
-    /// The teacher.
-    pub teacher: PathBuf,
-    /// The pictures that it was trained on: a folder or a zip.
-    #[arg(long, value_name = "PATH")]
-    pub data: PathBuf,
-    /// Where runs, pairs and recipes.png go; the same command again goes on with what is there.
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
-    /// A recipe's name, and settings for it, as "dmd2 generator.sigma=5"; may be repeated
-    /// [default: every recipe].
-    #[arg(long = "variant", value_name = "RECIPE KEY=VALUE")]
-    pub variants: Vec<String>,
-    /// A setting of all variants; may be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub sets: Vec<String>,
-    /// Updates of the generator in each.
-    #[arg(long, default_value_t = 300, value_name = "N")]
-    pub steps: u64,
-    /// Samples per update.
-    #[arg(long, default_value_t = 32, value_name = "N")]
-    pub batch: usize,
-    /// Pairs of the regression term.
-    #[arg(long, default_value_t = 2048, value_name = "N")]
-    pub pairs: usize,
-    /// Pictures of each model that are scored, at most as many as there are in --data.
-    #[arg(short, default_value_t = 2048, value_name = "N")]
-    pub n: usize,
-    /// A page whose table is to be replaced.
-    #[arg(long, value_name = "FILE.md")]
-    pub table: Option<PathBuf>,
-}
-
-/// `dmd bench export`.
-#[derive(Debug, Args)]
-pub struct BenchExportArgs {
-    /// A generator's folder, or with --sigma a teacher's.
-    pub model: PathBuf,
-    /// Take a teacher, not distilled, as a generator held at this noise level.
-    #[arg(long, value_name = "S")]
-    pub sigma: Option<f64>,
-    /// A page whose table is to be replaced.
-    #[arg(long, value_name = "FILE.md")]
-    pub table: Option<PathBuf>,
 }
 
 /// `dmd bench train`.
@@ -607,30 +517,23 @@ pub struct BenchRunArgs {
 
 /// `dmd ablate`.
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("what").required(true).args(["toy", "teacher"]))]
 pub struct AblateArgs {
-    /// Train on points of the plane, where the teacher is exact, with parts of the method left out or changed.
-    #[arg(long)]
-    pub toy: bool,
-    /// Draw one step of a picture model at several noise levels: the teacher's folder.
+    /// The teacher's folder.
     #[arg(long, value_name = "DIR")]
-    pub teacher: Option<PathBuf>,
+    pub teacher: PathBuf,
     /// Its generator's folder [default: that of --run, else the teacher's own samples].
-    #[arg(long, value_name = "DIR", conflicts_with = "toy")]
+    #[arg(long, value_name = "DIR")]
     pub generator: Option<PathBuf>,
     /// A distillation's run, whose last checkpoint has the fake score [default: the teacher, as a run begins].
-    #[arg(long, value_name = "RUN", conflicts_with = "toy")]
+    #[arg(long, value_name = "RUN")]
     pub run: Option<PathBuf>,
-    /// Where the pictures go.
+    /// Where the picture goes.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Seed of everything random.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
-    /// Updates of each generator of the plane.
-    #[arg(long, default_value_t = 500, value_name = "N", conflicts_with = "teacher")]
-    pub steps: u64,
-    /// Replace existing pictures.
+    /// Replace an existing picture.
     #[arg(long)]
     pub force: bool,
 }

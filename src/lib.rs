@@ -5,11 +5,11 @@
 pub mod cli;
 pub mod commands;
 
-pub mod ablate;
 pub mod config;
 pub mod distill;
 pub mod features;
 pub mod fingerprint;
+pub mod levels;
 pub mod lock;
 pub mod loss;
 pub mod optim;

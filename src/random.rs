@@ -74,7 +74,7 @@ pub enum Purpose {
     Bootstrap = 38,
     /// Halves of a reference.
     Halves = 39,
-    /// Points of the plane's data (`dmd ablate --toy`).
+    /// Points of the plane's data (benches/lab).
     AblationData = 48,
     /// Which mode each of them belongs to.
     AblationMode = 49,

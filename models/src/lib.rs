@@ -20,6 +20,7 @@ pub mod layers;
 pub mod networks;
 pub mod noise_levels;
 pub mod ops;
+pub mod peak;
 pub mod shapes;
 
 pub use backend::{Activation, Axis, Backend, Block};

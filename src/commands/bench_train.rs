@@ -1,7 +1,6 @@
 //! `dmd bench train`: the work of one distillation iteration, timed step by step. Prints the keys that a PyTorch peer of
 //! the same work prints.
 
-use super::{bench_gpu_ops, bench_ops};
 use crate::cli::BenchTrainArgs;
 use crate::config::Config;
 use crate::distill::{Beginning, Networks, check_memory};
@@ -11,11 +10,11 @@ use crate::output::result;
 use crate::random::{Purpose, Random};
 use crate::{device, memory};
 use anyhow::{Context, Result};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind, Scheduler};
 use dmd_models::networks::unet2d::SampleSize;
-use dmd_models::{ModelFolder, NetworkConfig, UNetConfig};
+use dmd_models::{ModelFolder, NetworkConfig, Precision, UNetConfig, peak};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Instant;
@@ -62,10 +61,8 @@ pub fn run(args: &BenchTrainArgs) -> Result<Value> {
     let peak = memory::peak_bytes(&on);
     // Last, and without the networks: the matrices on a GPU are large, and would count among the memory.
     drop(networks);
-    let gflops = match on.is_cpu() {
-        true => bench_ops::peak_gflops(args.steps)?,
-        false => bench_gpu_ops::peak_gflops(&on, args.precision, args.steps)?,
-    };
+    let dtype = if args.precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+    let gflops = peak::gflops(&on, dtype, args.steps)?;
     result(&format!("floor: the arithmetic alone, at the {gflops:.0} GFLOP/s of a large matrix product"))?;
     let mut rows: Vec<Value> = timer.laps.iter().map(|lap| timer.row(lap, gflop, gflops)).collect::<Result<_>>()?;
     result(&format!("{:<20} {}", "peak_memory", memory::readable(peak)))?;

@@ -1,23 +1,18 @@
 //! One file per verb. Each does its work, tells people on stderr, and returns the object that `--json` prints.
 
 mod ablate;
-mod bench_export;
-mod bench_gpu_ops;
-mod bench_ops;
-mod bench_recipes;
 mod bench_run;
-mod bench_scaling;
-mod bench_train;
+pub mod bench_train;
 mod config_show;
 mod demo;
-mod distill;
-mod export;
+pub mod distill;
+pub mod export;
 mod inspect;
 mod lint;
 mod ort;
-mod pairs;
+pub mod pairs;
 mod sample;
-mod score;
+pub mod score;
 mod teacher_train;
 
 use crate::cli::{BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand, WrongUsage};
@@ -45,10 +40,6 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Lint(args) => lint::run(args),
         Command::Ort(args) => ort::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
-        Command::Bench(BenchCommand::Export(args)) => bench_export::run(args, threads),
-        Command::Bench(BenchCommand::Scaling(args)) => bench_scaling::run(args),
-        Command::Bench(BenchCommand::Ops(args)) => bench_ops::run(args),
-        Command::Bench(BenchCommand::Recipes(args)) => bench_recipes::run(args),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, threads),
         Command::Ablate(args) => ablate::run(args),
         Command::Completions { shell } => completions(*shell),
@@ -66,7 +57,7 @@ fn completions(shell: clap_complete::Shell) -> Result<Value> {
 }
 
 /// The runtime's options for what the command line says.
-fn engine_options(engine: Engine, threads: Option<usize>) -> dmd_runtime::Options {
+pub fn engine_options(engine: Engine, threads: Option<usize>) -> dmd_runtime::Options {
     // More than these have been warned of.
     let threads = threads.map(|n| n.min(dmd_runtime::max_threads()));
     dmd_runtime::Options { engine: engine_choice(engine), threads, ..Default::default() }
@@ -105,7 +96,7 @@ fn exported_file(path: &Path) -> Result<()> {
 }
 
 /// The model that a path names: of a run, its generator; of a teacher's run, the teacher.
-fn model_path(path: &Path) -> Result<PathBuf> {
+pub fn model_path(path: &Path) -> Result<PathBuf> {
     let is_model = |path: &Path| path.join("model_index.json").exists();
     if !path.join("config.toml").exists() || is_model(path) {
         return Ok(path.into());
@@ -125,13 +116,13 @@ fn without_effect(option: &str, given: bool, why: &str) -> Result<()> {
 }
 
 /// Refuses to write over a file unless forced, before any work is done.
-fn check_free(path: &Path, force: bool) -> Result<()> {
+pub fn check_free(path: &Path, force: bool) -> Result<()> {
     ensure!(force || !path.exists(), "{}: exists already, and is only replaced with --force", path.display());
     Ok(())
 }
 
 /// Makes the folder that a file goes into, once it is known that there will be a file.
-fn make_parent(path: &Path) -> Result<()> {
+pub fn make_parent(path: &Path) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder.map_or(Ok(()), |folder| {
         std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot be made", folder.display()))

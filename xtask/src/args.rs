@@ -25,6 +25,7 @@ Usage: cargo xtask <TASK> [ARGS]
   check                     formatting, clippy and documentation, warnings refused
   ci                        check, then test
   dmd [ARGS]                run dmd as it was last built for release (built first where there is none)
+  lab [ARGS]                make a table, plot or experiment of docs/
   env                       print the environment for a shell: eval \"$(cargo xtask env)\"
 
 PROTOC and ORT_DYLIB_PATH are used as they are where you have set them. Without ONNX Runtime's library, exported
@@ -46,6 +47,7 @@ pub enum Task {
     Check,
     Ci,
     Dmd(Vec<OsString>),
+    Lab(Vec<OsString>),
     Env,
 }
 
@@ -60,6 +62,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         "test" => return Ok(Task::Test(args)),
         "bench" => return Ok(Task::Bench(args)),
         "dmd" => return Ok(Task::Dmd(args)),
+        "lab" => return Ok(Task::Lab(args)),
         "help" | "--help" | "-h" => return Ok(Task::Help),
         _ if args.iter().any(|arg| arg == "--help" || arg == "-h") => return Ok(Task::Help),
         "setup" => return parse_setup(&args),

@@ -57,6 +57,12 @@ pub fn dmd(args: &[OsString]) -> Result<ExitCode> {
     become_program(environment.command(program).args(args))
 }
 
+/// What makes the documents, built anew where its sources have changed.
+pub fn lab(args: &[OsString]) -> Result<ExitCode> {
+    let mut command = cargo(&setup::everything()?);
+    become_program(command.args(["run", "--quiet", "--release", "--bin", "dmd-lab", "--"]).args(args))
+}
+
 pub fn print_environment() -> Result<ExitCode> {
     let environment = setup::as_it_is();
     // Git's and MSYS's shells on Windows set MSYSTEM and read `export`.

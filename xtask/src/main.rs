@@ -53,6 +53,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),
         Task::Dmd(args) => chores::dmd(&args),
+        Task::Lab(args) => chores::lab(&args),
         Task::Env => chores::print_environment(),
     }
 }

@@ -1,72 +1,27 @@
-//! `dmd bench ops`: every fused operation beside its composite of candle's operations, and beside what this machine can
-//! do at most. Here those of the CPU.
+//! The CPU's operations, at the shapes of the small UNets here.
 
-use super::bench_gpu_ops;
-use crate::cli::BenchOpsArgs;
-use crate::config::at_least_one;
-use crate::device::check_precision;
-use crate::eval::median;
-use crate::output::result;
+use crate::{median, per_1e9};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::ops::{self, AdamwStep, Parameter};
-use rayon::prelude::*;
-use serde_json::{Value, json};
+use dmd_models::peak;
 use std::time::Instant;
 
+const HEAD: &str = "| operation | forward, ms | with backward, ms | composite | faster | GFLOP/s | GB/s | of the peak | with backward |\n|---|---|---|---|---|---|---|---|---|";
+
 /// Times each operation, forward alone and, where it has a way back, forward with backward.
-pub fn run(args: &BenchOpsArgs) -> Result<Value> {
-    at_least_one("--steps", args.steps as u64)?;
-    at_least_one("--batch", args.batch as u64)?;
-    let device = args.device.open()?;
-    check_precision(args.precision, &device)?;
-    if device.is_cuda() {
-        return bench_gpu_ops::run(args, &device);
-    }
+pub fn run(batch: usize, steps: usize) -> Result<()> {
+    let on = Device::Cpu;
     let bench =
-        Bench { steps: args.steps, peak_gflops: peak_gflops(args.steps)?, peak_gbytes: peak_gbytes(args.steps)? };
-    result(&format!(
+        Bench { steps, peak_gflops: peak::gflops(&on, DType::F32, steps)?, peak_gbytes: peak::gbytes(&on, steps)? };
+    println!(
         "{} threads; matrix product of 1024: {:.0} GFLOP/s; copy of 64 MiB: {:.1} GB/s",
         rayon::current_num_threads(),
         bench.peak_gflops,
         bench.peak_gbytes
-    ))?;
-    result(HEAD)?;
-    let rows: Vec<Value> = cases(args.batch)?.iter().map(|case| bench.row(case)).collect::<Result<_>>()?;
-    Ok(json!({
-        "threads": rayon::current_num_threads(),
-        "peak_gflops": bench.peak_gflops,
-        "peak_gbytes": bench.peak_gbytes,
-        "results": rows,
-    }))
-}
-
-const HEAD: &str = "| operation | forward, ms | with backward, ms | composite | faster | GFLOP/s | GB/s | of the peak | with backward |\n|---|---|---|---|---|---|---|---|---|";
-
-/// What the machine does at most: 10⁹ multiplications and additions a second, in a large matrix product; the fastest of
-/// some repetitions.
-pub fn peak_gflops(steps: usize) -> Result<f64> {
-    const SIDE: usize = 1024;
-    let a = Tensor::ones((SIDE, SIDE), DType::F32, &Device::Cpu)?;
-    let product = laps(steps, || Ok(_ = a.matmul(&a)?))?;
-    Ok(2.0 * (SIDE * SIDE * SIDE) as f64 / per_1e9(fastest(product)))
-}
-
-/// And 10⁹ bytes a second, read and written, in a large copy.
-fn peak_gbytes(steps: usize) -> Result<f64> {
-    let from = vec![1f32; 16 << 20];
-    let mut to = vec![0f32; from.len()];
-    let share = from.len() / rayon::current_num_threads();
-    let copy = laps(steps, || {
-        to.par_chunks_mut(share).zip(from.par_chunks(share)).for_each(|(to, from)| to.copy_from_slice(from));
-        Ok(())
-    })?;
-    Ok(2.0 * size_of_val(&from[..]) as f64 / per_1e9(fastest(copy)))
-}
-
-/// What to divide operations or bytes by for 10⁹ of them a second.
-pub fn per_1e9(ms: f64) -> f64 {
-    ms * 1e6
+    );
+    println!("{HEAD}");
+    cases(batch)?.iter().try_for_each(|case| bench.row(case))
 }
 
 type Op = dyn Fn(&[Tensor]) -> candle_core::Result<Tensor>;
@@ -92,7 +47,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn row(&self, case: &Case) -> Result<Value> {
+    fn row(&self, case: &Case) -> Result<()> {
         let inputs: Vec<Tensor> = case.inputs.iter().map(|v| v.as_tensor().clone()).collect();
         let constants: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
         let alone = |op: &Op| milliseconds(self.steps, || Ok(_ = op(&constants)?));
@@ -105,24 +60,15 @@ impl Bench {
         let share = self.share(forward, case.flops, case.bytes);
         let ms = with_backward.map(|(ms, _)| ms);
         let share_with_backward = with_backward.map(|(ms, back)| self.share(ms, 3.0 * case.flops, case.bytes + back));
-        result(&format!(
+        println!(
             "| {} | {forward:.3} | {} | {composite:.3} | {:.1}× | {gflops:.0} | {gbytes:.1} | {:.0} % | {} |",
             case.name,
             ms.map_or_else(String::new, |ms| format!("{ms:.3}")),
             composite / ms.unwrap_or(forward),
             100.0 * share,
             share_with_backward.map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share))
-        ))?;
-        Ok(json!({
-            "what": case.name,
-            "forward_ms": forward,
-            "ms": ms,
-            "composite_ms": composite,
-            "gflops": gflops,
-            "gbytes": gbytes,
-            "share_of_peak": share,
-            "share_of_peak_with_backward": share_with_backward,
-        }))
+        );
+        Ok(())
     }
 
     /// What so many operations and bytes in so long are of the most that the machine does; an operation is held to
@@ -344,17 +290,13 @@ fn clip_composite(grads: &[Tensor]) -> candle_core::Result<f64> {
 /// Numbers around zero.
 fn values(shape: &[usize]) -> Result<Var> {
     let n = shape.iter().product();
-    let draws = dmd_runtime::noise::Stream::new(0, u32::try_from(n)?, 0).normal(n);
+    let draws = dmd_noise::Stream::new(0, u32::try_from(n)?, 0).normal(n);
     Ok(Var::from_tensor(&Tensor::from_vec(draws, shape, &Device::Cpu)?)?)
 }
 
 /// Median of some repetitions.
 fn milliseconds(steps: usize, work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(median(&mut laps(steps, work)?))
-}
-
-pub fn fastest(laps: Vec<f64>) -> f64 {
-    laps.into_iter().fold(f64::INFINITY, f64::min)
 }
 
 /// Times in milliseconds, after two repetitions that do not count.

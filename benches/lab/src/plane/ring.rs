@@ -5,11 +5,11 @@
 use super::mixture::Mixture;
 use super::mlp::{Mlp, WIDTH};
 use super::{Point, T_RANGE, descend, noise_levels, noised, to_points, to_tensor};
-use crate::loss::{denoising, distribution_matching, fake_score_weight, l2};
-use crate::optim::{AdamW, Decay, Optimizer, rate_at};
-use crate::random::{Purpose, Random};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+use dmd::loss::{denoising, distribution_matching, fake_score_weight, l2};
+use dmd::optim::{AdamW, Decay, Optimizer, rate_at};
+use dmd::random::{Purpose, Random};
 use dmd_models::{NoiseLevels, Prediction};
 
 /// What is left of the method.

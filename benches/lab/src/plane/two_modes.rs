@@ -6,11 +6,11 @@ use super::gaussian::Gaussian;
 use super::mixture::Mixture;
 use super::ring::{Pairs, denoise_all};
 use super::{Point, T_RANGE, descend, noise_levels, noised, to_points, to_tensor};
-use crate::loss::{Divergence, RatioBins, density_ratio, distribution_matching, l2};
-use crate::optim::{AdamW, Decay, Optimizer, rate_at};
-use crate::random::{Purpose, Random};
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
+use dmd::loss::{Divergence, RatioBins, density_ratio, distribution_matching, l2};
+use dmd::optim::{AdamW, Decay, Optimizer, rate_at};
+use dmd::random::{Purpose, Random};
 use std::collections::BTreeMap;
 
 const BATCH: usize = 256;

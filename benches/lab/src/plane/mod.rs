@@ -1,5 +1,4 @@
-//! What each part of the method is for, seen in two dimensions, where the teacher is known exactly; and one training step
-//! of a picture model, noise level by noise level. What is trained here goes through the losses and the optimiser of the
+//! What each part of the method is for, seen in two dimensions, where the teacher is known exactly. What is trained here goes through the losses and the optimiser of the
 //! trainer itself; only the networks and the data are small.
 
 pub mod gaussian;
@@ -12,12 +11,11 @@ pub mod two_modes;
 pub mod two_time_scales;
 
 pub mod figure;
-pub mod levels;
 pub mod toy;
 
-use crate::optim::{Optimizer, finite};
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use dmd::optim::{Optimizer, finite};
 use dmd_models::NoiseLevels;
 
 /// A point of the plane.

@@ -64,26 +64,6 @@ pub fn paths(path: &[[f64; 2]], targets: [f64; 2]) -> Result<RgbImage> {
     })
 }
 
-/// Values that grow, both axes logarithmic, a decade as wide as high; the pale line is growth in proportion from the
-/// first one.
-pub fn growth(points: &[(f64, f64)]) -> Result<RgbImage> {
-    let logs: Vec<(f64, f64)> = points.iter().map(|(x, y)| (x.log10(), y.log10())).collect();
-    let ((x, y), last) = (logs[0], logs[logs.len() - 1]);
-    let extent = (last.0 - x).max(last.1 - y);
-    const MARGIN: f64 = 0.15;
-    let paper = RgbImage::from_pixel(WIDTH * OVERSIZE, WIDTH * OVERSIZE, Rgb([PAPER.0, PAPER.1, PAPER.2]));
-    let range = |from: f64| from - MARGIN..from + extent + MARGIN;
-    draw(paper, [range(x), range(y)], |plane| {
-        let proportional = [(x, y), (x + extent, y + extent)];
-        plane.draw(&PathElement::new(proportional, SECOND_INK.mix(0.35).stroke_width(4)))?;
-        plane.draw(&PathElement::new(logs.clone(), INK.stroke_width(6)))?;
-        for point in &logs {
-            plane.draw(&Circle::new(*point, 14, INK.filled()))?;
-        }
-        Ok(())
-    })
-}
-
 /// Pictures under each other, on white.
 pub fn stack(rows: &[RgbImage]) -> RgbImage {
     let width = rows.iter().map(RgbImage::width).max().unwrap_or(0);

@@ -1,25 +1,61 @@
-//! `dmd bench recipes`: one teacher distilled by every recipe with the same number of updates, scored against its
-//! training pictures and its own samples, beside the teacher and the undistilled network.
+//! One teacher distilled by every recipe with the same number of updates, scored against its training pictures and its own
+//! samples, beside the teacher and the undistilled network.
 
-use super::score::pictures;
-use crate::ablate::figure::stack;
-use crate::cli::{BenchRecipesArgs, PairsArgs, SettingsArgs};
-use crate::config::{self, Config, Recipe};
-use crate::distill::distill;
-use crate::eval::{distance, kernel_distance};
-use crate::features::Features;
-use crate::output::{result, say};
-use crate::picture::{columns, grid, labelled_panel, save};
-use crate::random::picture_noise;
-use crate::report::table;
-use crate::sample::{Model, Sampler};
+use crate::plane::figure::stack;
+use crate::table;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use clap::ValueEnum;
+use dmd::cli::{PairsArgs, SettingsArgs};
+use dmd::commands;
+use dmd::commands::score::pictures;
+use dmd::config::{self, Config, Recipe};
+use dmd::distill::distill;
+use dmd::eval::{distance, kernel_distance};
+use dmd::features::Features;
+use dmd::output::{result, say};
+use dmd::picture::{columns, grid, labelled_panel, save};
+use dmd::random::picture_noise;
+use dmd::sample::{Model, Sampler};
 use dmd_models::{Generator, ModelFolder};
 use ndarray::{Array2, Array4, s};
-use serde_json::{Value, json};
-use std::path::Path;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// `dmd-lab recipes`.
+#[derive(Debug, clap::Args)]
+pub struct RecipesArgs {
+    /// The teacher.
+    pub teacher: PathBuf,
+    /// The pictures that it was trained on: a folder or a zip.
+    #[arg(long, value_name = "PATH")]
+    pub data: PathBuf,
+    /// Where runs, pairs and recipes.png go; the same command again goes on with what is there.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// A recipe's name, and settings for it, as "dmd2 generator.sigma=5"; may be repeated
+    /// [default: every recipe].
+    #[arg(long = "variant", value_name = "RECIPE KEY=VALUE")]
+    pub variants: Vec<String>,
+    /// A setting of all variants; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Updates of the generator in each.
+    #[arg(long, default_value_t = 300, value_name = "N")]
+    pub steps: u64,
+    /// Samples per update.
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    pub batch: usize,
+    /// Pairs of the regression term.
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    pub pairs: usize,
+    /// Pictures of each model that are scored, at most as many as there are in --data.
+    #[arg(short, default_value_t = 2048, value_name = "N")]
+    pub n: usize,
+    /// A page whose table is to be replaced.
+    #[arg(long, value_name = "FILE.md")]
+    pub table: Option<PathBuf>,
+}
 
 /// What is run where the command line names nothing: every recipe, and plain distribution matching with the noise levels
 /// of the papers (0.02 T to 0.98 T).
@@ -27,7 +63,7 @@ const VARIANTS: [&str; 8] =
     ["plain generator.t_range=[0.02,0.98]", "plain", "dmd", "dmd2", "f-js", "fast", "sid", "sida"];
 
 /// Distils, draws and scores.
-pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
+pub fn run(args: &RecipesArgs) -> Result<()> {
     config::at_least_one("-n", args.n as u64)?;
     let teacher = ModelFolder::load(&args.teacher, &Device::Cpu)?;
     let variants = match &args.variants[..] {
@@ -69,13 +105,13 @@ pub fn run(args: &BenchRecipesArgs) -> Result<Value> {
     if let Some(page) = &args.table {
         let body: String = rows.iter().map(|row| row.line(&rows[0]) + "\n").collect();
         let name = args.teacher.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        table::replace(page, &format!("dmd bench recipes {name}"), &format!("{HEAD}\n{body}"))?;
+        table::replace(page, &format!("dmd-lab recipes {name}"), &format!("{HEAD}\n{body}"))?;
     }
     let picture = args.out.join("recipes.png");
     let panels: Vec<(&str, _)> = panels.iter().map(|(name, panel)| (name.as_str(), panel.clone())).collect();
     save(&picture, &stack(&panels.chunks(PER_ROW).map(labelled_panel).collect::<Vec<_>>()))?;
     say(&format!("the picture: {}", picture.display()));
-    Ok(json!({ "picture": picture, "results": rows.iter().map(Row::json).collect::<Vec<_>>() }))
+    Ok(())
 }
 
 /// Seed of the pictures that are scored; `distill` does not use it.
@@ -97,7 +133,7 @@ fn training_seconds(run: &Path) -> Result<f64> {
 }
 
 /// `RECIPE KEY=VALUE …` as a configuration, with the data and pairs that the recipe needs.
-fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
+fn settings(args: &RecipesArgs, variant: &str) -> Result<Config> {
     let mut words = variant.split_whitespace();
     let name = words.next().context("--variant: is empty")?;
     let recipe = Recipe::from_str(name, false).map_err(|_| {
@@ -107,7 +143,8 @@ fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
     })?;
     let sets = args.sets.iter().cloned().chain(words.map(String::from)).collect();
     let (steps, batch) = (Some(args.steps), Some(args.batch));
-    let mut config = super::distill::settings(&SettingsArgs { recipe, sets, steps, batch, ..SettingsArgs::default() })?;
+    let mut config =
+        commands::distill::settings(&SettingsArgs { recipe, sets, steps, batch, ..SettingsArgs::default() })?;
     if config.loss.gan.on() {
         config.data = args.data.display().to_string();
     }
@@ -118,8 +155,8 @@ fn settings(args: &BenchRecipesArgs, variant: &str) -> Result<Config> {
     Ok(config)
 }
 
-fn pairs(args: &BenchRecipesArgs, out: &Path) -> Result<()> {
-    super::pairs::run(&PairsArgs {
+fn pairs(args: &RecipesArgs, out: &Path) -> Result<()> {
+    commands::pairs::run(&PairsArgs {
         teacher: args.teacher.clone(),
         out: out.into(),
         n: args.pairs,
@@ -128,7 +165,7 @@ fn pairs(args: &BenchRecipesArgs, out: &Path) -> Result<()> {
         seed: 1,
         batch: BATCH,
         per_shard: 1024,
-        device: crate::device::Choice::Cpu,
+        device: dmd::device::Choice::Cpu,
         force: false,
     })
     .map(drop)
@@ -146,7 +183,7 @@ struct Judge {
 }
 
 impl Judge {
-    fn new(args: &BenchRecipesArgs, teacher: &ModelFolder) -> Result<Self> {
+    fn new(args: &RecipesArgs, teacher: &ModelFolder) -> Result<Self> {
         let shape = teacher.sample_shape()?;
         let (data, labels) = pictures(&args.data, shape, args.n, &teacher.classes())?;
         let features = Features::load("TEACHER", &args.teacher, None)?;
@@ -220,10 +257,5 @@ impl Row {
             self.to_teacher.kernel,
             self.seconds.map_or_else(String::new, |seconds| format!("{seconds:.0}"))
         )
-    }
-
-    fn json(&self) -> Value {
-        let score = |score: &Score| json!({ "sliced_wasserstein": score.sliced, "kernel_distance": score.kernel });
-        json!({ "model": self.name, "to_data": score(&self.to_data), "to_teacher": score(&self.to_teacher), "seconds": self.seconds })
     }
 }

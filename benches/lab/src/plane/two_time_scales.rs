@@ -3,11 +3,11 @@
 //! is all that it takes to be right. Only its lag behind the generator is left to see.
 
 use super::{descend, noised};
-use crate::loss::{denoising, distribution_matching, fake_score_weight};
-use crate::optim::{AdamW, Optimizer};
-use crate::random::{Purpose, Random};
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
+use dmd::loss::{denoising, distribution_matching, fake_score_weight};
+use dmd::optim::{AdamW, Optimizer};
+use dmd::random::{Purpose, Random};
 use dmd_models::{NoiseLevels, Prediction};
 use std::collections::BTreeMap;
 

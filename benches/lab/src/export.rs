@@ -1,33 +1,44 @@
-//! `dmd bench export`: one model in every dialect and precision, as a table.
+//! One model in every dialect and precision, as a table.
 
-use super::export::{info, passes, reference};
-use super::{engine_options, model_path};
-use crate::cli::{BenchExportArgs, Engine};
-use crate::output::result;
-use crate::report::table;
-use anyhow::{Context, Result};
+use crate::table;
+use anyhow::Result;
 use candle_core::Device;
+use dmd::cli::Engine;
+use dmd::commands::export::{info, passes, reference};
+use dmd::commands::{engine_options, model_path};
+use dmd::output::result;
 use dmd_export::lint::{Target, lint, read};
 use dmd_export::{Dialect, ExportOptions, Precision};
 use dmd_models::ModelFolder;
-use serde_json::{Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// `dmd-lab export`.
+#[derive(Debug, clap::Args)]
+pub struct ExportTableArgs {
+    /// A generator's folder, or with --sigma a teacher's.
+    pub model: PathBuf,
+    /// Take a teacher, not distilled, as a generator held at this noise level.
+    #[arg(long, value_name = "S")]
+    pub sigma: Option<f64>,
+    /// A page whose table is to be replaced.
+    #[arg(long, value_name = "FILE.md")]
+    pub table: Option<PathBuf>,
+}
 
 /// Exports, runs and compares.
-pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
+pub fn run(args: &ExportTableArgs, threads: Option<usize>) -> Result<()> {
     let model = model_path(&args.model)?;
     let folder = ModelFolder::load(&model, &Device::Cpu)?;
     let passes = passes(&folder, &model, args.sigma)?;
     let info = info(&folder)?;
     let reference = reference(&passes, None)?;
-    let scratch = scratch()?;
-    let mut rows = Vec::new();
+    let scratch = tempfile::tempdir()?;
     let mut body = format!("{HEAD}\n");
     result(HEAD)?;
     for dialect in Dialect::ALL {
         let mut fp32_bytes = None;
         for precision in Precision::ALL {
-            let path = scratch.0.join(format!("{dialect}-{precision}.onnx"));
+            let path = scratch.path().join(format!("{dialect}-{precision}.onnx"));
             let options = ExportOptions { dialect, precision, force: true, ..ExportOptions::default() };
             let report = dmd_export::export_passes(&passes, &info, &options, &path)?;
             let measured = reference.measure(&path, engine_options(Engine::Auto, threads))?.measured;
@@ -45,14 +56,13 @@ pub fn run(args: &BenchExportArgs, threads: Option<usize>) -> Result<Value> {
             );
             result(&line)?;
             body += &format!("{line}\n");
-            rows.push(json!({ "dialect": dialect, "precision": precision, "bytes": report.bytes, "nodes": report.nodes, "taken_whole_by": whole, "measured": measured }));
         }
     }
     if let Some(path) = &args.table {
         let name = args.model.file_name().unwrap_or(args.model.as_os_str());
-        table::replace(path, &format!("dmd bench export {}", name.display()), &body)?;
+        table::replace(path, &format!("dmd-lab export {}", name.display()), &body)?;
     }
-    Ok(json!({ "results": rows }))
+    Ok(())
 }
 
 /// The accelerators that take every node in one piece, the lookup of the label apart, which may run before.
@@ -66,19 +76,3 @@ fn taken_whole(path: &Path) -> Result<Vec<&'static str>> {
 }
 
 const HEAD: &str = "| dialect | precision | kB | of fp32's | nodes | taken whole by | PSNR, dB | largest difference | distance | ms |\n|---|---|---|---|---|---|---|---|---|---|";
-
-/// A folder for the files, removed at the end.
-struct Scratch(std::path::PathBuf);
-
-fn scratch() -> Result<Scratch> {
-    let path = std::env::temp_dir().join(format!("dmd-bench-export-{}", std::process::id()));
-    std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
-    Ok(Scratch(path))
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What cannot be removed is the system's to clean up.
-        _ = std::fs::remove_dir_all(&self.0);
-    }
-}

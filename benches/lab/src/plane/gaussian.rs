@@ -45,7 +45,7 @@ impl Gaussian {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ablate::mixture::Mixture;
+    use crate::plane::mixture::Mixture;
 
     /// A round Gaussian is a mixture of one.
     #[test]

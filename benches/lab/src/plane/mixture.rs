@@ -2,8 +2,8 @@
 //! denoiser and its probability-flow ODE need no network.
 
 use super::Point;
-use crate::random::{Purpose, Random};
 use anyhow::Result;
+use dmd::random::{Purpose, Random};
 use dmd_models::NoiseLevels;
 
 /// Gaussians of equal weight and spread around these means.

@@ -1,7 +1,7 @@
 //! Tables that a command keeps up to date within a page written by hand.
 
-use crate::aside::write_aside;
 use anyhow::{Context, Result};
+use dmd::aside::write_aside;
 use std::io::Write;
 use std::path::Path;
 

@@ -1,16 +1,11 @@
-//! `dmd bench ops` on a GPU: the kernels of a network's pass, pictures with channels last, beside candle's own operations
-//! and beside what this GPU can do at most.
+//! A GPU's operations: the kernels of a network's pass, pictures with channels last, beside candle's own operations.
 
-use super::bench_ops::{fastest, per_1e9};
-use crate::cli::BenchOpsArgs;
-use crate::eval::median;
-use crate::output::result;
+use crate::{median, per_1e9};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
-use dmd_models::Precision;
 use dmd_models::ops::nhwc::{self, Attention, Norm, NormInput, Steps};
 use dmd_models::ops::{self, AdamwStep, Parameter};
-use serde_json::{Value, json};
+use dmd_models::peak;
 use std::time::Instant;
 
 type Work = Box<dyn Fn() -> candle_core::Result<()>>;
@@ -27,58 +22,35 @@ struct Case {
     bytes: f64,
 }
 
+const HEAD: &str = "| operation | forward, ms | with backward, ms | candle | faster | TFLOP/s | GB/s | of the peak |\n|---|---|---|---|---|---|---|---|";
+
 /// Times each operation on this GPU.
-pub fn run(args: &BenchOpsArgs, device: &Device) -> Result<Value> {
-    let bench = Bench { device, dtype: dtype(args.precision), batch: args.batch, steps: args.steps };
-    let (peak_tflops, peak_gbytes) = (bench.peak_gflops()? / 1e3, bench.peak_gbytes()?);
-    result(&format!("matrix product of 8192: {peak_tflops:.0} TFLOP/s; copy of 256 MiB: {peak_gbytes:.0} GB/s"))?;
-    result(HEAD)?;
-    let mut rows = Vec::new();
+pub fn run(device: &Device, dtype: DType, batch: usize, steps: usize) -> Result<()> {
+    let bench = Bench { device, dtype, batch };
+    let (peak_tflops, peak_gbytes) = (peak::gflops(device, dtype, steps)? / 1e3, peak::gbytes(device, steps)?);
+    println!("matrix product of 8192: {peak_tflops:.0} TFLOP/s; copy of 256 MiB: {peak_gbytes:.0} GB/s");
+    println!("{HEAD}");
     for case in bench.cases()? {
-        let forward = bench.milliseconds(args.steps, &case.forward)?;
-        let both = forward + bench.milliseconds(args.steps, &case.back)?;
+        let forward = bench.milliseconds(steps, &case.forward)?;
+        let both = forward + bench.milliseconds(steps, &case.back)?;
         // Many times as slow, and measured to a tenth all the same.
         let composite = bench.milliseconds(1, &case.composite)?;
         let (tflops, gbytes) = (case.flops / per_1e9(forward) / 1e3, case.bytes / per_1e9(forward));
         let share = (tflops / peak_tflops).max(gbytes / peak_gbytes);
-        result(&format!(
+        println!(
             "| {} | {forward:.3} | {both:.3} | {composite:.2} | {:.1}× | {tflops:.0} | {gbytes:.0} | {:.0} % |",
             case.name,
             composite / both,
             100.0 * share
-        ))?;
-        rows.push(json!({
-            "what": case.name,
-            "forward_ms": forward,
-            "ms": both,
-            "composite_ms": composite,
-            "gflops": tflops * 1e3,
-            "gbytes": gbytes,
-            "share_of_peak": share,
-        }));
+        );
     }
-    Ok(json!({ "peak_gflops": peak_tflops * 1e3, "peak_gbytes": peak_gbytes, "results": rows }))
-}
-
-const HEAD: &str = "| operation | forward, ms | with backward, ms | candle | faster | TFLOP/s | GB/s | of the peak |\n|---|---|---|---|---|---|---|---|";
-
-/// What this GPU does at most in this precision: 10⁹ multiplications and additions a second, in a large matrix product.
-pub fn peak_gflops(device: &Device, precision: Precision, steps: usize) -> Result<f64> {
-    Bench { device, dtype: dtype(precision), batch: 1, steps }.peak_gflops()
-}
-
-fn dtype(precision: Precision) -> DType {
-    match precision {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
-    }
+    Ok(())
 }
 
 struct Bench<'a> {
     device: &'a Device,
     dtype: DType,
     batch: usize,
-    steps: usize,
 }
 
 impl Bench<'_> {
@@ -96,22 +68,6 @@ impl Bench<'_> {
             }
         }
         Ok(median(&mut found))
-    }
-
-    fn peak(&self, work: Work) -> Result<f64> {
-        Ok(fastest((0..3).map(|_| self.milliseconds(self.steps, &work)).collect::<Result<_>>()?))
-    }
-
-    fn peak_gflops(&self) -> Result<f64> {
-        const SIDE: usize = 8192;
-        let a = self.values(&[SIDE, SIDE])?.to_dtype(self.dtype)?;
-        Ok(2.0 * (SIDE as f64).powi(3) / per_1e9(self.peak(Box::new(move || a.matmul(&a).map(drop)))?))
-    }
-
-    fn peak_gbytes(&self) -> Result<f64> {
-        let from = self.values(&[64 << 20])?;
-        let bytes = 8.0 * from.elem_count() as f64;
-        Ok(bytes / per_1e9(self.peak(Box::new(move || from.copy().map(drop)))?))
     }
 
     /// Numbers around zero.
@@ -147,7 +103,8 @@ impl Bench<'_> {
         }
         cases.push(self.attention()?);
         cases.extend(self.maps()?);
-        cases.extend([self.adamw()?, self.normal()?]);
+        cases.push(self.adamw()?);
+        cases.extend(self.normal()?);
         Ok(cases)
     }
 
@@ -300,25 +257,25 @@ impl Bench<'_> {
         })
     }
 
-    fn normal(&self) -> Result<Case> {
+    /// The GPU makes its noise itself; beside it, the CPU's and the way there.
+    #[cfg(feature = "cuda")]
+    fn normal(&self) -> Result<Vec<Case>> {
         let n = self.batch * 3 * 32 * 32;
-        let random = crate::random::Random { seed: 0, device: self.device.clone() };
-        let device = self.device.clone();
-        Ok(Case {
+        let (device, there) = (self.device.clone(), self.device.clone());
+        Ok(vec![Case {
             name: format!("{n} normals"),
-            forward: Box::new(move || {
-                random
-                    .normal(crate::random::Purpose::Batch, 0, &[n])
-                    .map(drop)
-                    .map_err(|error| candle_core::Error::Msg(format!("{error:#}")))
-            }),
+            forward: Box::new(move || ops::philox_normal(0, 2, 0, &[n], &device).map(drop)),
             back: Box::new(|| Ok(())),
             composite: Box::new(move || {
-                let host = dmd_runtime::noise::Stream::new(0, 2, 0).normal(n);
-                Tensor::from_vec(host, n, &device).map(drop)
+                Tensor::from_vec(dmd_noise::Stream::new(0, 2, 0).normal(n), n, &there).map(drop)
             }),
             flops: 0.0,
             bytes: 4.0 * n as f64,
-        })
+        }])
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn normal(&self) -> Result<Vec<Case>> {
+        Ok(Vec::new())
     }
 }

@@ -2,8 +2,8 @@
 
 use super::Point;
 use super::mixture::Mixture;
-use crate::eval::sliced_wasserstein;
 use anyhow::Result;
+use dmd::eval::sliced_wasserstein;
 use ndarray::Array2;
 use serde::Serialize;
 
@@ -70,8 +70,8 @@ fn directions() -> Array2<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::Random;
     use candle_core::Device;
+    use dmd::random::Random;
 
     #[test]
     fn the_data_score_as_data_and_one_point_does_not() {

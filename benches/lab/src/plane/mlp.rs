@@ -1,8 +1,8 @@
 //! The networks of the plane: a few dense layers with SiLU between them.
 
-use crate::random::{Purpose, Random};
 use anyhow::Result;
 use candle_core::{Tensor, Var};
+use dmd::random::{Purpose, Random};
 use std::collections::BTreeMap;
 
 /// Width of hidden layers, unless an experiment is about it.
