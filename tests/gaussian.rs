@@ -472,6 +472,7 @@ impl Backend for Exact {
         group_norm(&Tensor, &GroupNorm, Option<Activation>),
         activation(&Tensor, Activation),
         embedding(&Tensor, &Embedding),
+        tokens(&Tensor),
         sinusoid(&Tensor, &Tensor, bool),
         conv_transpose2d(&Tensor, &ConvTranspose2d),
         layer_norm(&Tensor, &LayerNorm),

@@ -61,6 +61,9 @@ operations! {
             b.conv_transpose2d(x, &ConvTranspose2d { name, weight, bias, stride: 2, padding: 1, output_padding: 1 })
         },
         |x, p| x.conv_transpose2d(&p[0], 1, 1, 2, 1)?.broadcast_add(&p[1].reshape((1, 3, 1, 1))?);
+    join_of_vectors [2, 5, 2, 2], [&[2, 2], &[3, 2]],
+        |b, x, p| b.add_per_channel(x, &b.join(&vector(b, &p[0])?, &vector(b, &p[1])?, Axis::Channels)?),
+        |x, p| x.broadcast_add(&Tensor::cat(&[of_vector(&p[0])?, of_vector(&p[1])?], 1)?);
     linear [2, 3, 2, 2], [&[3, 2]], |b, x, p| b.add_per_channel(x, &vector(b, &p[0])?),
         |x, p| x.broadcast_add(&of_vector(&p[0])?);
     group_norm [2, 8, 4, 4], [&[8], &[8]],
@@ -111,6 +114,17 @@ operations! {
         let row = [3f64.cos(), 0.75f64.cos(), 3f64.sin(), 0.75f64.sin()];
         x.broadcast_add(&Tensor::new(&row, &Device::Cpu)?.reshape((1, 4, 1, 1))?)
     };
+    sinusoid_of_several [2, 4, 2, 2], [], |b, x, p| {
+        let ids = b.constant(&Tensor::new(&[[3f32, -0.5]], &Device::Cpu)?)?;
+        b.add_per_channel(x, &b.sinusoid(&ids, &Tensor::new(&[0.25f32], &Device::Cpu)?, false)?)
+    }, |x, _| {
+        let row = [0.75f64.sin(), 0.75f64.cos(), (-0.125f64).sin(), (-0.125f64).cos()];
+        x.broadcast_add(&Tensor::new(&row, &Device::Cpu)?.reshape((1, 4, 1, 1))?)
+    };
+    tokens [2, 2, 1, 3], [], |b, x, p| {
+        let states = b.constant(&Tensor::new(&[[[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]]], &Device::Cpu)?)?;
+        b.add(x, &b.tokens(&states)?)
+    }, |x, _| x.broadcast_add(&Tensor::new(&[1f64, 3.0, 5.0, 2.0, 4.0, 6.0], &Device::Cpu)?.reshape((1, 2, 1, 3))?);
     attention [2, 8, 3, 4], [&[8, 8], &[8, 8]],
         |b, x, p| b.attention(&b.conv2d(x, &projection(&p[0]))?, x, &b.conv2d(x, &projection(&p[1]))?, 2),
         |x, p| attention_by_rows(&of_projection(x, &p[0])?, x, &of_projection(x, &p[1])?, 2, None);
@@ -166,6 +180,7 @@ operations! {
     join [2, 8, 1, 4], [&[8, 8]], |b, x, p| b.join(x, &b.conv2d(x, &projection(&p[0]))?, Axis::Tokens),
         |x, p| Tensor::cat(&[x, &of_projection(x, &p[0])?], 3);
     slice [2, 9, 3, 2], [], |b, x, p| b.slice(x, Axis::Channels, 2, 5), |x, _| x.narrow(1, 2, 5);
+    slice_of_rows [2, 8, 5, 3], [], |b, x, p| b.slice(x, Axis::Rows, 1, 3), |x, _| x.narrow(2, 1, 3);
     slice_of_tokens [2, 8, 1, 7], [], |b, x, p| b.slice(x, Axis::Tokens, 3, 4), |x, _| x.narrow(3, 3, 4);
     grid [2, 8, 2, 6], [], |b, x, p| b.grid(x, [3, 4]), |x, _| x.reshape((2, 8, 3, 4));
     shuffle [2, 8, 3, 2], [], |b, x, p| b.shuffle(x, 2, Patches::ChannelFirst), |x, _| candle_nn::ops::pixel_shuffle(x, 2);

@@ -179,6 +179,10 @@ impl Backend for Trace {
         self.apply(&layer.name, &[ids], |t| Eager.embedding(&t[0], &layer), later)
     }
 
+    fn tokens(&self, states: &Value) -> Traced<Value> {
+        self.apply("", &[states], |t| Eager.tokens(&t[0]), || Err(not_a_picture("tokens", "")))
+    }
+
     fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Traced<Value> {
         let frequencies = here(frequencies)?;
         let later = || Err(not_a_picture("sinusoid", ""));

@@ -38,6 +38,8 @@ pub enum Activation {
 pub enum Axis {
     /// C of `(B, C, H, W)`.
     Channels,
+    /// H of it.
+    Rows,
     /// W of it: the tokens of `(B, C, 1, N)`.
     Tokens,
 }
@@ -47,6 +49,7 @@ impl Axis {
     pub fn of_map(self) -> usize {
         match self {
             Axis::Channels => 1,
+            Axis::Rows => 2,
             Axis::Tokens => 3,
         }
     }
@@ -115,8 +118,12 @@ pub trait Backend {
     /// Integer ids `(B,)`, i64, to rows `(B, width)`; of tokens `(B, N)` to a map `(B, width, 1, N)`.
     fn embedding(&self, ids: &Self::Value, layer: &Embedding) -> Result<Self::Value>;
 
-    /// Ids `(B,)` to `(B, 2·F)`: sines and cosines of `id · frequencies` (`frequencies`: f32 `(F,)`), cosines first
-    /// when `flip`; diffusers' `Timesteps` applied to class labels.
+    /// The features of tokens `(B, N, C)`, as text encoders give them and conditions hold them, as a map `(B, C, 1, N)`.
+    fn tokens(&self, states: &Self::Value) -> Result<Self::Value>;
+
+    /// Numbers `(B,)` to `(B, 2·F)`: sines and cosines of `number · frequencies` (`frequencies`: f32 `(F,)`), cosines first
+    /// when `flip`; diffusers' `Timesteps` applied to class labels. Several a sample, `(B, n)`, to `(B, n·2·F)`, one after
+    /// the other.
     fn sinusoid(&self, ids: &Self::Value, frequencies: &Tensor, flip: bool) -> Result<Self::Value>;
 
     /// [`Backend::masked_attention`] to every key.
@@ -170,7 +177,7 @@ pub trait Backend {
         self.join(x, y, Axis::Channels)
     }
 
-    /// Joins two maps along an axis.
+    /// Joins two maps along an axis, or two vectors `(B, C)` along their channels.
     fn join(&self, x: &Self::Value, y: &Self::Value, axis: Axis) -> Result<Self::Value>;
 
     /// Places `start .. start + len` along an axis of a map.

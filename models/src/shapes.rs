@@ -77,11 +77,20 @@ pub fn embedding(ids: &[usize], table: &[usize]) -> Rule {
     }
 }
 
-/// Sines and cosines of ids `(B,)` by so many frequencies.
+/// Sines and cosines of numbers `(B,)` or `(B, n)` by so many frequencies.
 pub fn sinusoid(ids: &[usize], frequencies: usize) -> Rule {
     match *ids {
         [b] => Ok(vec![b, 2 * frequencies]),
+        [b, n] => Ok(vec![b, n * 2 * frequencies]),
         _ => Err(format!("sinusoid does not take {ids:?}")),
+    }
+}
+
+/// Features of tokens `(B, N, C)` as a map.
+pub fn tokens(states: &[usize]) -> Rule {
+    match *states {
+        [b, n, c] if n > 0 && c > 0 => Ok(vec![b, c, 1, n]),
+        _ => Err(format!("{states:?} are no features (B, N, C) of tokens")),
     }
 }
 

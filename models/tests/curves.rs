@@ -47,6 +47,10 @@ impl Backend for Composite {
         Eager.embedding(ids, layer)
     }
 
+    fn tokens(&self, states: &Tensor) -> Result<Tensor> {
+        Eager.tokens(states)
+    }
+
     fn sinusoid(&self, ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {
         Eager.sinusoid(ids, frequencies, flip)
     }

@@ -120,6 +120,10 @@ impl Backend for Counter {
         self.shaped(shapes::embedding(ids, layer.weight.dims()))
     }
 
+    fn tokens(&self, states: &Vec<usize>) -> Result<Vec<usize>> {
+        self.shaped(shapes::tokens(states))
+    }
+
     fn sinusoid(&self, ids: &Vec<usize>, frequencies: &Tensor, _: bool) -> Result<Vec<usize>> {
         self.shaped(shapes::sinusoid(ids, frequencies.elem_count()))
     }

@@ -83,6 +83,10 @@ impl Backend for Eager {
         Ok(ops::embedding(&layer.weight, ids)?)
     }
 
+    fn tokens(&self, states: &Tensor) -> Result<Tensor> {
+        Ok(ops::tokens(states)?)
+    }
+
     fn sinusoid(&self, ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {
         Ok(ops::sinusoid(ids, frequencies, flip)?)
     }

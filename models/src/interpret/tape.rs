@@ -81,8 +81,8 @@ pub(super) fn pass(
     }
     let tape = Tape::new(&settings);
     let input = tape.input(&x.detach(), x.track_op())?;
-    let cond = cond.try_map(|told| tape.constant(told))?;
-    let values = network.run(&tape, &input, t, &cond, want)?;
+    let told = cond.try_map(|told| tape.told(told))?;
+    let values = network.run(&tape, &input, t, &told, want)?;
     let outputs = values.iter().map(|value| tape.output(value)).collect::<Result<Vec<Value>>>()?;
     if tape.trains.get() && tape.gradients.is_none() {
         return Ok(None);
@@ -96,13 +96,10 @@ pub(super) fn pass(
     // candle's operations have one result: several are joined to one, and taken apart by candle.
     let flat = tensors.iter().map(|t| t.flatten_all()).collect::<candle_core::Result<Vec<Tensor>>>()?;
     let slots = outputs.into_iter().map(|output| output.slot).zip(shapes.clone()).collect();
-    let recorded = Recorded { nodes, input: input.slot, outputs: slots, gradients: tape.gradients.unwrap_or_default() };
-    let channels = x.dim(1)?;
-    let joined = node(Tensor::cat(&flat, 0)?, std::slice::from_ref(x), move |grad| {
-        // The picture as it came in: channels first, without padding.
-        let dx = recorded.back(&grad.contiguous()?)?;
-        Ok(vec![dx.map(|dx| nhwc::from_channels_last(&dx, None, channels)).transpose()?])
-    })?;
+    let inputs = std::iter::once(&input).chain(told.iter().map(|(_, told)| told)).map(Value::target).collect();
+    let recorded = Recorded { nodes, inputs, outputs: slots, gradients: tape.gradients.unwrap_or_default() };
+    let all: Vec<Tensor> = std::iter::once(x).chain(cond.iter().map(|(_, told)| told)).cloned().collect();
+    let joined = node(Tensor::cat(&flat, 0)?, &all, move |grad| recorded.back(&grad.contiguous()?))?;
     let mut start = 0;
     let part = |shape: Shape| -> Result<Tensor> {
         let part = joined.narrow(0, start, shape.elem_count())?.reshape(&shape)?;
@@ -282,6 +279,14 @@ impl Tape {
         let c = x.dim(1)?;
         let data = nhwc::to_channels_last(&x.to_dtype(DType::F32)?, c.next_multiple_of(RUN), self.dtype)?;
         Ok(Value::picture(data, c, wants_gradient.then(|| self.node(None))))
+    }
+
+    /// Brings in what the network is told.
+    fn told(&self, told: &Tensor) -> Result<Value> {
+        match (told.rank(), told.track_op()) {
+            (4, wants_gradient) => self.input(&told.detach(), wants_gradient),
+            (_, wants_gradient) => Ok(Value::vector(told.detach(), wants_gradient.then(|| self.node(None)))),
+        }
     }
 
     /// Takes a value out, a picture as f32 `(B, C, H, W)`.
@@ -600,8 +605,13 @@ impl Backend for Tape {
         self.composite(&[&self.weight(&layer.weight)?], move |t| ops::embedding(&t[0], &ids))
     }
 
+    fn tokens(&self, states: &Value) -> Result<Value> {
+        self.composite(&[states], |t| ops::tokens(&t[0]))
+    }
+
     fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Result<Value> {
-        Ok(Value::vector(ops::sinusoid(&ids.data, frequencies, flip)?, None))
+        let frequencies = frequencies.clone();
+        self.composite(&[ids], move |t| ops::sinusoid(&t[0], &frequencies, flip))
     }
 
     fn layer_norm(&self, x: &Value, layer: &LayerNorm) -> Result<Value> {
@@ -753,15 +763,16 @@ impl Backend for Tape {
 /// What candle's graph keeps of a pass.
 struct Recorded {
     nodes: Vec<Option<Backward>>,
-    /// The input's, where candle wants its gradient.
-    input: Option<Slot>,
+    /// The picture, and what the network was told.
+    inputs: Vec<Target>,
     outputs: Vec<(Option<Slot>, Shape)>,
     gradients: WeightGradients,
 }
 
 impl Recorded {
-    /// The input's gradient, from those of all outputs; those of weights go where they are collected.
-    fn back(self, joined: &Tensor) -> Result<Option<Tensor>> {
+    /// The gradient of every input as it came in, where candle wants it, from those of all outputs; those of weights go
+    /// where they are collected.
+    fn back(self, joined: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let mut start = 0;
         let mut seeds = Vec::new();
         for (slot, shape) in self.outputs {
@@ -769,6 +780,12 @@ impl Recorded {
             start += shape.elem_count();
             seeds.extend(slot.map(|slot| (slot, grad)));
         }
-        Ok(Tape::back(self.nodes, seeds, self.gradients)?.take(self.input.as_ref()))
+        let mut found = Tape::back(self.nodes, seeds, self.gradients)?;
+        let plain = |input: &Target| match (found.take(input.slot.as_ref()), input.channels) {
+            // Channels first, without padding.
+            (Some(grad), Some(channels)) => Ok(Some(nhwc::from_channels_last(&grad, None, channels)?)),
+            (grad, _) => Ok(grad),
+        };
+        self.inputs.iter().map(plain).collect()
     }
 }

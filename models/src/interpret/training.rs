@@ -118,6 +118,7 @@ impl Backend for Training {
         fn group_norm(x: &Tensor, layer: &GroupNorm, act: Option<Activation>) -> Result<Tensor>;
         fn activation(x: &Tensor, act: Activation) -> Result<Tensor>;
         fn embedding(ids: &Tensor, layer: &Embedding) -> Result<Tensor>;
+        fn tokens(states: &Tensor) -> Result<Tensor>;
         fn sinusoid(ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor>;
         fn layer_norm(x: &Tensor, layer: &LayerNorm) -> Result<Tensor>;
         fn rms_norm(x: &Tensor, layer: &RmsNorm) -> Result<Tensor>;

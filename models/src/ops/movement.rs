@@ -46,6 +46,12 @@ pub fn grid(x: &Tensor, sides: [usize; 2]) -> Result<Tensor> {
     x.reshape(fits(shapes::grid(x.dims(), sides))?)
 }
 
+/// Features of tokens `(B, N, C)` as a map `(B, C, 1, N)`.
+pub fn tokens(states: &Tensor) -> Result<Tensor> {
+    fits(shapes::tokens(states.dims()))?;
+    states.transpose(1, 2)?.contiguous()?.unsqueeze(2)
+}
+
 /// Rows of a table `(entries, width)`: ids `(B,)` to `(B, width)`, or `(B, N)` to a map `(B, width, 1, N)`.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     match *ids.dims() {

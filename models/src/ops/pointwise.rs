@@ -1,13 +1,17 @@
 //! What is not worth a kernel of its own: short composites of candle's operations, on any device, with candle's gradients.
 
+use super::fits;
+use crate::shapes;
 use candle_core::{DType, Result, Tensor};
 
-/// Ids `(B,)` to `(B, 2·F)`, f32: sines and cosines of `id · frequencies`, cosines first when `flip`.
+/// Numbers `(B,)` to `(B, 2·F)`, or `(B, n)` to `(B, n·2·F)`, f32: sines and cosines of `number · frequencies`, cosines
+/// first when `flip`.
 pub fn sinusoid(ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {
-    let ids = ids.to_dtype(DType::F32)?.unsqueeze(1)?;
+    let shape = fits(shapes::sinusoid(ids.dims(), frequencies.elem_count()))?;
+    let ids = ids.to_dtype(DType::F32)?.flatten_all()?.unsqueeze(1)?;
     let angles = ids.broadcast_mul(&frequencies.to_device(ids.device())?.unsqueeze(0)?)?;
     let (sin, cos) = (angles.sin()?, angles.cos()?);
-    if flip { Tensor::cat(&[cos, sin], 1) } else { Tensor::cat(&[sin, cos], 1) }
+    if flip { Tensor::cat(&[cos, sin], 1) } else { Tensor::cat(&[sin, cos], 1) }?.reshape(shape)
 }
 
 /// A sum where axes of length 1 are repeated.
