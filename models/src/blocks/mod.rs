@@ -1,12 +1,16 @@
 //! Parts that networks share. Each has its parameters in place and knows nothing of a network's configuration.
 
 mod attention;
+mod levels;
 mod resnet;
 mod time;
+mod transformer;
 
 pub use attention::{AttentionBlock, AttentionShape};
+pub use levels::{Attention, Beside, Encoded, Ends, Layers, Levels, Place, Plan, Resampling};
 pub use resnet::{Resample, Resampler, ResnetBlock, ResnetShape};
 pub use time::{TimeProjection, TimestepEmbedding};
+pub use transformer::{Transformer, TransformerBlock, TransformerShape};
 
 use crate::Result;
 use crate::backend::Backend;

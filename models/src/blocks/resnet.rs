@@ -1,7 +1,7 @@
 //! Resnets, and what changes the size of a map.
 
 use super::add_scaled;
-use crate::backend::{Activation, Backend, Block};
+use crate::backend::{Activation, Axis, Backend, Block};
 use crate::layers::{Conv2d, GroupNorm, Linear, Scope};
 use crate::{Error, Result};
 
@@ -28,6 +28,8 @@ pub struct ResnetShape {
     pub eps: f64,
     /// The non-linearity.
     pub act: Activation,
+    /// The embedding enters as it is, without the non-linearity.
+    pub skip_time_act: bool,
     /// The embedding scales and shifts after the second norm, instead of being added before it.
     pub scale_shift: bool,
     /// The sum with the input is divided by this.
@@ -71,7 +73,7 @@ impl ResnetBlock {
 impl Block for ResnetBlock {
     /// Reads the embedding of time and class beside x, if it was built for one.
     fn forward<B: Backend>(&self, b: &B, x: &B::Value, beside: &[&B::Value]) -> Result<B::Value> {
-        let ResnetShape { act, scale_shift, output_scale, resample, .. } = self.shape;
+        let ResnetShape { act, skip_time_act, scale_shift, output_scale, resample, .. } = self.shape;
         let mut h = b.group_norm(x, &self.norm1, Some(act))?;
         let mut x = x.clone();
         match resample {
@@ -80,6 +82,7 @@ impl Block for ResnetBlock {
             None => {}
         }
         let emb = match (&self.time_emb_proj, beside) {
+            (Some(proj), [emb]) if skip_time_act => Some(b.linear(emb, proj)?),
             (Some(proj), [emb]) => Some(b.linear(&b.activation(emb, act)?, proj)?),
             (None, []) => None,
             _ => return Err(Error::Unsupported("a resnet reads the embedding it was built for beside x".into())),
@@ -121,12 +124,27 @@ pub enum Resampler {
 }
 
 impl Resampler {
-    /// x `(B, C, H, W)` with the embedding of time and class.
-    pub fn forward<B: Backend>(&self, b: &B, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
+    /// x `(B, C, H, W)` with the embedding of time and class. `sides`, where they are known, are those of the map that the
+    /// result meets: one less than twice where an odd side was halved.
+    pub fn forward<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        emb: &B::Value,
+        sides: Option<[usize; 2]>,
+    ) -> Result<B::Value> {
         match self {
             Resampler::DownConv { conv, pad: true } => b.conv2d(&b.pad_right_bottom(x)?, conv),
             Resampler::DownConv { conv, pad: false } => b.conv2d(x, conv),
-            Resampler::UpConv(conv) => b.conv2d(&b.upsample_2x(x)?, conv),
+            Resampler::UpConv(conv) => {
+                let mut doubled = b.upsample_2x(x)?;
+                for (axis, side) in [Axis::Rows, Axis::Tokens].into_iter().zip(sides.into_iter().flatten()) {
+                    if b.dims(&doubled)[axis.of_map()] > side {
+                        doubled = b.slice(&doubled, axis, 0, side)?;
+                    }
+                }
+                b.conv2d(&doubled, conv)
+            }
             Resampler::Resnet(block) => b.block(&**block, x, &[emb]),
         }
     }

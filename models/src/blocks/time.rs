@@ -5,19 +5,25 @@ use crate::layers::{Embedding, Linear, Scope};
 use crate::{Error, Result, ops};
 use candle_core::{Device, Tensor};
 
-/// Two linear layers with SiLU between them: what a network learns of a projected timestep.
+/// Two linear layers with a non-linearity between them: what a network learns of a projected timestep.
 #[derive(Clone, Debug)]
-pub struct TimestepEmbedding([Linear; 2]);
+pub struct TimestepEmbedding([Linear; 2], Activation);
 
 impl TimestepEmbedding {
-    /// Takes its parameters from `scope`.
-    pub fn build(mut scope: Scope, [width, output]: [usize; 2]) -> Result<Self> {
-        Ok(TimestepEmbedding([scope.linear("linear_1", [width, output])?, scope.linear("linear_2", [output, output])?]))
+    /// Takes its parameters from `scope`; SiLU is between them.
+    pub fn build(scope: Scope, io: [usize; 2]) -> Result<Self> {
+        Self::build_with(scope, io, Activation::Silu)
+    }
+
+    /// The same with another non-linearity.
+    pub fn build_with(mut scope: Scope, [width, output]: [usize; 2], act: Activation) -> Result<Self> {
+        let layers = [scope.linear("linear_1", [width, output])?, scope.linear("linear_2", [output, output])?];
+        Ok(TimestepEmbedding(layers, act))
     }
 
     /// `(B or 1, width)` to `(B or 1, output)`.
     pub fn forward<B: Backend>(&self, b: &B, projected: &B::Value) -> Result<B::Value> {
-        b.linear(&b.activation(&b.linear(projected, &self.0[0])?, Activation::Silu)?, &self.0[1])
+        b.linear(&b.activation(&b.linear(projected, &self.0[0])?, self.1)?, &self.0[1])
     }
 }
 
@@ -33,10 +39,14 @@ pub enum TimeProjection {
         /// A zero at the end, where the width is odd.
         odd: bool,
     },
-    /// sin and cos of 2π·w·log t with stored random w.
+    /// sin and cos of 2π·w·t, or of 2π·w·log t, with stored random w.
     Fourier {
         /// The w.
         weight: Vec<f32>,
+        /// Of the logarithm.
+        log: bool,
+        /// Cosines first.
+        flip: bool,
     },
     /// A table row per integer timestep.
     Learned {
@@ -60,7 +70,7 @@ impl TimeProjection {
     pub fn width(&self) -> usize {
         match self {
             TimeProjection::Positional { frequencies, odd, .. } => 2 * frequencies.len() + usize::from(*odd),
-            TimeProjection::Fourier { weight } => 2 * weight.len(),
+            TimeProjection::Fourier { weight, .. } => 2 * weight.len(),
             TimeProjection::Learned { table } => table.weight.dims()[1],
         }
     }
@@ -77,18 +87,19 @@ impl TimeProjection {
             TimeProjection::Positional { frequencies, flip, odd } => t
                 .iter()
                 .flat_map(|&t| {
-                    let mut row = sines_and_cosines(frequencies.iter().map(|f| t as f32 * f), *flip);
+                    let angles = frequencies.iter().map(|f| t as f32 * f);
+                    let mut row = in_order(angles.clone().map(f32::sin), angles.map(f32::cos), *flip);
                     row.extend(odd.then_some(0.0));
                     row
                 })
                 .collect(),
-            TimeProjection::Fourier { weight } => t
+            TimeProjection::Fourier { weight, log, flip } => t
                 .iter()
                 .flat_map(|&t| {
                     // The angles run to hundreds of turns: f64 until the sine is taken.
-                    let log = t.ln();
-                    let angles = weight.iter().map(|&w| log * f64::from(w) * std::f64::consts::TAU);
-                    angles.clone().map(|a| a.sin() as f32).chain(angles.map(|a| a.cos() as f32)).collect::<Vec<f32>>()
+                    let t = if *log { t.ln() } else { t };
+                    let angles = weight.iter().map(|&w| t * f64::from(w) * std::f64::consts::TAU);
+                    in_order(angles.clone().map(|a| a.sin() as f32), angles.map(|a| a.cos() as f32), *flip)
                 })
                 .collect(),
             TimeProjection::Learned { table } => {
@@ -110,7 +121,6 @@ impl TimeProjection {
     }
 }
 
-fn sines_and_cosines(angles: impl Iterator<Item = f32> + Clone, cosines_first: bool) -> Vec<f32> {
-    let (sines, cosines) = (angles.clone().map(f32::sin), angles.map(f32::cos));
+fn in_order(sines: impl Iterator<Item = f32>, cosines: impl Iterator<Item = f32>, cosines_first: bool) -> Vec<f32> {
     if cosines_first { cosines.chain(sines).collect() } else { sines.chain(cosines).collect() }
 }

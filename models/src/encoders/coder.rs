@@ -65,6 +65,7 @@ impl Shape<'_> {
             groups: self.groups,
             eps: EPS,
             act: self.act,
+            skip_time_act: false,
             scale_shift: false,
             output_scale: 1.0,
             resample: None,

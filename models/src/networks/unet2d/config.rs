@@ -1,5 +1,6 @@
 //! `config.json` of a `UNet2DModel`: what each field may be here, and why the rest is refused.
 
+use crate::blocks::Resampling;
 use crate::condition::{Condition, Way};
 use crate::networks::config::{self, Fields, NetworkFields};
 use crate::networks::{Takes, Told};
@@ -126,16 +127,6 @@ pub enum TimeEmbedding {
     Fourier,
     /// A table.
     Learned,
-}
-
-/// `downsample_type`, `upsample_type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Resampling {
-    /// A strided convolution down; nearest neighbour and a convolution up.
-    Conv,
-    /// A resnet that averages or doubles inside.
-    Resnet,
 }
 
 /// `resnet_time_scale_shift`.

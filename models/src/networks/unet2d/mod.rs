@@ -6,29 +6,26 @@ use super::architecture::{Architecture, Takes, Want};
 use super::config::{Fields, NetworkFields};
 use crate::backend::{Activation, Backend};
 use crate::blocks::{
-    AttentionBlock, AttentionShape, Resample, Resampler, ResnetBlock, ResnetShape, TimeProjection, TimestepEmbedding,
+    Attention, AttentionBlock, AttentionShape, Beside, Ends, Layers, Levels, Place, Plan, ResnetShape, TimeProjection,
+    TimestepEmbedding,
 };
 use crate::condition::{Condition, Way};
-use crate::layers::{Conv2d, Embedding, GroupNorm, Init, Scope, Source};
+use crate::layers::{Embedding, Init, Scope, Source};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
 mod config;
-pub use config::{ClassEmbedding, Resampling, SampleSize, TimeEmbedding, TimeScaleShift, UNetConfig};
+pub use crate::blocks::Resampling;
+pub use config::{ClassEmbedding, SampleSize, TimeEmbedding, TimeScaleShift, UNetConfig};
 
 /// A UNet with its parameters in place. Cheap to clone: the tensors are shared.
 #[derive(Clone, Debug)]
 pub struct UNet {
     config: UNetConfig,
-    conv_in: Conv2d,
     time_proj: TimeProjection,
     time_embedding: TimestepEmbedding,
     class_embedding: Option<ClassTable>,
-    down_blocks: Vec<DownBlock>,
-    mid_block: Option<MidBlock>,
-    up_blocks: Vec<UpBlock>,
-    conv_norm_out: GroupNorm,
-    conv_out: Conv2d,
+    levels: Levels,
 }
 
 impl Architecture for UNet {
@@ -37,8 +34,6 @@ impl Architecture for UNet {
     fn build(config: &UNetConfig, source: &mut dyn Source) -> Result<Self> {
         config.validate()?;
         let mut root = Scope::root(source);
-        let channels = &config.block_out_channels;
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
         let time_dim = config.time_dim();
         let time_proj = config.time_projection(&mut root)?;
         let mlp = |scope: Scope| TimestepEmbedding::build(scope, [time_proj.width(), time_dim]);
@@ -51,36 +46,8 @@ impl Architecture for UNet {
             }
             ClassEmbedding::Identity => Some(ClassTable::Identity),
         };
-        let n_blocks = channels.len();
-        let mut down_blocks = Vec::with_capacity(n_blocks);
-        for (i, &output) in channels.iter().enumerate() {
-            let input = if i == 0 { first } else { channels[i - 1] };
-            down_blocks.push(DownBlock::build(config, root.at(format!("down_blocks.{i}")), i, [input, output])?);
-        }
-        let mid_block = match config.mid_block_type {
-            Some(_) => Some(MidBlock::build(config, root.at("mid_block"), last)?),
-            None => None,
-        };
-        let mut up_blocks = Vec::with_capacity(n_blocks);
-        for i in 0..n_blocks {
-            let level = n_blocks - 1 - i;
-            let below = channels[(level + 1).min(n_blocks - 1)];
-            let skip = channels[level.saturating_sub(1)];
-            let scope = root.at(format!("up_blocks.{i}"));
-            up_blocks.push(UpBlock::build(config, scope, i, [below, skip, channels[level]])?);
-        }
-        Ok(UNet {
-            conv_in: root.conv2d("conv_in", [config.in_channels, first], 3, 1, false)?,
-            conv_norm_out: root.group_norm("conv_norm_out", first, config.norm_num_groups, config.norm_eps)?,
-            conv_out: root.conv2d("conv_out", [first, config.out_channels], 3, 1, true)?,
-            config: config.clone(),
-            time_proj,
-            time_embedding,
-            class_embedding,
-            down_blocks,
-            mid_block,
-            up_blocks,
-        })
+        let levels = Levels::build(config, &mut root)?;
+        Ok(UNet { config: config.clone(), time_proj, time_embedding, class_embedding, levels })
     }
 
     fn takes(&self) -> Takes {
@@ -88,7 +55,7 @@ impl Architecture for UNet {
     }
 
     fn device(&self) -> &Device {
-        self.conv_in.weight.device()
+        self.levels.weight().device()
     }
 
     fn run<B: Backend>(
@@ -100,16 +67,19 @@ impl Architecture for UNet {
         want: Want,
     ) -> Result<Vec<B::Value>> {
         self.takes().check(cond)?;
-        let encoded = self.encode(b, x, t, cond)?;
-        match want {
-            Want::Output => Ok(vec![self.decode(b, t, encoded)?]),
-            Want::Maps => {
-                let Encoded { bottleneck, mut maps, .. } = encoded;
-                maps.pop();
-                maps.push(bottleneck);
-                Ok(maps)
-            }
+        let centred = if self.config.center_input_sample { b.affine(x, &[2.0], -1.0)? } else { x.clone() };
+        let emb = self.embed(b, t, cond)?;
+        let beside = Beside { emb: &emb, text: None };
+        let encoded = self.levels.encode(b, &centred, &beside)?;
+        if want == Want::Maps {
+            return Ok(encoded.maps());
         }
+        let y = self.levels.decode(b, encoded, &beside)?;
+        Ok(vec![match self.config.time_embedding_type {
+            // diffusers divides by the timestep here, which is a sigma for these (score SDE) networks.
+            TimeEmbedding::Fourier => b.affine(&y, &t.iter().map(|t| 1.0 / t).collect::<Vec<_>>(), 0.0)?,
+            _ => y,
+        }])
     }
 }
 
@@ -117,45 +87,6 @@ impl UNet {
     /// The configuration this network was built from.
     pub fn config(&self) -> &UNetConfig {
         &self.config
-    }
-
-    /// The way up.
-    fn decode<B: Backend>(&self, b: &B, t: &[f64], encoded: Encoded<B::Value>) -> Result<B::Value> {
-        let Encoded { bottleneck: mut h, emb, mut skips, .. } = encoded;
-        for block in &self.up_blocks {
-            h = block.forward(b, h, &emb, &mut skips)?;
-        }
-        h = b.group_norm(&h, &self.conv_norm_out, Some(Activation::Silu))?;
-        h = b.conv2d(&h, &self.conv_out)?;
-        match self.config.time_embedding_type {
-            // diffusers divides by the timestep here, which is a sigma for these (score SDE) networks.
-            TimeEmbedding::Fourier => b.affine(&h, &t.iter().map(|t| 1.0 / t).collect::<Vec<_>>(), 0.0),
-            _ => Ok(h),
-        }
-    }
-
-    /// The way down and the middle.
-    fn encode<B: Backend>(
-        &self,
-        b: &B,
-        x: &B::Value,
-        t: &[f64],
-        cond: &Condition<B::Value>,
-    ) -> Result<Encoded<B::Value>> {
-        let centred = if self.config.center_input_sample { b.affine(x, &[2.0], -1.0)? } else { x.clone() };
-        let emb = self.embed(b, t, cond)?;
-        let mut h = b.conv2d(&centred, &self.conv_in)?;
-        let mut skips = vec![h.clone()];
-        let mut maps = Vec::new();
-        for block in &self.down_blocks {
-            h = block.forward(b, h, &emb, &mut skips)?;
-            // The last skip, or the one before where the block went on to shrink it.
-            maps.push(skips[skips.len() - 1 - usize::from(block.downsampler.is_some())].clone());
-        }
-        if let Some(block) = &self.mid_block {
-            h = block.forward(b, &h, &emb)?;
-        }
-        Ok(Encoded { bottleneck: h, emb, skips, maps })
     }
 
     /// Time and class as one vector per sample, `(B or 1, time_embedding_dim)`.
@@ -168,15 +99,6 @@ impl UNet {
     }
 }
 
-/// What the decoder and the readers of maps need of the encoder.
-struct Encoded<V> {
-    bottleneck: V,
-    emb: V,
-    skips: Vec<V>,
-    /// Last map of every resolution, before it is shrunk.
-    maps: Vec<V>,
-}
-
 impl UNetConfig {
     /// What all its resnets have in common.
     fn resnet(&self) -> ResnetShape {
@@ -185,13 +107,14 @@ impl UNetConfig {
             groups: self.norm_num_groups,
             eps: self.norm_eps,
             act: self.act_fn,
+            skip_time_act: false,
             scale_shift: self.resnet_time_scale_shift == TimeScaleShift::ScaleShift,
             output_scale: 1.0,
             resample: None,
         }
     }
 
-    fn attention(&self, channels: usize) -> AttentionShape {
+    fn attention_shape(&self, channels: usize) -> AttentionShape {
         AttentionShape {
             channels,
             head_dim: self.attention_head_dim,
@@ -208,7 +131,7 @@ impl UNetConfig {
             TimeEmbedding::Positional => TimeProjection::positional(width, self.flip_sin_to_cos, self.freq_shift),
             TimeEmbedding::Fourier => {
                 let weight = scope.tensor("weight", &[width], Init::Normal(16.0))?;
-                TimeProjection::Fourier { weight: weight.to_dtype(DType::F32)?.to_vec1()? }
+                TimeProjection::Fourier { weight: weight.to_dtype(DType::F32)?.to_vec1()?, log: true, flip: false }
             }
             TimeEmbedding::Learned => {
                 let entries = self.num_train_timesteps.unwrap_or(0);
@@ -216,6 +139,55 @@ impl UNetConfig {
                 TimeProjection::Learned { table: Embedding { name: scope.path(""), weight } }
             }
         })
+    }
+}
+
+impl Plan for UNetConfig {
+    fn ends(&self) -> Ends {
+        Ends {
+            io: [self.in_channels, self.out_channels],
+            kernels: [3, 3],
+            channels: self.block_out_channels.clone(),
+            downsample_padding: self.downsample_padding,
+            groups: self.norm_num_groups,
+            eps: self.norm_eps,
+            act: Activation::Silu,
+        }
+    }
+
+    fn layers(&self, at: Place) -> Result<Option<Layers>> {
+        let resnet = self.resnet();
+        Ok(match at {
+            Place::Down(i) => {
+                Some(Layers { n: self.layers_per_block, resnet, resampling: self.down_block(i)?.resampling })
+            }
+            Place::Up(i) => {
+                Some(Layers { n: self.layers_per_block + 1, resnet, resampling: self.up_block(i)?.resampling })
+            }
+            Place::Middle => self.mid_block_type.as_ref().map(|_| Layers {
+                n: 2,
+                resnet: ResnetShape { output_scale: self.mid_block_scale_factor, ..resnet },
+                resampling: Resampling::Conv,
+            }),
+        })
+    }
+
+    fn attention(&self, scope: Scope, at: Place, layer: usize, channels: usize) -> Result<Option<Attention>> {
+        let shape = self.attention_shape(channels);
+        let shape = match at {
+            Place::Down(i) => self.down_block(i)?.attention.then_some(shape),
+            Place::Up(i) => self.up_block(i)?.attention.then_some(shape),
+            Place::Middle => (self.add_attention && layer == 0).then(|| {
+                // diffusers leaves the norm out of the middle attention when the resnets are of the scale_shift kind.
+                let default_groups = match self.resnet_time_scale_shift {
+                    TimeScaleShift::Default => Some(self.norm_num_groups),
+                    TimeScaleShift::ScaleShift => None,
+                };
+                let groups = self.attn_norm_num_groups.or(default_groups);
+                AttentionShape { groups, output_scale: self.mid_block_scale_factor, ..shape }
+            }),
+        };
+        shape.map(|shape| Ok(Attention::Pixels(AttentionBlock::build(scope, shape)?))).transpose()
     }
 }
 
@@ -240,173 +212,6 @@ impl ClassTable {
                 let frequencies = Tensor::new(frequencies.as_slice(), &Device::Cpu)?;
                 mlp.forward(b, &b.sinusoid(told(Way::Label)?, &frequencies, *flip)?)
             }
-        }
-    }
-}
-
-/// The resnets of one resolution, each followed by attention where the block's type says so.
-#[derive(Clone, Debug)]
-struct Stage {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<AttentionBlock>,
-}
-
-impl Stage {
-    fn build(config: &UNetConfig, scope: &mut Scope, inputs: &[usize], output: usize, attention: bool) -> Result<Self> {
-        let mut stage = Stage { resnets: Vec::new(), attentions: Vec::new() };
-        for (i, &input) in inputs.iter().enumerate() {
-            stage.resnets.push(ResnetBlock::build(scope.at(format!("resnets.{i}")), [input, output], config.resnet())?);
-            if attention {
-                let scope = scope.at(format!("attentions.{i}"));
-                stage.attentions.push(AttentionBlock::build(scope, config.attention(output))?);
-            }
-        }
-        Ok(stage)
-    }
-
-    fn layer<B: Backend>(&self, b: &B, i: usize, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
-        let h = b.block(&self.resnets[i], x, &[emb])?;
-        match self.attentions.get(i) {
-            Some(attention) => b.block(attention, &h, &[]),
-            None => Ok(h),
-        }
-    }
-}
-
-#[derive(Clone, Debug)]
-struct DownBlock {
-    stage: Stage,
-    downsampler: Option<Resampler>,
-}
-
-impl DownBlock {
-    fn build(config: &UNetConfig, mut scope: Scope, i: usize, [input, output]: [usize; 2]) -> Result<Self> {
-        let kind = config.down_block(i)?;
-        let inputs: Vec<usize> = (0..config.layers_per_block).map(|l| if l == 0 { input } else { output }).collect();
-        let stage = Stage::build(config, &mut scope, &inputs, output, kind.attention)?;
-        let last = i + 1 == config.block_out_channels.len();
-        let downsampler = match kind.resampling {
-            _ if last => None,
-            Resampling::Conv => {
-                let mut conv = scope.conv2d("downsamplers.0.conv", [output, output], 3, 2, false)?;
-                conv.padding = config.downsample_padding;
-                Some(Resampler::DownConv { conv, pad: config.downsample_padding == 0 })
-            }
-            Resampling::Resnet => {
-                let shape = ResnetShape { resample: Some(Resample::Down), ..config.resnet() };
-                Some(Resampler::Resnet(Box::new(ResnetBlock::build(
-                    scope.at("downsamplers.0"),
-                    [output, output],
-                    shape,
-                )?)))
-            }
-        };
-        Ok(DownBlock { stage, downsampler })
-    }
-
-    fn forward<B: Backend>(
-        &self,
-        b: &B,
-        mut h: B::Value,
-        emb: &B::Value,
-        skips: &mut Vec<B::Value>,
-    ) -> Result<B::Value> {
-        for i in 0..self.stage.resnets.len() {
-            h = self.stage.layer(b, i, &h, emb)?;
-            skips.push(h.clone());
-        }
-        if let Some(downsampler) = &self.downsampler {
-            h = downsampler.forward(b, &h, emb)?;
-            skips.push(h.clone());
-        }
-        Ok(h)
-    }
-}
-
-#[derive(Clone, Debug)]
-struct MidBlock {
-    resnets: [ResnetBlock; 2],
-    attention: Option<AttentionBlock>,
-}
-
-impl MidBlock {
-    fn build(config: &UNetConfig, mut scope: Scope, channels: usize) -> Result<Self> {
-        let output_scale = config.mid_block_scale_factor;
-        let shape = ResnetShape { output_scale, ..config.resnet() };
-        let mut resnet = |name: &str| ResnetBlock::build(scope.at(name), [channels, channels], shape);
-        let resnets = [resnet("resnets.0")?, resnet("resnets.1")?];
-        // diffusers leaves the norm out of the middle attention when the resnets are of the scale_shift kind.
-        let default_groups = match config.resnet_time_scale_shift {
-            TimeScaleShift::Default => Some(config.norm_num_groups),
-            TimeScaleShift::ScaleShift => None,
-        };
-        let groups = config.attn_norm_num_groups.or(default_groups);
-        let attention = match config.add_attention {
-            true => {
-                let shape = AttentionShape { groups, output_scale, ..config.attention(channels) };
-                Some(AttentionBlock::build(scope.at("attentions.0"), shape)?)
-            }
-            false => None,
-        };
-        Ok(MidBlock { resnets, attention })
-    }
-
-    fn forward<B: Backend>(&self, b: &B, x: &B::Value, emb: &B::Value) -> Result<B::Value> {
-        let mut h = b.block(&self.resnets[0], x, &[emb])?;
-        if let Some(attention) = &self.attention {
-            h = b.block(attention, &h, &[])?;
-        }
-        b.block(&self.resnets[1], &h, &[emb])
-    }
-}
-
-#[derive(Clone, Debug)]
-struct UpBlock {
-    stage: Stage,
-    upsampler: Option<Resampler>,
-}
-
-impl UpBlock {
-    /// `below`: channels coming from the level below; `skip`: channels of the last skip connection.
-    fn build(config: &UNetConfig, mut scope: Scope, i: usize, [below, skip, output]: [usize; 3]) -> Result<Self> {
-        let kind = config.up_block(i)?;
-        let n_layers = config.layers_per_block + 1;
-        let inputs: Vec<usize> = (0..n_layers)
-            .map(|l| (if l == 0 { below } else { output }) + (if l + 1 == n_layers { skip } else { output }))
-            .collect();
-        let stage = Stage::build(config, &mut scope, &inputs, output, kind.attention)?;
-        let last = i + 1 == config.block_out_channels.len();
-        let upsampler = match kind.resampling {
-            _ if last => None,
-            Resampling::Conv => {
-                Some(Resampler::UpConv(scope.conv2d("upsamplers.0.conv", [output, output], 3, 1, false)?))
-            }
-            Resampling::Resnet => {
-                let shape = ResnetShape { resample: Some(Resample::Up), ..config.resnet() };
-                Some(Resampler::Resnet(Box::new(ResnetBlock::build(
-                    scope.at("upsamplers.0"),
-                    [output, output],
-                    shape,
-                )?)))
-            }
-        };
-        Ok(UpBlock { stage, upsampler })
-    }
-
-    fn forward<B: Backend>(
-        &self,
-        b: &B,
-        mut h: B::Value,
-        emb: &B::Value,
-        skips: &mut Vec<B::Value>,
-    ) -> Result<B::Value> {
-        for i in 0..self.stage.resnets.len() {
-            let skip = skips.pop().ok_or_else(|| Error::Config("fewer skip connections than up layers".into()))?;
-            h = self.stage.layer(b, i, &b.concat(&h, &skip)?, emb)?;
-        }
-        match &self.upsampler {
-            Some(upsampler) => upsampler.forward(b, &h, emb),
-            None => Ok(h),
         }
     }
 }
