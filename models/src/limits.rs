@@ -14,6 +14,8 @@ pub const CHANNELS: RangeInclusive<usize> = 1..=1 << 17;
 pub const LEVELS: RangeInclusive<usize> = 1..=16;
 /// Layers of a level.
 pub const LAYERS: RangeInclusive<usize> = 1..=256;
+/// Side of a convolution's kernel.
+pub const KERNEL: RangeInclusive<usize> = 1..=63;
 /// Rows of a table: classes, timesteps.
 pub const ROWS: RangeInclusive<usize> = 1..=1 << 24;
 /// Height or width of a picture.

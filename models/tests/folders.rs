@@ -357,8 +357,16 @@ fn a_config_value_of_a_wrong_kind_is_named() {
 
 #[test]
 fn other_networks_are_refused() {
-    let expected = "DIR/unet/config.json: _class_name is UNet2DConditionModel, which is not supported (only UNet2DModel, DiTTransformer2DModel)";
-    check("ddpm-tiny", set(CONFIG, json!({ "_class_name": "UNet2DConditionModel" })), expected);
+    let expected = "DIR/unet/config.json: _class_name is UNet3DConditionModel, which is not supported (only UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)";
+    check("ddpm-tiny", set(CONFIG, json!({ "_class_name": "UNet3DConditionModel" })), expected);
+    let of_text = |folder: &Path| {
+        let network = fixture("unet2d_condition/bk-sdm");
+        for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+            fs::copy(network.join(file), folder.join("unet").join(file)).unwrap();
+        }
+    };
+    let expected = "DIR: the network is told a text, and text encoders of model folders are not read yet";
+    check("ddpm-tiny", of_text, expected);
 }
 
 #[test]

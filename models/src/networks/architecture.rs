@@ -93,14 +93,20 @@ pub enum Told {
     Id(Option<usize>),
     /// f32 values of this shape.
     Values(Vec<usize>),
+    /// f32 features `(N, C)` of a prompt's tokens, C of them for each; any number of tokens.
+    Tokens(usize),
 }
 
+/// Tokens of a prompt where nobody says how many: as many as CLIP has places.
+const CLIP_TOKENS: usize = 77;
+
 impl Told {
-    /// The shape of a batch.
+    /// The shape of a batch; of as many tokens as CLIP has places.
     pub fn batch(&self, n: usize) -> Vec<usize> {
         match self {
             Told::Id(_) => vec![n],
             Told::Values(shape) => [&[n], &shape[..]].concat(),
+            Told::Tokens(width) => vec![n, CLIP_TOKENS, *width],
         }
     }
 }
@@ -123,6 +129,23 @@ impl Takes {
             (None, Some((way, _))) => Err(Error::Config(format!("this network takes no {}", name(way)))),
             (None, None) => Ok(()),
         }
+    }
+
+    /// Refuses values of other widths than the network takes; `shapes` of whole batches.
+    pub fn check_shapes(&self, shapes: &Condition<Vec<usize>>) -> Result<()> {
+        for (way, found) in shapes.iter() {
+            let expected = match self.told.get(way) {
+                Some(Told::Values(shape)) if found.get(1..) != Some(&shape[..]) => format!("{shape:?}"),
+                Some(Told::Tokens(width)) if found.len() != 3 || found[2] != *width => format!("[tokens, {width}]"),
+                _ => continue,
+            };
+            return Err(Error::Config(format!(
+                "a {} of shape {:?} a sample, and this network takes {expected}",
+                name(way),
+                found.get(1..).unwrap_or(&[])
+            )));
+        }
+        Ok(())
     }
 }
 

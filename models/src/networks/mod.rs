@@ -5,6 +5,7 @@ mod architecture;
 pub mod config;
 pub mod dit;
 pub mod unet2d;
+pub mod unet2d_condition;
 
 pub use architecture::{Architecture, Takes, Told, Want};
 
@@ -17,6 +18,7 @@ use config::{Fields, NetworkFields};
 use dit::DiT;
 use serde_json::Value;
 use unet2d::UNet;
+use unet2d_condition::UNet2DCondition;
 
 macro_rules! networks {
     ($($(#[$doc:meta])* $kind:ident($net:ty),)*) => {
@@ -29,6 +31,7 @@ macro_rules! networks {
 
         /// What the `config.json` of a network of any kind holds.
         #[derive(Clone, Debug, PartialEq)]
+        #[expect(clippy::large_enum_variant, reason = "a program holds one or two of them")]
         pub enum NetworkConfig {
             $($(#[$doc])* $kind(<$net as Architecture>::Config),)*
         }
@@ -87,6 +90,8 @@ macro_rules! networks {
 networks! {
     /// `UNet2DModel`.
     UNet2D(UNet),
+    /// `UNet2DConditionModel`.
+    UNet2DCondition(UNet2DCondition),
     /// `DiTTransformer2DModel`.
     DiT(DiT),
 }
