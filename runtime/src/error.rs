@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{EngineKind, FORMAT, Tried};
+use crate::{EngineKind, FORMAT, PassedOver, Tried};
 
 /// The result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -81,6 +81,12 @@ pub enum Error {
         engine: EngineKind,
         /// The engine's reason.
         reason: String,
+    },
+    /// None of the accelerators of the list was taken, and one is required.
+    #[error("no accelerator of the list was taken, and one is required:{}", crate::placement::list(passed_over))]
+    NoAccelerator {
+        /// Each, and why not.
+        passed_over: Vec<PassedOver>,
     },
     /// The engine failed while running, or gave something else than the file promises.
     #[error("{engine} failed while running: {reason}")]

@@ -1,17 +1,18 @@
 //! A loaded file: noise and labels in, pictures out, in chunks of the batch that the graph was made for.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use ndarray::{Array4, ArrayView4, ArrayViewMut3};
 
 use crate::contract::Source;
-use crate::engine::{self, Engine, Feed, Out, Values};
+use crate::engine::placing::{Placing, Running};
+use crate::engine::{Engine, Feed, Out, Values};
 use crate::images::{Buffer, Pixels, Raw, write};
 use crate::limits::{MAX_VALUES, resize, room, zeros};
 use crate::noise::{PICTURE_NOISE, Stream, refine};
 use crate::request::{Label, Progress};
-use crate::{EngineChoice, EngineInfo, Error, Images, Info, Output, Request, Result, Watch};
+use crate::{Accelerator, EngineChoice, EngineInfo, Error, Images, Info, Output, Placement, Request, Result, Watch};
 
 /// A generator ready to make pictures, from as many threads at once as there are: each call has memory of its own, and no
 /// lock is held while the engine runs.
@@ -30,7 +31,9 @@ use crate::{EngineChoice, EngineInfo, Error, Images, Info, Output, Request, Resu
 pub struct Generator {
     info: Info,
     engine_info: EngineInfo,
-    engine: Box<dyn Engine>,
+    placing: Placing,
+    /// What runs the file: for all of its life, unless an accelerator fails.
+    running: RwLock<Arc<Running>>,
     /// Memory that calls are done with, for the next ones: as many as ran at once.
     pool: Mutex<Vec<Scratch>>,
 }
@@ -45,12 +48,19 @@ pub struct Options {
     /// Threads within one operator; `None` or 0 for as many as the machine offers. More than four for each core are not
     /// taken, and [`EngineInfo::warning`] says so.
     pub threads: Option<usize>,
+    /// What may run the graph in the place of the processor, in the order in which they are asked. One is taken that has a
+    /// device, takes the file and a node of it at least, and makes the picture that the processor makes; that takes a second
+    /// load of the file and a run of each. [`Generator::placement`] tells which, and why not the others. When it fails
+    /// later, that call is an error, and the next one goes on along the list. The processor stands behind the list.
+    pub accelerators: Vec<Accelerator>,
+    /// Whether an accelerator of the list must run every node: otherwise the processor runs what they leave, or all.
+    pub require_accelerator: bool,
 }
 
 impl Generator {
     /// Opens a file that `dmd export --onnx` or `dmd ort` wrote. Only ONNX Runtime runs `.ort` files.
     pub fn load(path: impl AsRef<Path>, options: Options) -> Result<Self> {
-        Self::open(Source::File(path.as_ref()), &options)
+        Self::open(Source::File(path.as_ref()), options)
     }
 
     /// Opens such a file's bytes, as an app has them of its own: an asset, or `include_bytes!`. Its weights must be in it.
@@ -63,7 +73,7 @@ impl Generator {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn from_bytes(bytes: &[u8], options: Options) -> Result<Self> {
-        Self::open(Source::Bytes(bytes), &options)
+        Self::open(Source::Bytes(bytes), options)
     }
 
     /// Opens such a file by a memory map: no copy of it is made while it is read, and what is checked is what the engine
@@ -82,15 +92,19 @@ impl Generator {
         let file = std::fs::File::open(path).map_err(io)?;
         // SAFETY: the caller promises that the file stays as it is.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-        Self::open(Source::Map(path, &std::sync::Arc::new(map)), &options)
+        Self::open(Source::Map(path, &Arc::new(map)), options)
     }
 
-    fn open(source: Source<'_>, options: &Options) -> Result<Self> {
+    fn open(source: Source<'_>, options: Options) -> Result<Self> {
         let info = Info::of(source)?;
-        let mut scratch = Scratch::of(info.output);
-        scratch.resize(info.batch, &info)?;
-        let (engine, engine_info) = engine::open(source, &info, options)?;
-        Ok(Self { info, engine_info, engine, pool: Mutex::new(vec![scratch]) })
+        let (placing, running) = Placing::open(source, &info, options)?;
+        Self::new(info, placing, running)
+    }
+
+    pub(crate) fn new(info: Info, placing: Placing, running: Arc<Running>) -> Result<Self> {
+        let scratch = Scratch::new(&info)?;
+        let engine_info = running.engine_info.clone();
+        Ok(Self { info, engine_info, placing, running: RwLock::new(running), pool: Mutex::new(vec![scratch]) })
     }
 
     /// What the file says of itself.
@@ -101,6 +115,11 @@ impl Generator {
     /// What runs it.
     pub fn engine(&self) -> &EngineInfo {
         &self.engine_info
+    }
+
+    /// What runs where for now, and why there.
+    pub fn placement(&self) -> Placement {
+        self.running.read().unwrap_or_else(PoisonError::into_inner).placement.clone()
     }
 
     /// Makes the pictures `0 .. batch` of a seed.
@@ -173,11 +192,12 @@ impl Generator {
     /// output away: so that the first picture need not wait for what an engine does once. This is the bare call, too, to
     /// measure an engine by, and what [`generate`](Self::generate) adds to it.
     pub fn warm_up(&self) -> Result<()> {
+        let running = self.running()?;
         self.with_scratch(|scratch| {
             if scratch.noise.is_empty() {
                 scratch.resize(self.info.batch, &self.info)?;
             }
-            self.run_engine(scratch)
+            self.run_engine(&running, scratch)
         })
     }
 
@@ -272,6 +292,7 @@ impl Generator {
         let total = n * self.info.passes();
         let progress = |done| watch.map_or(Ok(()), |watch| watch.report(Progress { done, total }));
         progress(0)?;
+        let running = self.running()?;
         self.with_scratch(|scratch| {
             for first in (0..n).step_by(chunk) {
                 let count = chunk.min(n - first);
@@ -287,7 +308,7 @@ impl Generator {
                         let label = if i < count { label(first + i)? } else { 0 };
                         *row = (pass * classes + label) as i64;
                     }
-                    self.run_engine(scratch)?;
+                    self.run_engine(&running, scratch)?;
                     progress(first * self.info.passes() + (pass + 1) * count)?;
                 }
                 let pictures = scratch.pictures.leading(count * values);
@@ -305,18 +326,23 @@ impl Generator {
         (MAX_VALUES / self.info.file.largest_value.max(1)).clamp(1, 32)
     }
 
-    fn run_engine(&self, scratch: &mut Scratch) -> Result<()> {
-        let Scratch { noise, index, pictures } = scratch;
-        let shape = [noise.len() / self.info.values(), self.info.channels, self.info.height, self.info.width];
-        let rows = [index.len()];
-        let index_name = self.info.index();
-        let feeds = [
-            Feed { name: "noise", shape: &shape, values: Values::F32(noise) },
-            Feed { name: index_name.unwrap_or_default(), shape: &rows, values: Values::I64(index) },
-        ];
-        let feeds = if index_name.is_some() { &feeds[..] } else { &feeds[..1] };
-        let run = self.engine.run(feeds, pictures.out());
-        run.map_err(|reason| Error::Run { engine: self.engine_info.kind, reason })
+    /// What runs the file; after a failure of an accelerator, the next that is proven.
+    fn running(&self) -> Result<Arc<Running>> {
+        let running = self.running.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if !running.has_failed() {
+            return Ok(running);
+        }
+        let mut running = self.running.write().unwrap_or_else(PoisonError::into_inner);
+        if running.has_failed() {
+            *running = self.placing.after(&running)?;
+        }
+        Ok(running.clone())
+    }
+
+    fn run_engine(&self, running: &Running, scratch: &mut Scratch) -> Result<()> {
+        scratch
+            .run(&*running.engine, &self.info)
+            .map_err(|reason| Error::Run { engine: self.engine_info.kind, reason: running.fail(reason) })
     }
 
     /// Lends a call memory of its own. A call that fails or panics may leave it as it is: each writes what it reads.
@@ -332,25 +358,37 @@ impl Generator {
 
 impl std::fmt::Debug for Generator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Generator").field("info", &self.info).field("engine", &self.engine_info).finish_non_exhaustive()
+        f.debug_struct("Generator")
+            .field("info", &self.info)
+            .field("placement", &self.placement())
+            .finish_non_exhaustive()
     }
 }
 
 /// What one call of the engine reads and writes, reused from call to call: `(B, C, H, W)`, where the graph has an index
 /// `(B)`, and pictures.
-struct Scratch {
-    noise: Vec<f32>,
-    index: Vec<i64>,
+#[derive(Clone)]
+pub(crate) struct Scratch {
+    pub noise: Vec<f32>,
+    pub index: Vec<i64>,
     pictures: Pictures,
 }
 
 /// Pictures as the engine writes them.
+#[derive(Clone)]
 enum Pictures {
     F32(Vec<f32>),
     U8(Vec<u8>),
 }
 
 impl Scratch {
+    /// Room for one call.
+    pub fn new(info: &Info) -> Result<Self> {
+        let mut scratch = Self::of(info.output);
+        scratch.resize(info.batch, info)?;
+        Ok(scratch)
+    }
+
     fn of(output: Output) -> Self {
         let pictures = match output {
             Output::F32 => Pictures::F32(Vec::new()),
@@ -371,11 +409,41 @@ impl Scratch {
     }
 
     /// Makes the next pass's noise of the pictures so far. A file of several passes gives f32, which its contract checks.
-    fn refine(&mut self, seed: u64, pass: usize, first: usize, sigma: f64, values: usize, count: usize) {
+    pub fn refine(&mut self, seed: u64, pass: usize, first: usize, sigma: f64, values: usize, count: usize) {
         let Pictures::F32(pictures) = &self.pictures else { return };
         let inputs = self.noise.chunks_exact_mut(values).zip(pictures.chunks_exact(values));
         for (i, (input, picture)) in inputs.take(count).enumerate() {
             refine(seed, pass, (first + i) as u64, picture, sigma, input);
+        }
+    }
+}
+
+impl Scratch {
+    /// Runs an engine on the noise and the index.
+    pub fn run(&mut self, engine: &dyn Engine, info: &Info) -> Result<(), String> {
+        let Scratch { noise, index, pictures } = self;
+        let shape = [noise.len() / info.values(), info.channels, info.height, info.width];
+        let rows = [index.len()];
+        let feeds = [
+            Feed { name: "noise", shape: &shape, values: Values::F32(noise) },
+            Feed { name: info.index().unwrap_or_default(), shape: &rows, values: Values::I64(index) },
+        ];
+        engine.run(if info.index().is_some() { &feeds } else { &feeds[..1] }, pictures.out())
+    }
+
+    /// Takes away what an engine has written, so that one which writes nothing is found out.
+    pub fn clear_pictures(&mut self) {
+        match &mut self.pictures {
+            Pictures::F32(pictures) => pictures.fill(f32::NAN),
+            Pictures::U8(pictures) => pictures.fill(0),
+        }
+    }
+
+    /// The pictures in `[-1, 1]`, in the order of the graph's output.
+    pub fn values(&self) -> Vec<f64> {
+        match &self.pictures {
+            Pictures::F32(pictures) => pictures.iter().map(|x| f64::from(*x)).collect(),
+            Pictures::U8(pictures) => pictures.iter().map(|x| f64::from(*x) / 127.5 - 1.0).collect(),
         }
     }
 }

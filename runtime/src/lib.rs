@@ -4,7 +4,7 @@
 //! does not write ([`OPERATORS`]), finds an engine, draws the noise ([`noise`]) and hands back pictures ([`Images`]). Two
 //! engines are built in, each a cargo feature:
 //!
-//! - `onnxruntime`: ONNX Runtime 1.17 or newer, loaded when the first file is opened ([`library`] says from where);
+//! - `onnxruntime`: ONNX Runtime 1.24 or newer, loaded when the first file is opened ([`library`] says from where);
 //! - `tract`: pure Rust, nothing to install, slower; used, with one warning, where no library is found.
 //!
 //! ```no_run
@@ -19,6 +19,7 @@
 //! ```
 #![deny(missing_docs)]
 
+mod accelerator;
 mod contract;
 mod generator;
 mod images;
@@ -27,11 +28,13 @@ mod request;
 
 mod engine;
 pub mod library;
+mod placement;
 
 mod error;
 mod limits;
 mod printable;
 
+pub use accelerator::{Accelerator, ComputeUnits, CoreMl, PlugIn, Qnn};
 pub use contract::{FORMAT, FileInfo, Info, OPERATORS, Output, Port};
 #[cfg(feature = "onnxruntime")]
 pub use engine::network;
@@ -41,5 +44,6 @@ pub use generator::{Generator, Options};
 pub use images::{Buffer, Image, Images, quantize};
 pub use library::Tried;
 pub use noise::picture_noise;
+pub use placement::{PassedOver, PlacedNode, Placement, Probe, Step};
 pub use printable::printable;
 pub use request::{Label, Progress, Request, Watch};

@@ -31,9 +31,12 @@ fn a_library_that_is_old_or_cut_off_is_named_as_such_and_never_taken_silently() 
     };
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/plain-f32.onnx");
     let load = |engine, library: Option<&Path>| {
-        Generator::load(&model, Options { engine, library: library.map(Into::into), threads: Some(1) })
+        Generator::load(
+            &model,
+            Options { engine, library: library.map(Into::into), threads: Some(1), ..Options::default() },
+        )
     };
-    let expected = "libonnxruntime.so.1.16.0: is ONNX Runtime 1.16.0, expected 1.17 or newer";
+    let expected = "libonnxruntime.so.1.16.0: is ONNX Runtime 1.16.0, expected 1.24 or newer";
 
     for engine in [EngineChoice::Auto, EngineChoice::OnnxRuntime] {
         for library in [old.as_path(), folder.path()] {

@@ -304,14 +304,15 @@ fn an_ort_file_whose_tables_are_one_and_the_same_costs_nothing() {
 #[test]
 fn more_threads_than_cores_are_held_down_and_said() {
     for engine in present() {
-        let options = Options { engine, threads: Some(100_000), library: None };
+        let options = Options { engine, threads: Some(100_000), ..Options::default() };
         let start = Instant::now();
         let generator = Generator::from_bytes(&Tiny::default().bytes(), options).unwrap();
         generator.generate(&Request::default()).unwrap();
         assert!(start.elapsed() < Duration::from_secs(10), "{engine:?}: {:?}", start.elapsed());
         let warning = generator.engine().warning.as_deref().unwrap();
         assert!(warning.contains("100000 threads are too many"), "{warning}");
-        let few = Generator::from_bytes(&Tiny::default().bytes(), Options { engine, threads: Some(2), library: None });
+        let few =
+            Generator::from_bytes(&Tiny::default().bytes(), Options { engine, threads: Some(2), ..Options::default() });
         assert_eq!(few.unwrap().engine().warning, None);
     }
 }

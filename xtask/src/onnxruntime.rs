@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 const VERSION: &str = "1.31.1";
 
 /// Taken where there is no build of `VERSION` for the platform or its Python.
-const FALLBACK: &str = "onnxruntime>=1.20";
+const FALLBACK: &str = "onnxruntime>=1.24";
 
 /// sha256 of the library in the wheels of `VERSION`. On Linux it is the same in the wheel of every Python (seen for
 /// 3.11, 3.12 and 3.14 on x86-64). On macOS and Windows each Python's wheel carries its own, and pip's check of the

@@ -441,5 +441,6 @@ unsafe fn read_options(options: *const Options) -> Result<runtime::Options> {
         engine,
         library: library.map(PathBuf::from),
         threads: (options.threads > 0).then_some(options.threads),
+        ..Default::default()
     })
 }

@@ -90,7 +90,8 @@ impl From<Error> for Failure {
             Error::EngineDisabled { .. }
             | Error::NoLibrary { .. }
             | Error::OtherLibraryLoaded { .. }
-            | Error::Load { .. } => Status::NoEngine,
+            | Error::Load { .. }
+            | Error::NoAccelerator { .. } => Status::NoEngine,
             Error::Run { .. } | Error::NotFinite { .. } => Status::RunFailed,
             Error::NoMemory { .. } => Status::NoMemory,
             Error::Cancelled => Status::Cancelled,

@@ -22,6 +22,7 @@ mod outside;
 mod sizes;
 
 use graph::Model;
+#[cfg(feature = "tract")]
 pub(crate) use graph::bytes;
 pub use operators::OPERATORS;
 
@@ -144,6 +145,31 @@ pub(crate) enum Source<'a> {
     Bytes(&'a [u8]),
     /// What is in a file, and stays there while somebody holds the map.
     Map(&'a Path, &'a Arc<Mmap>),
+}
+
+/// A [`Source`] that is there for as long as it is kept, to be opened once more.
+pub(crate) enum Kept {
+    File(PathBuf),
+    Bytes(Vec<u8>),
+    Map(PathBuf, Arc<Mmap>),
+}
+
+impl Kept {
+    pub fn of(source: Source<'_>) -> Self {
+        match source {
+            Source::File(path) => Self::File(path.into()),
+            Source::Bytes(bytes) => Self::Bytes(bytes.into()),
+            Source::Map(path, map) => Self::Map(path.into(), map.clone()),
+        }
+    }
+
+    pub fn source(&self) -> Source<'_> {
+        match self {
+            Self::File(path) => Source::File(path),
+            Self::Bytes(bytes) => Source::Bytes(bytes),
+            Self::Map(path, map) => Source::Map(path, map),
+        }
+    }
 }
 
 impl<'a> Source<'a> {

@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use crate::contract::Source;
 use crate::limits::MAX_THREADS_PER_CORE;
-use crate::{Error, Info, Options, Result};
+use crate::placement::Step;
+use crate::{Accelerator, Error, Info, Options, Result};
 
 #[cfg(feature = "onnxruntime")]
 pub mod network;
@@ -16,6 +17,9 @@ pub mod network;
 mod onnxruntime;
 #[cfg(feature = "tract")]
 mod tract;
+
+pub(crate) mod placing;
+mod probe;
 
 /// A loaded graph. The generator has checked the sizes of everything it hands over.
 pub(crate) trait Engine: Send + Sync {
@@ -154,8 +158,8 @@ pub fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<&Path>)
     rewrite_by_onnxruntime(from, to, rewrite, library)
 }
 
-/// Loads a file by the engine that the options ask for.
-pub(crate) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+/// Loads a file by the engine that the options ask for, on the processor.
+fn cpu(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     let (engine, mut engine_info) = open_by_choice(source, info, options)?;
     if let Some(asked) = options.threads.filter(|asked| *asked > max_threads()) {
         let warning = format!("{asked} threads are too many for this machine: {} are used", max_threads());
@@ -202,6 +206,25 @@ fn onnxruntime_info(_: Option<&Path>) -> Result<EngineInfo> {
 #[cfg(not(feature = "onnxruntime"))]
 fn open_onnxruntime(_: Source<'_>, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     Err(Error::EngineDisabled { engine: EngineKind::OnnxRuntime })
+}
+
+/// Loads a file for an accelerator, which is not proven yet.
+#[cfg(feature = "onnxruntime")]
+fn accelerated(
+    source: Source<'_>,
+    info: &Info,
+    options: &Options,
+    accelerator: &Accelerator,
+) -> Result<placing::Candidate, placing::Refusal> {
+    match options.engine {
+        EngineChoice::Tract => Err((Step::Registered, "tract runs on the processor alone".into())),
+        _ => onnxruntime::accelerated(source, info, options, accelerator),
+    }
+}
+
+#[cfg(not(feature = "onnxruntime"))]
+fn accelerated(_: Source<'_>, _: &Info, _: &Options, _: &Accelerator) -> Result<placing::Candidate, placing::Refusal> {
+    Err((Step::Registered, Error::EngineDisabled { engine: EngineKind::OnnxRuntime }.to_string()))
 }
 
 #[cfg(not(feature = "onnxruntime"))]

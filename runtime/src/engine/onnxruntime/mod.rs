@@ -1,26 +1,33 @@
 //! ONNX Runtime by the `ort` crate, its library loaded at run time.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::Mmap;
 use ort::environment::Environment;
 use ort::session::Session;
-use ort::session::builder::GraphOptimizationLevel;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
+use super::placing::{Candidate, Refusal};
 use super::{Engine, EngineInfo, EngineKind, Feed, Out, Rewrite, threads};
 use crate::contract::Source;
+use crate::placement::Step;
 use crate::printable::printable_lines;
-use crate::{Error, Info, Options, Result};
+use crate::{Accelerator, Error, Info, Options, Result};
 
+mod assignment;
+mod provider;
 mod run;
 mod runtime;
 
+use assignment::{ProfileFolder, TOLD_FROM};
 use run::Runner;
 pub(super) use runtime::runtime;
 
 struct OnnxRuntime {
     runner: Runner,
+    /// Held while an accelerator runs: not every provider can do two things at once, whatever it promises.
+    one_at_a_time: Option<Mutex<()>>,
     /// Where the session's weights lie, if they do not lie in memory of its own. Freed after the session.
     _map: Option<Arc<Mmap>>,
 }
@@ -35,12 +42,58 @@ pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result
     let failed = |reason: String| Error::Load { path: source.path().into(), engine: EngineKind::OnnxRuntime, reason };
     let session = session(&runtime.environment, source, threads(options));
     let session = session.map_err(|error| failed(printable_lines(&error.to_string())))?;
-    let runner = Runner::new(session, info).map_err(failed)?;
-    let map = if let Source::Map(_, map) = source { source.is_ort().then(|| map.clone()) } else { None };
-    Ok((Box::new(OnnxRuntime { runner, _map: map }), self::info(options.library.as_deref())?))
+    let runner = Runner::new(Arc::new(session), info).map_err(failed)?;
+    let engine = OnnxRuntime { runner, one_at_a_time: None, _map: kept_map(source) };
+    Ok((Box::new(engine), self::info(options.library.as_deref())?))
+}
+
+/// Loads a file for an accelerator, which is not proven yet.
+pub(super) fn accelerated(
+    source: Source<'_>,
+    info: &Info,
+    options: &Options,
+    accelerator: &Accelerator,
+) -> Result<Candidate, Refusal> {
+    let runtime = runtime(options.library.as_deref()).map_err(|error| (Step::Registered, error.to_string()))?;
+    let no_session = |error: String| (Step::Session, printable_lines(&error));
+    // Older libraries need the profile of a run to tell what ran where.
+    let profiled = runtime::minor(&runtime.version).is_none_or(|minor| minor < TOLD_FROM);
+    let folder =
+        if profiled { Some(ProfileFolder::new().map_err(|error| no_session(error.to_string()))?) } else { None };
+    let builder = || -> ort::Result<SessionBuilder> {
+        let builder = builder(&runtime.environment, source, threads(options))?;
+        let builder = builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?;
+        Ok(match &folder {
+            Some(folder) => builder.with_profiling(folder.prefix())?,
+            None => builder,
+        })
+    };
+    let builder = builder().map_err(|error| no_session(error.to_string()))?;
+    let (builder, provider) = provider::add(builder, accelerator, threads(options), &runtime)?;
+    let session = commit(builder, source).map_err(|error| no_session(error.to_string()))?;
+    let session = Arc::new(session);
+    let runner = Runner::new(session.clone(), info).map_err(no_session)?;
+    let nodes = move || {
+        let told = assignment::told(&session).map_err(|error| printable_lines(&error.to_string()))?;
+        match folder {
+            Some(_folder) => assignment::corrected(told, &assignment::profile(&session)?),
+            None => Ok(told),
+        }
+    };
+    let engine = OnnxRuntime { runner, one_at_a_time: Some(Mutex::new(())), _map: kept_map(source) };
+    Ok(Candidate { engine: Box::new(engine), provider, nodes: Box::new(nodes) })
+}
+
+/// The map that a session leaves its weights in.
+fn kept_map(source: Source<'_>) -> Option<Arc<Mmap>> {
+    if let Source::Map(_, map) = source { source.is_ort().then(|| map.clone()) } else { None }
 }
 
 pub(super) fn session(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<Session> {
+    commit(builder(environment, source, threads)?, source)
+}
+
+fn builder(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<SessionBuilder> {
     let mut builder = Session::builder(environment)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_intra_threads(threads)?
@@ -52,6 +105,10 @@ pub(super) fn session(environment: &Environment, source: Source<'_>, threads: us
             .with_config_entry("session.use_ort_model_bytes_directly", "1")?
             .with_config_entry("session.use_ort_model_bytes_for_initializers", "1")?;
     }
+    Ok(builder)
+}
+
+fn commit(mut builder: SessionBuilder, source: Source<'_>) -> ort::Result<Session> {
     match source.bytes() {
         None => builder.commit_from_file(source.path()),
         Some(bytes) => builder.commit_from_memory(bytes),
@@ -84,6 +141,7 @@ pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<
 
 impl Engine for OnnxRuntime {
     fn run(&self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String> {
+        let _turn = self.one_at_a_time.as_ref().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner));
         self.runner.run(feeds, out).map_err(|error| printable_lines(&error.to_string()))
     }
 }

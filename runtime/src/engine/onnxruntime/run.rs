@@ -3,6 +3,7 @@
 
 use std::ffi::{CString, c_char, c_void};
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 use ort::AsPointer;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
@@ -18,7 +19,7 @@ const MOST: usize = 4;
 
 /// A session, and the names of the graph's inputs and of its output.
 pub(super) struct Runner {
-    session: Session,
+    session: Arc<Session>,
     /// Describes memory of the processor's.
     memory: MemoryInfo<'static>,
     inputs: Vec<CString>,
@@ -35,7 +36,7 @@ struct Shape {
 
 impl Runner {
     /// Takes a session whose graph was checked against `info`.
-    pub fn new(session: Session, info: &Info) -> Result<Self, String> {
+    pub fn new(session: Arc<Session>, info: &Info) -> Result<Self, String> {
         let [output] = session.outputs() else {
             return Err(format!("it has {} outputs, expected one", session.outputs().len()));
         };

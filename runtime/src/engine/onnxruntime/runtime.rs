@@ -129,7 +129,7 @@ fn probe(path: &Path) -> Result<String, String> {
     Ok(version)
 }
 
-fn minor(version: &str) -> Option<u32> {
+pub(crate) fn minor(version: &str) -> Option<u32> {
     let mut parts = version.split('.');
     (parts.next()? == "1").then(|| parts.next()?.parse().ok())?
 }

@@ -1,0 +1,184 @@
+//! What may compute a graph in the place of the processor. Naming one asks for it; whether it does is proven when a file is
+//! loaded, and told by [`Placement`](crate::Placement).
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// An accelerator that ONNX Runtime can hand a graph to, as far as the library or the plug-in at hand has it.
+///
+/// ```
+/// use dmd_runtime::{Accelerator, Options, Qnn};
+///
+/// let options = Options {
+///     accelerators: vec![
+///         Accelerator::Qnn(Qnn { soc_model: Some(57), ..Qnn::new("/opt/qnn/libonnxruntime_providers_qnn.so") }),
+///         Accelerator::OpenVino { device: "CPU".into(), cache: None },
+///     ],
+///     ..Options::default()
+/// };
+/// # assert_eq!(options.accelerators[1].to_string(), "OpenVINO (CPU)");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Accelerator {
+    /// The processor, by ONNX Runtime's own kernels: what stands behind it in a list is never asked.
+    Cpu,
+    /// Intel's OpenVINO, in a library that is built with it.
+    OpenVino {
+        /// Its name of a device: `CPU`, `GPU`, `GPU.1`, `NPU`, `AUTO:GPU,CPU`.
+        device: String,
+        /// Where it keeps what it has compiled, from one start to the next.
+        cache: Option<PathBuf>,
+    },
+    /// XNNPACK's kernels on the processor, in the libraries for Android and iOS.
+    Xnnpack,
+    /// Apple's Core ML, as an ML program.
+    CoreMl(CoreMl),
+    /// Android's NNAPI, without its own emulation on the processor.
+    Nnapi {
+        /// Whether it may compute in half precision.
+        fp16: bool,
+    },
+    /// Windows' DirectML.
+    DirectMl {
+        /// Which GPU, from 0.
+        device: u32,
+    },
+    /// NVIDIA's GPUs by CUDA and cuDNN, without TF32.
+    Cuda {
+        /// Which GPU, from 0.
+        device: u32,
+    },
+    /// NVIDIA's GPUs by TensorRT.
+    TensorRt {
+        /// Which GPU, from 0.
+        device: u32,
+        /// Whether it may compute in half precision.
+        fp16: bool,
+        /// Where it keeps engines and timings, from one start to the next: building one takes minutes.
+        cache: Option<PathBuf>,
+    },
+    /// Any GPU by WebGPU, a plug-in (`onnxruntime-ep-webgpu`).
+    WebGpu(PlugIn),
+    /// Qualcomm's Hexagon and Adreno by QNN, a plug-in (`onnxruntime-qnn`).
+    Qnn(Qnn),
+    /// OpenVINO as a plug-in (`onnxruntime-ep-openvino`).
+    OpenVinoPlugIn(PlugIn),
+    /// A plug-in of somebody else's.
+    Custom {
+        /// The name to register it under.
+        name: String,
+        /// Its library, and its options.
+        plug_in: PlugIn,
+        /// Whether it computes in half precision, and is held to that.
+        fp16: bool,
+    },
+}
+
+/// A plug-in of ONNX Runtime's: a library with accelerators that are not part of ONNX Runtime's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlugIn {
+    /// The library, by an absolute path: ONNX Runtime looks for another one beside its own library.
+    pub library: PathBuf,
+    /// The plug-in's options by its own names, without a prefix.
+    pub options: Vec<(String, String)>,
+}
+
+/// What Qualcomm's QNN is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Qnn {
+    /// The plug-in's library, by an absolute path.
+    pub library: PathBuf,
+    /// Which of QNN's backends: `htp` for Hexagon, `gpu` for Adreno.
+    pub backend: String,
+    /// The chip, by Qualcomm's number (57: Snapdragon 8 Gen 3). Its simulator on a desktop needs it.
+    pub soc_model: Option<u32>,
+    /// Hexagon's architecture (75: that of the chip above).
+    pub htp_arch: Option<u32>,
+    /// Further options by the plug-in's own names.
+    pub options: Vec<(String, String)>,
+}
+
+/// What Core ML is told. It compiles in the folder for temporary files (`TMPDIR`), which a sandboxed app sets before it
+/// starts a thread, and leaves the result in `cache`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CoreMl {
+    /// What may compute.
+    pub units: ComputeUnits,
+    /// Where it keeps what it has compiled, from one start to the next: without it, every start compiles anew.
+    pub cache: Option<PathBuf>,
+}
+
+/// Apple's units.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ComputeUnits {
+    /// All of them, as Core ML chooses.
+    #[default]
+    All,
+    /// The Neural Engine and the processor.
+    NeuralEngine,
+    /// The GPU and the processor.
+    Gpu,
+}
+
+impl PlugIn {
+    /// A plug-in by the absolute path of its library, without options.
+    pub fn new(library: impl Into<PathBuf>) -> Self {
+        Self { library: library.into(), options: Vec::new() }
+    }
+}
+
+impl Qnn {
+    /// Hexagon, by the absolute path of the plug-in's library.
+    pub fn new(library: impl Into<PathBuf>) -> Self {
+        Self { library: library.into(), backend: "htp".into(), soc_model: None, htp_arch: None, options: Vec::new() }
+    }
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("CPU"),
+            Self::OpenVino { device, .. } => write!(f, "OpenVINO ({device})"),
+            Self::Xnnpack => f.write_str("XNNPACK"),
+            Self::CoreMl(_) => f.write_str("Core ML"),
+            Self::Nnapi { .. } => f.write_str("NNAPI"),
+            Self::DirectMl { device } => write!(f, "DirectML ({device})"),
+            Self::Cuda { device } => write!(f, "CUDA ({device})"),
+            Self::TensorRt { device, .. } => write!(f, "TensorRT ({device})"),
+            Self::WebGpu(_) => f.write_str("WebGPU"),
+            Self::Qnn(Qnn { backend, .. }) => write!(f, "QNN ({backend})"),
+            Self::OpenVinoPlugIn(_) => f.write_str("OpenVINO (plug-in)"),
+            Self::Custom { name, .. } => f.write_str(name),
+        }
+    }
+}
+
+#[cfg_attr(not(feature = "onnxruntime"), allow(dead_code))]
+impl Accelerator {
+    /// Whether it computes in half precision whatever the file's own.
+    pub(crate) fn computes_half(&self) -> bool {
+        match self {
+            Self::Cpu | Self::Xnnpack | Self::DirectMl { .. } | Self::Cuda { .. } => false,
+            Self::WebGpu(_) | Self::OpenVinoPlugIn(_) => false,
+            Self::OpenVino { device, .. } => device != "CPU",
+            Self::CoreMl(_) | Self::Qnn(_) => true,
+            Self::Nnapi { fp16 } | Self::TensorRt { fp16, .. } | Self::Custom { fp16, .. } => *fp16,
+        }
+    }
+
+    /// Where a library that has it comes from.
+    pub(crate) fn remedy(&self) -> &'static str {
+        match self {
+            Self::OpenVino { .. } => "pip install onnxruntime-openvino",
+            Self::Cuda { .. } | Self::TensorRt { .. } => "pip install onnxruntime-gpu",
+            Self::DirectMl { .. } => "pip install onnxruntime-directml, on Windows",
+            Self::CoreMl(_) => "take ONNX Runtime's library for macOS or iOS",
+            Self::Nnapi { .. } => "take ONNX Runtime's library for Android",
+            Self::Xnnpack => "take ONNX Runtime's library for Android or iOS, or build it with XNNPACK",
+            Self::Cpu | Self::WebGpu(_) | Self::Qnn(_) | Self::OpenVinoPlugIn(_) | Self::Custom { .. } => {
+                "install the plug-in"
+            }
+        }
+    }
+}
