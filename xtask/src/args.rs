@@ -19,7 +19,9 @@ Usage: cargo xtask <TASK> [ARGS]
   web-test                  the browser example in a headless Chromium; needs Node, and fetches packages with npm
   export-test               the tests of exported files in the oldest and the newest ONNX Runtime that are promised, and in
                             ONNX's own checker, fetched through Python's pip (140 MB)
-                            (the three above with --fetch: fetch what they need and no more)
+  bindings-test             the runtime from Python, Kotlin and Swift, each where its tools are here: fetches numpy and
+                            hatchling through Python's pip and Kotlin's compiler with npm (160 MB)
+                            (the four above with --fetch: fetch what they need and no more)
   bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
                             environment that has it is active
   check                     formatting, clippy and documentation, warnings refused
@@ -43,6 +45,7 @@ pub enum Task {
     CudaCheck { fetch_only: bool },
     WebTest { fetch_only: bool },
     ExportTest { fetch_only: bool },
+    BindingsTest { fetch_only: bool },
     BenchExport,
     Check,
     Ci,
@@ -73,7 +76,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         "cuda-check" if fetch_only || args.is_empty() => return Ok(Task::CudaCheck { fetch_only }),
         "web-test" if fetch_only || args.is_empty() => return Ok(Task::WebTest { fetch_only }),
         "export-test" if fetch_only || args.is_empty() => return Ok(Task::ExportTest { fetch_only }),
-        "cuda-check" | "web-test" | "export-test" => {
+        "bindings-test" if fetch_only || args.is_empty() => return Ok(Task::BindingsTest { fetch_only }),
+        "cuda-check" | "web-test" | "export-test" | "bindings-test" => {
             bail!("cargo xtask {task} takes only --fetch, found {:?}", args[0])
         }
         _ => {}
@@ -119,6 +123,7 @@ mod tests {
         check("cuda-check --fetch", Ok(Task::CudaCheck { fetch_only: true }));
         check("web-test", Ok(Task::WebTest { fetch_only: false }));
         check("export-test --fetch", Ok(Task::ExportTest { fetch_only: true }));
+        check("bindings-test", Ok(Task::BindingsTest { fetch_only: false }));
         check("bench-export", Ok(Task::BenchExport));
         check("check", Ok(Task::Check));
         check("ci", Ok(Task::Ci));

@@ -6,6 +6,7 @@
 mod args;
 mod bench;
 mod bench_export;
+mod bindings_test;
 mod chores;
 mod cuda;
 mod export_test;
@@ -49,6 +50,8 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::WebTest { fetch_only: false } => web::test(),
         Task::ExportTest { fetch_only: true } => export_test::fetch(),
         Task::ExportTest { fetch_only: false } => export_test::run(),
+        Task::BindingsTest { fetch_only: true } => bindings_test::fetch(),
+        Task::BindingsTest { fetch_only: false } => bindings_test::run(),
         Task::BenchExport => bench_export::run(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),

@@ -65,7 +65,7 @@ fn example() -> PathBuf {
 }
 
 /// Or why the test cannot run here.
-fn node_is_here() -> Result<(), String> {
+pub fn node_is_here() -> Result<(), String> {
     let remedy = format!("install Node {}.{} or newer, with npm", NODE.0, NODE.1);
     let version_of = |program: &str| {
         let output = npm_or_node(program).arg("--version").stdin(Stdio::null()).output().ok()?;
@@ -96,7 +96,7 @@ fn install(example: &Path) -> Result<()> {
 }
 
 /// npm is a script, which Windows starts only under its full name.
-fn npm_or_node(program: &str) -> Command {
+pub fn npm_or_node(program: &str) -> Command {
     Command::new(if cfg!(windows) && program == "npm" { "npm.cmd" } else { program })
 }
 

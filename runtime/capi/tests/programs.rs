@@ -151,16 +151,3 @@ fn tract() -> Options {
 fn text(output: &Output) -> String {
     [&output.stdout[..], &output.stderr[..]].concat().iter().map(|byte| char::from(*byte)).collect()
 }
-
-/// Android 15 and later refuse others on devices with pages of 16 KB; build.rs asks the linker for it.
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#[test]
-fn segments_of_the_shared_library_lie_on_pages_of_16_kb() {
-    use object::read::elf::{ElfFile64, ProgramHeader};
-    let bytes = std::fs::read(libraries().join("libdmd_capi.so")).unwrap();
-    let file = ElfFile64::<object::Endianness>::parse(&*bytes).unwrap();
-    let endian = file.endian();
-    let loads = file.elf_program_headers().iter().filter(|header| header.p_type(endian) == object::elf::PT_LOAD);
-    let alignments: Vec<u64> = loads.map(|header| header.p_align(endian)).collect();
-    assert!(alignments.len() > 1 && alignments.iter().all(|bytes| *bytes >= 16384), "{alignments:?}");
-}
