@@ -1,21 +1,22 @@
-//! What runs a file, and why: `cargo run --release --example placement -- MODEL.onnx ACCELERATOR... [--require] [--json]`.
+//! What runs a file, and why: `cargo run --release --example placement -- MODEL.onnx ACCELERATOR... [--require] [--tabs]`.
 //!
 //! Accelerators in the order of preference: `cpu`, `openvino:DEVICE`, `xnnpack`, `coreml`, `nnapi`, `directml:N`, `cuda:N`,
 //! `tensorrt:N`, and plug-ins `webgpu=LIBRARY`, `qnn=LIBRARY`, `openvino=LIBRARY`, `custom=LIBRARY`, followed by their
 //! options: `qnn=/opt/qnn/libonnxruntime_providers_qnn.so,soc_model=57`.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use dmd_runtime::{Accelerator, CoreMl, Generator, Options, PlugIn, Qnn, Request};
+use dmd_runtime::{Accelerator, CoreMl, Generator, Options, Placement, PlugIn, Qnn, Request};
 
-/// Pictures whose median time is told.
-const TIMED: u64 = 15;
+/// Pictures whose median time is told, and how long they may take.
+const TIMED: usize = 15;
+const MOST: Duration = Duration::from_secs(2);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (flags, words): (Vec<_>, Vec<_>) = arguments.into_iter().partition(|word| word.starts_with("--"));
     let [model, accelerators @ ..] = words.as_slice() else {
-        return Err("usage: placement MODEL.onnx ACCELERATOR... [--require] [--json]".into());
+        return Err("usage: placement MODEL.onnx ACCELERATOR... [--require] [--tabs]".into());
     };
     let options = Options {
         accelerators: accelerators.iter().map(|word| accelerator(word)).collect::<Result<_, _>>()?,
@@ -26,21 +27,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let started = Instant::now();
     let generator = Generator::load(model, options)?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;
-    let mut times_ms = Vec::new();
-    for seed in 0..TIMED {
-        let started = Instant::now();
-        generator.generate(&Request { seed, batch: generator.info().batch, ..Request::default() })?;
-        times_ms.push(started.elapsed().as_secs_f64() * 1e3);
-    }
-    times_ms.sort_by(f64::total_cmp);
-    let (placement, median_ms) = (generator.placement(), times_ms[times_ms.len() / 2]);
-    if flags.iter().any(|flag| flag == "--json") {
-        let (taken, nodes) = placement.taken();
-        let found = serde_json::json!({
-            "version": generator.engine().version, "accelerator": placement.accelerator, "taken": taken, "nodes": nodes,
-            "probe": placement.probe, "passed_over": placement.passed_over, "load_ms": load_ms, "median_ms": median_ms,
-        });
-        println!("{found}");
+    let median_ms = median_ms(&generator)?;
+    let placement = generator.placement();
+    if flags.iter().any(|flag| flag == "--tabs") {
+        println!("{}", tabs(&placement, load_ms, median_ms));
         return Ok(());
     }
     println!("{placement}");
@@ -49,6 +39,31 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("{}: {} {}", node.provider, node.operator, node.name);
     }
     Ok(())
+}
+
+fn median_ms(generator: &Generator) -> dmd_runtime::Result<f64> {
+    let (begun, mut times_ms) = (Instant::now(), Vec::new());
+    while times_ms.is_empty() || times_ms.len() < TIMED && begun.elapsed() < MOST {
+        let (started, seed) = (Instant::now(), times_ms.len() as u64);
+        generator.generate(&Request { seed, batch: generator.info().batch, ..Request::default() })?;
+        times_ms.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    times_ms.sort_by(f64::total_cmp);
+    Ok(times_ms[times_ms.len() / 2])
+}
+
+/// One line for programs: what runs the file, nodes taken and all, difference, dB, times; or what was passed over first, the
+/// step and the reason.
+fn tabs(placement: &Placement, load_ms: f64, median_ms: f64) -> String {
+    let (taken, all) = placement.taken();
+    match (placement.passed_over.first(), placement.probe) {
+        (Some(passed), None) => format!("passed over\t{:?}\t{}", passed.step, passed.reason),
+        (_, probe) => {
+            let (difference, psnr_db) =
+                probe.map_or((0.0, f64::INFINITY), |probe| (probe.max_difference, probe.psnr_db));
+            format!("taken\t{taken}\t{all}\t{difference:.1e}\t{psnr_db:.1}\t{load_ms:.0}\t{median_ms:.2}")
+        }
+    }
 }
 
 fn accelerator(word: &str) -> Result<Accelerator, String> {

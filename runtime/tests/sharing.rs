@@ -191,3 +191,15 @@ fn warming_up_changes_no_picture() {
         }
     }
 }
+
+#[test]
+fn zero_threads_are_as_many_as_the_machine_offers() {
+    for engine in present() {
+        let load = |threads| {
+            Generator::load(fixture("plain-f32.onnx"), Options { engine, threads, ..Options::default() }).unwrap()
+        };
+        assert_eq!(load(Some(0)).engine().warning, load(None).engine().warning);
+        let pictures = [Some(0), None].map(|threads| load(threads).generate(&request(1, 2)).unwrap());
+        assert_eq!(pictures[0], pictures[1], "{engine:?}");
+    }
+}

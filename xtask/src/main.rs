@@ -9,6 +9,7 @@ mod bench_export;
 mod bindings_test;
 mod chores;
 mod cuda;
+mod edge_test;
 mod export_test;
 mod onnxruntime;
 mod setup;
@@ -52,6 +53,8 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::ExportTest { fetch_only: false } => export_test::run(),
         Task::BindingsTest { fetch_only: true } => bindings_test::fetch(),
         Task::BindingsTest { fetch_only: false } => bindings_test::run(),
+        Task::EdgeTest { fetch_only: true, .. } => edge_test::fetch(),
+        Task::EdgeTest { fetch_only: false, print } => edge_test::run(print),
         Task::BenchExport => bench_export::run(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),

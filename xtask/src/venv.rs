@@ -38,6 +38,21 @@ pub fn made(folder: &Path, packages: &[&str], what: &str) -> Result<PathBuf> {
     Ok(python_in(folder))
 }
 
+/// A package alone, without what it depends on, under `folder`: for the libraries in it.
+pub fn unpacked(folder: &Path, requirement: &str, size: &str) -> Result<PathBuf> {
+    let (target, whole) = (folder.join(requirement), folder.join(format!("{requirement}.whole")));
+    // Written last, as above.
+    if !whole.is_file() {
+        eprintln!("fetching {requirement} ({size}) into {}", target.display());
+        let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"];
+        let only = ["--only-binary=:all:", "--retries", "1", "--timeout", "30", "--target"];
+        let mut pip = Command::new(onnxruntime::python_with_pip()?);
+        succeed(pip.args(install).args(only).arg(&target).arg(requirement).env("PIP_REQUIRE_VIRTUALENV", "0"))?;
+        fs::write(&whole, "").with_context(|| format!("{} cannot be written", whole.display()))?;
+    }
+    Ok(target)
+}
+
 /// Where an environment's packages lie.
 pub fn site_packages(python: &Path) -> Result<PathBuf> {
     let code = "import sysconfig; print(sysconfig.get_paths()['purelib'])";
