@@ -20,7 +20,12 @@ pub fn listed<S: AsRef<str>>(names: &[S]) -> String {
 pub fn label(option: &str, class: &str, classes: &[String]) -> Result<usize> {
     ensure!(!classes.is_empty(), "{option} {class}: the model has no classes");
     let by_name = classes.iter().position(|name| name == class);
-    match by_name.or_else(|| class.parse().ok().filter(|index| *index < classes.len())) {
+    // Some have several names, as those of ImageNet: "tench, Tinca tinca".
+    let one_of = |name: &String| name.split(',').any(|name| name.trim() == class);
+    match by_name
+        .or_else(|| classes.iter().position(one_of))
+        .or_else(|| class.parse().ok().filter(|index| *index < classes.len()))
+    {
         Some(label) => Ok(label),
         None => {
             bail!("{option} {class}: no such class, the model has {} (0 to {})", listed(classes), classes.len() - 1)
@@ -41,6 +46,9 @@ mod tests {
     fn classes_go_by_name_or_index() {
         let classes = ["cat".to_string(), "dog".to_string()];
         assert_eq!(["dog", "0"].map(|class| label("--class", class, &classes).unwrap()), [1, 0]);
+        let of_imagenet = ["tench, Tinca tinca", "crane", "Tinca tinca"].map(String::from);
+        let found = ["tench", "Tinca tinca", "tench, Tinca tinca"].map(|class| label("--class", class, &of_imagenet));
+        assert_eq!(found.map(Result::unwrap), [0, 2, 0]);
         let error = |class, classes: &[String]| label("--class", class, classes).unwrap_err().to_string();
         assert_eq!(error("fox", &classes), "--class fox: no such class, the model has cat, dog (0 to 1)");
         assert!(error("2", &classes).contains("no such class"));

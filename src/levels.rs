@@ -42,12 +42,7 @@ impl Players {
         let teacher = ModelFolder::load(teacher, &Device::Cpu).context("the teacher")?;
         let folder = generator.map(Path::to_path_buf).or_else(|| run.map(|run| run.join("generator")));
         let generator = match &folder {
-            None => Model::Teacher {
-                denoiser: teacher.denoiser(&Device::Cpu)?,
-                sampler: Sampler::Heun,
-                n_steps: STEPS,
-                guidance_scale: 1.0,
-            },
+            None => Model::teacher(teacher.denoiser(&Device::Cpu)?, Sampler::Heun, STEPS, 1.0),
             Some(folder) => {
                 let loaded = ModelFolder::load(folder, &Device::Cpu).context("the generator")?;
                 ensure!(
@@ -77,7 +72,8 @@ impl Players {
 
     /// The picture, and its numbers by noise level.
     pub fn panel(&self, seed: u64) -> Result<(RgbImage, Value)> {
-        let real_score = self.teacher.denoiser(&Device::Cpu)?;
+        let pipeline = self.teacher.pipeline(&Device::Cpu)?;
+        let real_score = &pipeline.denoiser;
         let shape = self.teacher.sample_shape()?;
         let labels = labels_in_turn(PICTURES, real_score.n_classes());
         let cond = Condition::of_classes(labels.iter().copied(), &Device::Cpu)?;
@@ -85,8 +81,9 @@ impl Players {
         let x = Tensor::from_vec(x.iter().copied().collect::<Vec<f32>>(), x.dim(), &Device::Cpu)?;
         let eps = picture_noise(seed, PICTURES as u64, PICTURES, shape, &Device::Cpu)?;
 
-        let scale = (SIDE / shape[2].max(1) as u32).max(1);
-        let cell = |images: &Tensor| -> Result<RgbImage> {
+        let scale = (SIDE / pipeline.picture_shape(shape)[2].max(1) as u32).max(1);
+        let cell = |samples: &Tensor| -> Result<RgbImage> {
+            let images = pipeline.pictures(samples)?;
             let values = images.flatten_all()?.to_vec1()?;
             Ok(grid(&Array4::from_shape_vec(images.dims4()?, values)?, PICTURES, scale))
         };
@@ -102,8 +99,8 @@ impl Players {
             let (grad, step) = gradient(&x, &x0_real, &x0_fake)?;
             // Noise would drive x_t out of what a picture can show.
             let shown = (&x_t / (1.0 + sigma * sigma).sqrt())?;
-            for ((_, cells), images) in rows.iter_mut().zip([&x, &shown, &x0_real, &x0_fake, &grad]) {
-                cells.push(cell(images)?);
+            for ((_, cells), samples) in rows.iter_mut().zip([&x, &shown, &x0_real, &x0_fake, &grad]) {
+                cells.push(cell(samples)?);
             }
             columns.push(format!("sigma {sigma}"));
             let [error, gap, size] = step;

@@ -76,12 +76,8 @@ pub fn make(
     }
     let denoiser = teacher.denoiser(device)?;
     let n_classes = denoiser.n_classes();
-    let model = Model::Teacher {
-        denoiser,
-        sampler: Sampler::Heun,
-        n_steps: manifest.sampler_steps,
-        guidance_scale: manifest.guidance_scale,
-    };
+    // A denoiser alone: pairs are of samples, as networks see them.
+    let model = Model::teacher(denoiser, Sampler::Heun, manifest.sampler_steps, manifest.guidance_scale);
     let [_, height, width] = manifest.shape;
     model.check_memory(manifest.n.min(manifest.per_shard), [height, width], batch)?;
     let random = Random { seed: manifest.seed, device: Device::Cpu };

@@ -5,8 +5,7 @@ use crate::random::picture_noise;
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 use dmd_models::cost::cost;
-use dmd_models::denoiser::Generator;
-use dmd_models::{Condition, Denoiser, Eager};
+use dmd_models::{Condition, Denoiser, Eager, Pipeline};
 use ndarray::Array4;
 
 /// How the probability-flow ODE is integrated.
@@ -85,12 +84,19 @@ pub fn input_of_pass(
     Ok(input)
 }
 
-/// A model that makes pictures, on candle.
-pub enum Model {
-    /// Many steps.
-    Teacher {
-        /// The model.
-        denoiser: Denoiser,
+/// A model that makes pictures, on candle. Given a denoiser alone, its samples are the pictures.
+pub struct Model {
+    /// The model.
+    pub pipeline: Pipeline,
+    /// How noise becomes a sample.
+    pub passes: Passes,
+}
+
+/// How often the network runs for a sample.
+#[derive(Clone, Debug)]
+pub enum Passes {
+    /// Many times: a teacher.
+    Many {
         /// How it is sampled.
         sampler: Sampler,
         /// In how many steps.
@@ -98,13 +104,9 @@ pub enum Model {
         /// Classifier-free guidance; 1 for none.
         guidance_scale: f64,
     },
-    /// One pass.
-    Generator(Generator),
-    /// A few passes, each at its own noise level.
-    FewSteps {
-        /// The model.
-        denoiser: Denoiser,
-        /// Noise levels, descending.
+    /// Once, or a few times: a generator.
+    Few {
+        /// The noise level of each pass, descending.
         sigmas: Vec<f64>,
         /// Seed of the noise between passes.
         seed: u64,
@@ -112,30 +114,26 @@ pub enum Model {
 }
 
 impl Model {
+    /// A teacher.
+    pub fn teacher(model: impl Into<Pipeline>, sampler: Sampler, n_steps: usize, guidance_scale: f64) -> Self {
+        Model { pipeline: model.into(), passes: Passes::Many { sampler, n_steps, guidance_scale } }
+    }
+
     /// A generator of as many passes as there are noise levels; `seed` is that of the noise between them.
-    pub fn of_steps(denoiser: Denoiser, sigmas: &[f64], seed: u64) -> Self {
-        match sigmas {
-            [sigma] => Model::Generator(Generator { denoiser, sigma: *sigma }),
-            _ => Model::FewSteps { denoiser, sigmas: sigmas.to_vec(), seed },
-        }
+    pub fn of_steps(model: impl Into<Pipeline>, sigmas: &[f64], seed: u64) -> Self {
+        Model { pipeline: model.into(), passes: Passes::Few { sigmas: sigmas.to_vec(), seed } }
     }
 
-    /// The network that makes the pictures.
-    pub fn denoiser(&self) -> &Denoiser {
-        match self {
-            Model::Teacher { denoiser, .. } | Model::FewSteps { denoiser, .. } => denoiser,
-            Model::Generator(generator) => &generator.denoiser,
-        }
-    }
-
-    /// Refuses pictures that memory cannot hold: `n` of them of this size, `batch` at a time.
+    /// Refuses pictures that memory cannot hold: `n` of them, from samples of this size, `batch` at a time.
     pub fn check_memory(&self, n: usize, size: [usize; 2], batch: usize) -> Result<()> {
-        let network = &self.denoiser().network;
-        let [c, h, w] = [network.takes().channels, size[0], size[1]];
-        memory::check_pictures(cost(network, [c, h, w])?, c * h * w, n, batch, network.device())
+        let network = &self.pipeline.denoiser.network;
+        let sample = [network.takes().channels, size[0], size[1]];
+        let values = |shape: [usize; 3]| shape.iter().product::<usize>();
+        let values = values(sample).max(values(self.pipeline.picture_shape(sample)));
+        memory::check_pictures(cost(network, sample)?, values, n, batch, network.device())
     }
 
-    /// Pictures `(N, C, H, W)`, around [-1, 1], from noise of the same shape, `batch` at a time.
+    /// Pictures `(N, C, H, W)`, around [-1, 1], from noise of the samples' shape, `batch` at a time.
     pub fn pictures(&self, noise: &Tensor, labels: &[i64], batch: usize) -> Result<Array4<f32>> {
         self.pictures_aloud(noise, labels, batch, &|_| {})
     }
@@ -148,9 +146,10 @@ impl Model {
         batch: usize,
         done: &dyn Fn(usize),
     ) -> Result<Array4<f32>> {
-        let (n, c, h, w) = noise.dims4()?;
+        let (n, channels, height, width) = noise.dims4()?;
+        let [c, h, w] = self.pipeline.picture_shape([channels, height, width]);
         ensure!(batch > 0 && n > 0, "{n} pictures in batches of {batch}: expected at least 1 of each");
-        let conditional = self.denoiser().n_classes().is_some();
+        let conditional = self.pipeline.denoiser.n_classes().is_some();
         ensure!(!conditional || labels.len() == n, "{} labels for {n} pictures", labels.len());
         let mut values = Vec::with_capacity(n * c * h * w);
         for first in (0..n).step_by(batch) {
@@ -165,16 +164,16 @@ impl Model {
 
     /// The values of pictures made at once; `first` is the number of the first among all.
     fn batch(&self, noise: &Tensor, labels: &[i64], first: usize) -> Result<Vec<f32>> {
-        let device = self.denoiser().network.device();
+        let denoiser = &self.pipeline.denoiser;
+        let device = denoiser.network.device();
         let (len, c, h, w) = noise.dims4()?;
         let noise = noise.to_device(device)?;
         let cond = Condition::of_classes(labels.iter().copied(), device)?;
-        let x = match self {
-            Model::Teacher { denoiser, sampler, n_steps, guidance_scale } => {
+        let x0 = match &self.passes {
+            Passes::Many { sampler, n_steps, guidance_scale } => {
                 sample(denoiser, &noise, &cond, *sampler, *n_steps, *guidance_scale)?
             }
-            Model::Generator(generator) => generator.generate(&Eager, &noise, &cond)?,
-            Model::FewSteps { denoiser, sigmas, seed } => {
+            Passes::Few { sigmas, seed } => {
                 let eps = |pass: usize| {
                     let noise = dmd_runtime::noise::refining_noise(*seed, pass, first as u64, len, [c, h, w]);
                     Ok(Tensor::from_vec(noise.into_raw_vec_and_offset().0, (len, c, h, w), device)?)
@@ -185,6 +184,7 @@ impl Model {
                 pass(&input_of_pass(pass, sigmas, &noise, eps)?, sigmas[sigmas.len() - 1])?
             }
         };
+        let x = self.pipeline.pictures(&x0)?;
         Ok(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?)
     }
 
@@ -198,7 +198,7 @@ impl Model {
         batch: usize,
     ) -> Result<Array4<f32>> {
         self.check_memory(n, [h, w], batch)?;
-        let c = self.denoiser().network.takes().channels;
+        let c = self.pipeline.denoiser.network.takes().channels;
         self.pictures(&picture_noise(seed, 0, n, [c, h, w], &Device::Cpu)?, labels, batch)
     }
 }
@@ -255,7 +255,7 @@ mod tests {
         let errors = |sampler, n_steps: [usize; 4], made: [f64; 4]| {
             let errors = n_steps.into_iter().zip(made).map(|(n_steps, made)| {
                 let denoiser = silent.denoiser(&Device::Cpu).unwrap();
-                let model = Model::Teacher { denoiser, sampler, n_steps, guidance_scale: 1.0 };
+                let model = Model::teacher(denoiser, sampler, n_steps, 1.0);
                 let pictures = model.pictures(&noise, &[0, 2], 1).unwrap();
                 let noise: Vec<f32> = noise.flatten_all().unwrap().to_vec1().unwrap();
                 // The ODE is linear: every value is the same multiple of its noise.

@@ -1,7 +1,10 @@
 //! Teachers that diffusers wrote distil, export and sample here, whatever their network speaks: noise, v, x0, or EDM's F.
 
 mod common;
+use candle_core::{Device, Tensor};
 use common::{Workplace, max_difference, stderr};
+use dmd::sample::{Model, Sampler};
+use dmd_models::{ModelFolder, Weights};
 use serde_json::json;
 use std::path::Path;
 use std::process::Command;
@@ -9,6 +12,8 @@ use std::process::Command;
 /// Distils two steps at diffusers' highest noise level and at an inner one, exports, and compares the pictures.
 fn check(fixture: &str, prediction: &str) {
     let w = Workplace::new().with_fixture(fixture);
+    // A file holds the network alone, and gives latents where the folder has a decoder for them.
+    _ = std::fs::remove_dir_all(w.path("teacher/vae"));
     w.edit_json("teacher/scheduler/scheduler_config.json", |s| s["prediction_type"] = json!(prediction));
     w.ok("sample teacher --npy teacher.npy -n 3 --steps 2");
     assert!(w.npy("teacher.npy").iter().all(|v| v.is_finite()));
@@ -60,6 +65,55 @@ fn an_edm_teacher_distils() {
 #[test]
 fn an_edm_teacher_with_v_prediction_distils() {
     check("edm-tiny", "v_prediction");
+}
+
+/// Its latents are halved pictures.
+#[test]
+fn a_transformer_that_learned_its_variance_distils() {
+    check("dit-tiny", "epsilon");
+    let w = Workplace::new().with_fixture("dit-tiny");
+    let found = w.ok("inspect teacher");
+    assert_eq!((&found["channels"], &found["size"]), (&json!(4), &json!([8, 8])));
+    assert_eq!(found["network"]["class"], "DiTTransformer2DModel");
+    assert_eq!(found["classes"][3], "bald eagle, American eagle");
+    w.ok("distill --teacher teacher --out run --steps 2 --batch 2 --device cpu");
+    let grid = image::open(w.path("run/samples/step-00000002.png")).unwrap();
+    // Sixteen pictures of 16 pixels, shown eight times as large.
+    assert_eq!((grid.width(), grid.height()), (4 * (16 * 8 + 2) + 2, 4 * (16 * 8 + 2) + 2));
+    // By any of the names that a class has, and guided, for the last row of the table is none.
+    w.ok("sample teacher --npy a.npy -n 2 --steps 2 --class tench --guidance 3");
+    assert_eq!(w.npy("a.npy").dim(), (2, 3, 16, 16));
+    let said = stderr(&w.run("export run/generator --onnx a.onnx"));
+    assert!(said.contains("the file makes latents, which vae/ of the folder decodes"), "{said}");
+    w.ok("score teacher --against run/generator -n 4");
+    std::fs::remove_dir_all(w.path("teacher/vae")).unwrap();
+    assert!(stderr(&w.run("inspect teacher")).contains("teacher: has no vae/: what the model makes are latents"));
+    w.ok("sample teacher --npy a.npy -n 2 --steps 2 --force");
+    assert_eq!(w.npy("a.npy").dim(), (2, 4, 8, 8));
+}
+
+/// Latents of `make_fixtures.py`: four Euler steps of diffusers' scheduler on the Karras sigmas, and guided by 3.
+#[test]
+fn a_dit_pipeline_samples_as_in_diffusers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures/dit-tiny");
+    let io = Weights::load(&path.join("io.safetensors"), &Device::Cpu).unwrap();
+    let folder = ModelFolder::load(&path, &Device::Cpu).unwrap();
+    let labels: Vec<i64> = io.get("class_labels").unwrap().to_vec1().unwrap();
+    for (expected, guidance_scale) in [("latents", 1.0), ("guided", 3.0)] {
+        let denoiser = folder.denoiser(&Device::Cpu).unwrap();
+        let model = Model::teacher(denoiser, Sampler::Euler, 4, guidance_scale);
+        let found = model.pictures(io.get("noise").unwrap(), &labels, 2).unwrap();
+        let expected: Vec<f32> = io.get(expected).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let largest = expected.iter().fold(0f32, |max, v| max.max(v.abs()));
+        let gap = found.iter().zip(&expected).fold(0f32, |gap, (a, b)| gap.max((a - b).abs()));
+        assert!(gap <= 1e-4 * largest, "{guidance_scale}: {gap} of {largest}");
+    }
+    let pipeline = folder.pipeline(&Device::Cpu).unwrap();
+    let found = pipeline.pictures(io.get("latents").unwrap()).unwrap();
+    let expected = io.get("pictures").unwrap();
+    let max = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    let (gap, largest) = (max(&(found - expected).unwrap()), max(expected));
+    assert!(gap <= 1e-4 * largest, "pictures: {gap} of {largest}");
 }
 
 #[test]
@@ -147,8 +201,9 @@ fn python() -> Option<String> {
 
 /// Pictures of one noise by `dmd sample` and by `examples/python/pictures.py`.
 fn both(w: &Workplace, python: &str, folder: &str, more: &str, tolerance: f32) {
-    let size = w.ok(&format!("inspect {folder}"))["size"][0].as_u64().unwrap() as usize;
-    dmd::npy::write(&w.path("noise.npy"), &dmd_runtime::picture_noise(3, 0, 3, [3, size, size])).unwrap();
+    let found = w.ok(&format!("inspect {folder}"));
+    let [channels, size] = [&found["channels"], &found["size"][0]].map(|n| n.as_u64().unwrap() as usize);
+    dmd::npy::write(&w.path("noise.npy"), &dmd_runtime::picture_noise(3, 0, 3, [channels, size, size])).unwrap();
     w.ok(&format!("sample {folder} --noise noise.npy --npy ours.npy --force {more}"));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/python/pictures.py");
     let mut command = Command::new(python);
@@ -170,7 +225,7 @@ fn diffusers_makes_the_same_pictures_of_our_folders() {
     // 2e-3: the Karras table in f32 there, over four steps from sigma 80.
     let teacher = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/pretrained/emoji-16");
     both(&w, &python, teacher.to_str().unwrap(), "--sampler euler --steps 4", 2e-3);
-    for fixture in ["edm-tiny", "ddpm-tiny"] {
+    for fixture in ["edm-tiny", "ddpm-tiny", "dit-tiny"] {
         let w = Workplace::new().with_fixture(fixture);
         w.ok("distill --teacher teacher --out run --steps 1 --batch 2");
         both(&w, &python, "run/generator", "", 1e-4);

@@ -29,7 +29,7 @@ fn pictures_of_a_seed_stay_what_they_were() {
         let folder = ModelFolder::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &Device::Cpu).unwrap();
         let denoiser = folder.denoiser(&Device::Cpu).unwrap();
         let labels = labels_in_turn(2, denoiser.n_classes());
-        let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 4, guidance_scale: 1.0 };
+        let model = Model::teacher(denoiser, Sampler::Heun, 4, 1.0);
         let [_, height, width] = folder.sample_shape().unwrap();
         let pictures = model.pictures_of_seed(5, 2, [height, width], &labels, 2).unwrap();
         let all: Vec<f64> = pictures.iter().map(|value| f64::from(*value)).collect();

@@ -13,25 +13,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 
 
-def denoise(unet, scheduler, x, sigma, labels):
+def denoise(network, scheduler, x, sigma, labels):
     """The clean picture behind x = x0 + sigma·noise."""
     if type(scheduler).__name__.startswith("EDM"):
-        output = unet(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma), labels).sample
+        output = network(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma), labels).sample
         return scheduler.precondition_outputs(x, output, sigma)
     # The network knows whole timesteps; a sigma may lie between two.
     sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
     timestep = np.interp(np.log(sigma), np.log(sigmas.double().numpy()), np.arange(len(sigmas)))
     total = 1 + sigma**2
-    output = unet(x / total**0.5, torch.tensor(timestep, dtype=torch.float32), labels).sample
+    timesteps = torch.full((len(x),), timestep, dtype=torch.float32)
+    # A transformer may answer with a variance too.
+    output = network(x / total**0.5, timesteps, labels).sample[:, : x.shape[1]]
     return {
         "epsilon": lambda: x - sigma * output,
         "v_prediction": lambda: x / total - sigma / total**0.5 * output,
         "sample": lambda: output,
     }[scheduler.config.prediction_type]()
+
+
+def decoded(pipe, x0):
+    """The pictures behind latents, where there is a decoder."""
+    vae = getattr(pipe, "vae", None)
+    return x0 if vae is None else vae.decode(x0 / vae.config.scaling_factor).sample
 
 
 def pictures(folder, noise, labels, steps):
@@ -40,15 +48,27 @@ def pictures(folder, noise, labels, steps):
     # The pipeline that model_index.json names scales its noise and its network's input, and hands on classes.
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    if about.get("kind") != "generator" and network is getattr(pipe, "transformer", None):
+        # DiTPipeline takes no noise.
+        scheduler = EulerDiscreteScheduler.from_config(
+            pipe.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
+        )
+        scheduler.set_timesteps(steps)
+        x, sigmas = noise * scheduler.sigmas[0], scheduler.sigmas.double().tolist()
+        for sigma, after in zip(sigmas, sigmas[1:]):
+            x0 = denoise(network, pipe.scheduler, x, sigma, labels)
+            x = x0 + after / sigma * (x - x0)
+        return decoded(pipe, x)
     if about.get("kind") != "generator":
         given = {} if labels is None else {"class_labels": labels}
         images = pipe(batch_size=len(noise), latents=noise, num_inference_steps=steps, output_type="np", **given).images
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
     x0 = torch.zeros_like(noise)
     for sigma in about.get("steps") or [about["sigma"]]:
-        x0 = denoise(pipe.unet, pipe.scheduler, x0 + sigma * noise, sigma, labels)
+        x0 = denoise(network, pipe.scheduler, x0 + sigma * noise, sigma, labels)
         noise = torch.randn_like(noise)
-    return x0
+    return decoded(pipe, x0)
 
 
 @torch.no_grad()
@@ -63,14 +83,15 @@ def main():
     parser.add_argument("--noise", type=Path)
     parser.add_argument("--npy", type=Path)
     args = parser.parse_args()
-    config = json.loads((args.folder / "unet/config.json").read_text())
+    part = "unet" if (args.folder / "unet").exists() else "transformer"
+    config = json.loads((args.folder / part / "config.json").read_text())
     size = config["sample_size"]
     shape = [config["in_channels"], *(size if isinstance(size, list) else [size, size])]
     generator = torch.manual_seed(args.seed)
     noise = torch.from_numpy(np.load(args.noise)) if args.noise else torch.randn(args.n, *shape, generator=generator)
     rows = config.get("num_class_embeds")
     about = json.loads((args.folder / "dmd.json").read_text()) if (args.folder / "dmd.json").exists() else {}
-    n_classes = rows and rows - bool(about.get("null_class"))
+    n_classes = config.get("num_embeds_ada_norm") or (rows and rows - bool(about.get("null_class")))
     in_turn = torch.arange(len(noise)) % (n_classes or 1)
     labels = (in_turn if args.label is None else torch.full_like(in_turn, args.label)) if n_classes else None
     images = pictures(args.folder, noise, labels, args.steps)

@@ -21,6 +21,7 @@ pub mod networks;
 pub mod noise_levels;
 pub mod ops;
 pub mod peak;
+pub mod pipeline;
 pub mod shapes;
 
 pub use backend::{Activation, Axis, Backend, Block};
@@ -33,4 +34,5 @@ pub use interpret::{Eager, Precision, Training, cost};
 pub use networks::unet2d::{UNet, UNetConfig};
 pub use networks::{Architecture, Network, NetworkConfig, Takes, Told, Want};
 pub use noise_levels::NoiseLevels;
+pub use pipeline::Pipeline;
 pub use weights::{Weights, read_metadata, write_whole};

@@ -3,7 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use dmd_models::folder::{Kind, Scheduler};
-use dmd_models::{About, Condition, Eager, ModelFolder, Prediction, Way, Weights, read_metadata};
+use dmd_models::networks::dit::DiTConfig;
+use dmd_models::{About, Condition, Eager, ModelFolder, NetworkConfig, Prediction, Way, Weights, read_metadata};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,6 +13,7 @@ use tempfile::TempDir;
 
 const WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 const CONFIG: &str = "unet/config.json";
+const TRANSFORMER: &str = "transformer/config.json";
 const SCHEDULER: &str = "scheduler/scheduler_config.json";
 
 fn fixture(name: &str) -> PathBuf {
@@ -154,6 +156,53 @@ fn a_folder_of_diffusers_keeps_its_files_through_a_round_trip() {
     }
 }
 
+#[test]
+fn a_folder_of_a_transformer_keeps_its_files_through_a_round_trip() {
+    let temp = TempDir::new().unwrap();
+    let (theirs, ours) = (fixture("dit-tiny"), temp.path().join("ours"));
+    let folder = load(&theirs);
+    assert_eq!((folder.n_classes(), folder.sample_shape().unwrap()), (Some(5), [4, 8, 8]));
+    assert_eq!(folder.classes()[0], "tench, Tinca tinca");
+    let null = folder.denoiser(&Device::Cpu).unwrap().unconditional.unwrap();
+    assert_eq!(null.get(Way::Label).unwrap().to_vec1::<i64>().unwrap(), [5]);
+    folder.save(&ours, DType::F16).unwrap();
+    let weights = "transformer/diffusion_pytorch_model.safetensors";
+    assert_eq!(flat(&tensors(&ours.join(weights))), flat(&tensors(&theirs.join(weights))));
+    for file in ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"] {
+        assert!(fs::read(ours.join(file)).unwrap() == fs::read(theirs.join(file)).unwrap(), "{file}");
+    }
+    for file in ["model_index.json", TRANSFORMER, SCHEDULER] {
+        let (ours, theirs) = (read_json(&ours.join(file)), read_json(&theirs.join(file)));
+        // What has one value here, and what has no effect, is left out: diffusers' defaults are meant.
+        let left_out = ["_diffusers_version", "dropout", "norm_num_groups", "norm_type", "upcast_attention"];
+        for (key, value) in theirs.as_object().unwrap().iter().filter(|(key, _)| !left_out.contains(&key.as_str())) {
+            assert!(equal(&ours[key], value), "{file}: {key} {value} became {}", ours[key]);
+        }
+        assert!(ours.as_object().unwrap().keys().all(|key| theirs.get(key).is_some()), "{file}: {ours}");
+    }
+    // Saved over itself, from its own parts.
+    load(&ours).save(&ours, DType::F16).unwrap();
+    same_but_weights(&load(&ours), &folder);
+    fs::remove_dir_all(ours.join("vae")).unwrap();
+    load(&ours);
+}
+
+#[test]
+fn positions_of_the_older_class_stay_as_close_as_they_were() {
+    let temp = a_copy("dit-tiny");
+    let read = |fields: Value| {
+        set(TRANSFORMER, fields)(temp.path());
+        let config = load(temp.path()).config;
+        let again = DiTConfig::from_json(temp.path(), &config.to_json().unwrap()).unwrap();
+        assert_eq!(NetworkConfig::from(again.clone()), config);
+        (config.class(), again.interpolation_scale)
+    };
+    assert_eq!(read(json!({ "sample_size": 128 })), ("DiTTransformer2DModel", Some(1.0)));
+    assert_eq!(read(json!({ "_class_name": "Transformer2DModel" })), ("Transformer2DModel", Some(2.0)));
+    assert_eq!(read(json!({ "sample_size": 8 })), ("DiTTransformer2DModel", Some(1.0)));
+    assert_eq!(read(json!({ "interpolation_scale": 0.5 })), ("Transformer2DModel", Some(0.5)));
+}
+
 fn equal(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Object(a), Value::Object(b)) => {
@@ -207,7 +256,11 @@ fn attention_names_of_old_files_are_understood() {
 
 fn a_copy(name: &str) -> TempDir {
     let temp = TempDir::new().unwrap();
-    for folder in ["unet", "scheduler"] {
+    let parts = match fixture(name).join("transformer").is_dir() {
+        true => vec!["transformer", "scheduler", "vae"],
+        false => vec!["unet", "scheduler"],
+    };
+    for folder in parts {
         // The whole folder of that name, or its network alone beside another scheduler.
         let candidates = [fixture(name).join(folder), fixture(folder).join(name), fixture("ddpm-tiny").join(folder)];
         let source = candidates.into_iter().find(|source| source.is_dir()).unwrap();
@@ -886,8 +939,13 @@ fn no_number_of_a_config_brings_the_program_down() {
         json!("8"),
         json!({}),
     ];
-    for (file, name) in [(CONFIG, "ddpm-tiny"), (CONFIG, "edm-tiny"), (SCHEDULER, "ddpm-tiny"), (SCHEDULER, "edm-tiny")]
-    {
+    for (file, name) in [
+        (CONFIG, "ddpm-tiny"),
+        (CONFIG, "edm-tiny"),
+        (TRANSFORMER, "dit-tiny"),
+        (SCHEDULER, "ddpm-tiny"),
+        (SCHEDULER, "edm-tiny"),
+    ] {
         let temp = a_copy(name);
         let whole = read_json(&temp.path().join(file));
         for (key, value) in whole.as_object().unwrap().iter().filter(|(key, _)| !key.starts_with('_')) {
@@ -921,6 +979,11 @@ fn no_number_of_a_config_brings_the_program_down() {
     ] {
         let temp = a_copy("edm-tiny");
         set(CONFIG, json!({ field: value }))(temp.path());
+        assert!(error(temp.path()).contains("the weights do not fit the network"), "{field}: {}", error(temp.path()));
+    }
+    for (field, value) in [("num_layers", 256), ("num_embeds_ada_norm", 1 << 24), ("attention_head_dim", 1 << 14)] {
+        let temp = a_copy("dit-tiny");
+        set(TRANSFORMER, json!({ field: value }))(temp.path());
         assert!(error(temp.path()).contains("the weights do not fit the network"), "{field}: {}", error(temp.path()));
     }
     for (field, value) in [

@@ -18,7 +18,8 @@ schedulers/NAME/     scheduler_config.json as diffusers writes it, and expected.
 dit/NAME/            the same of `DiTTransformer2DModel` and of the older `Transformer2DModel`: config.json, weights and
                        io.safetensors with sample, timestep f64 [2], class_labels i64 [2] and output, all of its channels
 scheduler_classes.json  the noise levels of every class that is taken (see `scheduler_classes` below)
-ddpm-tiny/, edm-tiny/  what `DDPMPipeline.save_pretrained` writes, and io.safetensors (see `folders` below)
+ddpm-tiny/, edm-tiny/, dit-tiny/  what `DDPMPipeline.save_pretrained` and `DiTPipeline.save_pretrained` write, and
+                     io.safetensors (see `folders` below)
 
 The script ends by loading every folder again and comparing, and by checking that the networks differ in every field.
 """
@@ -34,9 +35,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTPipeline,
     DiTTransformer2DModel,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
@@ -526,6 +529,9 @@ def folders(out):
     edm-tiny (EDMEulerScheduler, 3 classes):
       noise, class_labels i64 [2], timestep f32 [1] (0.25 ln 80), model_input, model_output, pred_x0 = D(80 noise, 80),
       prev_sample of one Euler step from 80 to 0: D again, but for the f32 rounding of 80 noise
+    dit-tiny (DiTPipeline: 5 classes with names, learned sigma, 4-channel latents, an AutoencoderKL, DDIMScheduler):
+      noise f32 [3,4,8,8], class_labels i64 [3], latents: after four Euler steps on the Karras sigmas, guided: the same with
+      classifier-free guidance of scale 3, and pictures f32 [3,3,16,16]: the latents decoded
     """
     net = make_network(200, TINY, f16=True)
     DDPMPipeline(unet=net.half(), scheduler=DDPMScheduler(**LINEAR)).save_pretrained(out / "ddpm-tiny")
@@ -537,6 +543,49 @@ def folders(out):
     DDPMPipeline(unet=net.half(), scheduler=scheduler).save_pretrained(out / "edm-tiny")
     noise = torch.randn(2, 3, 8, 8)
     save_file(edm_io(out / "edm-tiny", noise, torch.tensor([2, 0])), out / "edm-tiny" / "io.safetensors")
+
+    net = make_network(202, TRANSFORMERS["plain"]["config"], True, DiTTransformer2DModel)
+    vae = make_network(203, DECODER, True, AutoencoderKL)
+    # As convert_dit_to_diffusers.py of diffusers has it.
+    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    DiTPipeline(net.half(), vae.half(), scheduler).save_pretrained(out / "dit-tiny")
+    # `save_pretrained` leaves the names out; the published folders have them, written by hand.
+    names = {0: "tench, Tinca tinca", 1: "goldfish", 2: "kite", 3: "bald eagle, American eagle", 4: "vulture"}
+    index = out / "dit-tiny" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}, indent=2) + "\n")
+    noise = torch.randn(3, 4, 8, 8)
+    save_file(dit_io(out / "dit-tiny", noise, torch.tensor([0, 4, 2])), out / "dit-tiny" / "io.safetensors")
+
+
+# A decoder of latents with 4 channels and half the pictures' sides.
+DECODER = dict(
+    block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    latent_channels=4, norm_num_groups=2, sample_size=16,
+)
+
+
+def dit_io(folder, noise, labels):
+    pipe = DiTPipeline.from_pretrained(folder, dtype=torch.float32)
+    assert pipe.get_label_ids(["Tinca tinca", "vulture"]) == [0, 4]
+    net, none = pipe.transformer.eval(), torch.full_like(labels, 5)
+    # The steps of `dmd sample --sampler euler`.
+    scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace"
+    )
+
+    def sample(scale):
+        scheduler.set_timesteps(4)
+        x = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_in, times = scheduler.scale_model_input(x, t), t.expand(len(x))
+            eps = lambda labels: net(x_in, timestep=times, class_labels=labels).sample[:, :4]
+            cond, uncond = eps(labels), eps(none)
+            x = scheduler.step(uncond + scale * (cond - uncond), t, x).prev_sample
+        return x
+
+    latents = sample(1.0)
+    pictures = pipe.vae.eval().decode(latents / pipe.vae.config.scaling_factor).sample.contiguous()
+    return {"noise": noise, "class_labels": labels, "latents": latents, "guided": sample(3.0), "pictures": pictures}
 
 
 def ddpm_io(folder, noise):
@@ -597,7 +646,7 @@ def check(out):
     for key, values in sorted(seen.items()):
         print(f"  {key}: {', '.join(sorted(values))}")
     assert all(len(values) > 1 for values in seen.values()), "a field has one value only"
-    for name, run in (("ddpm-tiny", ddpm_io), ("edm-tiny", edm_io)):
+    for name, run in (("ddpm-tiny", ddpm_io), ("edm-tiny", edm_io), ("dit-tiny", dit_io)):
         io = load_file(out / name / "io.safetensors")
         again = run(out / name, io["noise"], *([io["class_labels"]] if "class_labels" in io else []))
         assert all(torch.equal(io[key], again[key]) for key in io), name
@@ -623,7 +672,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     out = Path(sys.argv[1])
-    for part in ("unet", "dit", "schedulers", "ddpm-tiny", "edm-tiny"):
+    for part in ("unet", "dit", "schedulers", "ddpm-tiny", "edm-tiny", "dit-tiny"):
         shutil.rmtree(out / part, ignore_errors=True)
     networks(out / "unet")
     transformers(out / "dit")

@@ -11,7 +11,7 @@ use crate::random::picture_noise;
 use crate::sample::{Model, Sampler, labels_in_turn};
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
-use dmd_models::{Generator, ModelFolder};
+use dmd_models::ModelFolder;
 use ndarray::{Array4, s};
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -52,18 +52,13 @@ pub fn run(args: &DemoArgs, threads: Option<usize>) -> Result<Value> {
     say("3/4  making pictures");
     let after_folder = ModelFolder::load(&run.join("generator"), &Device::Cpu)?;
     let after = after_folder.generator(&Device::Cpu)?.context("the run left no generator")?;
-    let before = Generator { denoiser: teacher.denoiser(&Device::Cpu)?, sigma: after.sigma };
-    let teacher_model = Model::Teacher {
-        denoiser: teacher.denoiser(&Device::Cpu)?,
-        sampler: Sampler::Heun,
-        n_steps: 18,
-        guidance_scale: 1.0,
-    };
+    let before = Model::of_steps(teacher.denoiser(&Device::Cpu)?, &[after.sigma], 0);
+    let teacher_model = Model::teacher(teacher.denoiser(&Device::Cpu)?, Sampler::Heun, 18, 1.0);
     let n_passes = Sampler::Heun.n_passes(18);
     let stage = Stage::new(&teacher)?;
     let (of_teacher, teacher_ms) = stage.pictures(&teacher_model)?;
-    let (of_before, before_ms) = stage.pictures(&Model::Generator(before))?;
-    let (of_after, after_ms) = stage.pictures(&Model::Generator(after))?;
+    let (of_before, before_ms) = stage.pictures(&before)?;
+    let (of_after, after_ms) = stage.pictures(&Model::of_steps(after.denoiser, &[after.sigma], 0))?;
     let file = dmd_runtime::Generator::load(&onnx, engine_options(Engine::Auto, threads))?;
     let noise = stage.noise_array()?;
     let labels = &stage.labels[..stage.labels.len().min(SHOWN)];

@@ -50,6 +50,9 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         force: args.force,
         ..ExportOptions::default()
     };
+    for name in folder.parts.keys() {
+        say(&format!("the file makes latents, which {name}/ of the folder decodes: it is not in the file"));
+    }
     let weight_bytes = folder.weights.n_parameters() * size_of::<f32>();
     drop(folder);
     make_parent(&args.onnx)?;

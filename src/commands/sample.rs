@@ -6,7 +6,7 @@ use crate::device::Choice;
 use crate::limits;
 use crate::memory::{self, Work};
 use crate::output::{self, say};
-use crate::sample::{Model, Sampler};
+use crate::sample::{Model, Passes, Sampler};
 use crate::{classes, npy, picture};
 use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
@@ -34,10 +34,10 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
     }
     let batch = batch(args, &source)?;
     limits::pictures("-n", args.n.unwrap_or(PICTURES) as u64, source.shape())?;
-    if let Source::Folder { model, shape: [_, h, w], .. } = &source {
+    if let Source::Folder { model, sample: [_, h, w], .. } = &source {
         model.check_memory(args.n.unwrap_or(PICTURES), [*h, *w], batch)?;
     }
-    let noise = noise(args, source.shape())?;
+    let noise = noise(args, source.noise_shape())?;
     let labels = labels(&args.class, source.classes(), noise.dim().0)?;
     let singles = args.pictures.as_ref().map(|folder| singles(folder, args, &labels, source.classes(), noise.dim().0));
     let singles = singles.unwrap_or_default();
@@ -123,8 +123,8 @@ pub enum Source {
     Folder {
         /// The model.
         model: Box<Model>,
-        /// `(C, H, W)`.
-        shape: [usize; 3],
+        /// `(C, H, W)` of a sample, and so of its noise.
+        sample: [usize; 3],
         /// Names of its classes.
         classes: Vec<String>,
     },
@@ -153,34 +153,33 @@ impl Source {
         let device = sampling.device.unwrap_or_default().open()?;
         let folder = ModelFolder::load(path, &device);
         let folder = folder.map_err(|error| memory::explained(error.into(), Work::Networks))?;
-        let model = match folder.generator(&device)? {
-            Some(generator) => {
-                is_no_teacher()?;
-                let sigmas = folder.about.sigmas();
-                check_steps(sampling.steps, sigmas.len())?;
-                Model::of_steps(generator.denoiser, sigmas, sampling.seed)
-            }
-            None => {
+        let model = match folder.about.sigmas() {
+            [] => {
                 let n_steps = sampling.steps.unwrap_or(STEPS);
                 limits::count("--steps", n_steps as u64, limits::SAMPLER_STEPS)?;
-                let (denoiser, sampler) = (folder.denoiser(&device)?, sampling.sampler.unwrap_or(Sampler::Heun));
-                Model::Teacher { denoiser, sampler, n_steps, guidance_scale: 1.0 }
+                Model::teacher(folder.pipeline(&device)?, sampling.sampler.unwrap_or(Sampler::Heun), n_steps, 1.0)
+            }
+            sigmas => {
+                is_no_teacher()?;
+                check_steps(sampling.steps, sigmas.len())?;
+                Model::of_steps(folder.pipeline(&device)?, sigmas, sampling.seed)
             }
         };
-        Ok(Source::Folder { model: Box::new(model), shape: folder.sample_shape()?, classes: folder.classes() })
+        Ok(Source::Folder { model: Box::new(model), sample: folder.sample_shape()?, classes: folder.classes() })
     }
 
     /// Whether it takes many steps, which can be guided.
     pub fn is_teacher(&self) -> bool {
-        matches!(self, Source::Folder { model, .. } if matches!(**model, Model::Teacher { .. }))
+        matches!(self, Source::Folder { model, .. } if matches!(model.passes, Passes::Many { .. }))
     }
 
     /// Guides a teacher; others are left as they are.
     pub fn guide(&mut self, scale: f64) -> Result<()> {
         if let Source::Folder { model, .. } = self
-            && let Model::Teacher { denoiser, guidance_scale, .. } = model.as_mut()
+            && let Model { pipeline, passes: Passes::Many { guidance_scale, .. } } = model.as_mut()
         {
             crate::config::not_negative("--guidance", scale)?;
+            let denoiser = &pipeline.denoiser;
             let (has_classes, null_class) = (denoiser.n_classes().is_some(), denoiser.unconditional.is_some());
             crate::config::check_guidance("--guidance", scale, has_classes, null_class)?;
             *guidance_scale = scale;
@@ -191,7 +190,15 @@ impl Source {
     /// `(C, H, W)` of a picture.
     pub fn shape(&self) -> [usize; 3] {
         match self {
-            Source::Folder { shape, .. } => *shape,
+            Source::Folder { model, sample, .. } => model.pipeline.picture_shape(*sample),
+            Source::File { generator, .. } => generator.info().shape(),
+        }
+    }
+
+    /// `(C, H, W)` of the noise of a picture.
+    pub fn noise_shape(&self) -> [usize; 3] {
+        match self {
+            Source::Folder { sample, .. } => *sample,
             Source::File { generator, .. } => generator.info().shape(),
         }
     }
@@ -206,12 +213,12 @@ impl Source {
 
     fn name(&self) -> String {
         match self {
-            Source::Folder { model, .. } => match model.as_ref() {
-                Model::Teacher { sampler, n_steps, .. } => {
+            Source::Folder { model, .. } => match &model.passes {
+                Passes::Many { sampler, n_steps, .. } => {
                     format!("the teacher ({n_steps} {sampler:?} steps)").to_lowercase()
                 }
-                Model::Generator(_) => "the generator".into(),
-                Model::FewSteps { sigmas, .. } => format!("the generator ({} steps)", sigmas.len()),
+                Passes::Few { sigmas, .. } if sigmas.len() == 1 => "the generator".into(),
+                Passes::Few { sigmas, .. } => format!("the generator ({} steps)", sigmas.len()),
             },
             Source::File { generator, .. } => format!("{} {}", generator.engine().kind, generator.engine().version),
         }

@@ -87,8 +87,8 @@ fn open(path: &Path, args: &ScoreArgs, threads: Option<usize>) -> Result<Source>
 
 /// Pictures of a seed that no other command draws, `labels` where the model has classes.
 fn draw(source: &mut Source, purpose: Purpose, seed: u64, n: usize, labels: &[i64]) -> Result<Array4<f32>> {
-    let [c, h, w] = source.shape();
-    limits::pictures("-n", n as u64, [c, h, w])?;
+    limits::pictures("-n", n as u64, source.shape())?;
+    let [c, h, w] = source.noise_shape();
     let picture = |i: usize| dmd_runtime::noise::Stream::new(seed, purpose as u32, i as u64).normal(c * h * w);
     let noise = Array4::from_shape_vec((n, c, h, w), (0..n).flat_map(picture).collect())?;
     let bar = output::progress(n as u64, 0)?;

@@ -25,8 +25,9 @@ use crate::{output, picture};
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use dmd_models::cost::cost;
+use dmd_models::encoders::Autoencoder;
 use dmd_models::folder::{About, Kind};
-use dmd_models::{ModelFolder, Weights};
+use dmd_models::{ModelFolder, Pipeline, Weights};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -71,6 +72,8 @@ struct Distillation<'a> {
     random: Random,
     /// The generator's folder, but for its weights.
     folder: ModelFolder,
+    /// What makes pictures of samples.
+    decoder: Option<Autoencoder>,
     teacher: Fingerprint,
     /// What the run learns from besides the teacher, by its content: what it is called in `state.json`, what it is called
     /// in a message, the hash.
@@ -124,6 +127,7 @@ impl<'a> Distillation<'a> {
         let guidance = config.real_score.guidance_scale;
         check_guidance("real_score.guidance_scale", guidance, teacher.n_classes().is_some(), teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
+        let decoder = teacher.pipeline(device)?.decoder;
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher, &sigmas, begins)?;
         let known = known(config, &beginning)?;
@@ -142,6 +146,7 @@ impl<'a> Distillation<'a> {
             networks,
             random,
             folder,
+            decoder,
             teacher: known_teacher,
             known,
             out,
@@ -251,9 +256,10 @@ impl Trainee for Distillation<'_> {
         let shape = self.folder.sample_shape()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let noise = picture_noise(self.config.seed, 0, GRID, shape, &Device::Cpu)?;
-        let model = Model::of_steps(denoiser, &self.networks.sigmas, self.config.seed);
+        let pipeline = Pipeline { denoiser, decoder: self.decoder.clone() };
+        let model = Model::of_steps(pipeline, &self.networks.sigmas, self.config.seed);
         let images = model.pictures(&noise, &labels, GRID)?;
-        let grid = picture::grid(&images, picture::columns(GRID), (128 / shape[1] as u32).max(1));
+        let grid = picture::grid(&images, picture::columns(GRID), (128 / images.dim().2.max(1) as u32).max(1));
         picture::save(path, &grid)
     }
 }

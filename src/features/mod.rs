@@ -7,7 +7,7 @@ pub use network::FeatureNetwork;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
-use dmd_models::{Denoiser, Eager, ModelFolder};
+use dmd_models::{Eager, ModelFolder, Pipeline};
 use dmd_runtime::network::Network;
 use dmd_runtime::{Error, Options};
 use feeding::with_outputs;
@@ -23,7 +23,7 @@ const BATCH: usize = 64;
 /// What pictures are looked at with.
 pub enum Features {
     /// A model folder's encoder, seeing pictures without a class where the model knows that, else as its first class.
-    Model(Box<Denoiser>),
+    Model(Box<Pipeline>),
     /// An ONNX network in ONNX Runtime.
     OnnxRuntime {
         /// The file.
@@ -43,7 +43,7 @@ impl Features {
         ensure!(path.exists(), "{option} {}: no such file or folder", path.display());
         if path.is_dir() {
             let folder = ModelFolder::load(path, &Device::Cpu)?;
-            return Ok(Features::Model(Box::new(folder.denoiser(&Device::Cpu)?)));
+            return Ok(Features::Model(Box::new(folder.pipeline(&Device::Cpu)?)));
         }
         let feeding = Feeding::beside(path)?;
         // A file whose weights lie outside it is found by its path alone.
@@ -90,9 +90,9 @@ impl Features {
     fn part(&mut self, images: &Tensor) -> Result<Vec<f64>> {
         let n = images.dim(0)?;
         let (maps, channels_last) = match self {
-            Features::Model(denoiser) => {
-                let cond = denoiser.by_default(n)?;
-                (denoiser.features(&Eager, images, &[FEATURE_SIGMA], &cond)?, false)
+            Features::Model(pipeline) => {
+                let (denoiser, samples) = (&pipeline.denoiser, pipeline.samples(images)?);
+                (denoiser.features(&Eager, &samples, &[FEATURE_SIGMA], &denoiser.by_default(n)?)?, false)
             }
             Features::Candle(network) => (network.features(images)?, network.channels_last()),
             Features::OnnxRuntime { path, network, feeding } => run(path, network, feeding, images)?,

@@ -65,7 +65,7 @@ impl Reference {
     /// All pictures are of the class `fixed`, or of every class in turn.
     pub fn of(generator: &Model, shape: [usize; 3], fixed: Option<usize>) -> Result<Self> {
         let noise = dmd_runtime::picture_noise(0, 0, PICTURES, shape);
-        let classes = generator.denoiser().n_classes().unwrap_or(0);
+        let classes = generator.pipeline.denoiser.n_classes().unwrap_or(0);
         let label = |i: usize| fixed.unwrap_or(i % classes.max(1)) as i64;
         let labels: Vec<i64> = (0..PICTURES).filter(|_| classes > 0).map(label).collect();
         let tensor = Tensor::from_vec(noise.iter().copied().collect(), noise.dim(), &Device::Cpu)?;

@@ -295,7 +295,7 @@ impl Trainee for Trainer<'_> {
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let [_, c, h, w] = self.shape(1);
         let noise = picture_noise(self.settings.seed, 0, GRID, [c, h, w], &Device::Cpu)?;
-        let model = Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18, guidance_scale: 1.0 };
+        let model = Model::teacher(denoiser, Sampler::Heun, 18, 1.0);
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
         picture::save(path, &grid)

@@ -17,7 +17,7 @@ use dmd::output::{result, say};
 use dmd::picture::{columns, grid, labelled_panel, save};
 use dmd::random::picture_noise;
 use dmd::sample::{Model, Sampler};
-use dmd_models::{Generator, ModelFolder};
+use dmd_models::ModelFolder;
 use ndarray::{Array2, Array4, s};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -85,7 +85,7 @@ pub fn run(args: &RecipesArgs) -> Result<()> {
         config::Sigma::Value(sigma) => sigma,
         config::Sigma::Named(_) => denoiser.levels.sigma_max(),
     };
-    let undistilled = Model::Generator(Generator { denoiser, sigma });
+    let undistilled = Model::of_steps(denoiser, &[sigma], SEED);
     let of_undistilled = judge.draw(&undistilled, SEED)?;
     rows.push(judge.row("undistilled, one pass", &of_undistilled, None)?);
     panels.push(("undistilled, one pass".into(), judge.panel(&of_undistilled)));
@@ -193,8 +193,7 @@ impl Judge {
     }
 
     fn teacher_model(&self, teacher: &ModelFolder) -> Result<Model> {
-        let denoiser = teacher.denoiser(&Device::Cpu)?;
-        Ok(Model::Teacher { denoiser, sampler: Sampler::Heun, n_steps: 18, guidance_scale: 1.0 })
+        Ok(Model::teacher(teacher.denoiser(&Device::Cpu)?, Sampler::Heun, 18, 1.0))
     }
 
     fn draw(&self, model: &Model, seed: u64) -> Result<Array4<f32>> {

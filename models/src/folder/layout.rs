@@ -15,6 +15,9 @@ pub(crate) const WEIGHTS: &str = "diffusion_pytorch_model";
 /// The pipeline whose index names the classes of its network, as `id2label`.
 pub(super) const NAMES_CLASSES: &str = "DiTPipeline";
 
+/// The part that makes pictures of latents.
+pub(super) const DECODER: &str = "vae";
+
 /// Where things lie.
 pub(super) struct Layout {
     /// The folder of the network's `config.json` and weights.
@@ -51,10 +54,12 @@ impl Layout {
         };
         let mut parts = BTreeMap::new();
         for (name, part) in found.iter() {
-            if is_transformer && name == "vae" {
-                if part.has_folder {
-                    said.push(format!("its decoder {name}/ is not read yet: what the model makes are latents"));
-                    parts.insert(name.clone(), part.kept(path.join(name)));
+            if is_transformer && name == DECODER {
+                match part.has_folder {
+                    true => _ = parts.insert(name.clone(), part.kept(path.join(name))),
+                    false => {
+                        said.push(format!("has no {name}/: what the model makes are latents, and shown as they are"))
+                    }
                 }
             } else if let Some(reason) = part.why_not(name) {
                 return Err(Error::file(

@@ -7,8 +7,9 @@ mod layout;
 mod scheduler;
 pub use scheduler::Scheduler;
 
+use crate::encoders::Autoencoder;
 use crate::error::printable;
-use crate::{Condition, Denoiser, Error, Generator, NetworkConfig, Result, Way, Weights};
+use crate::{Condition, Denoiser, Error, Generator, NetworkConfig, Pipeline, Result, Way, Weights};
 use candle_core::{DType, Device, Tensor};
 use layout::Layout;
 pub use layout::Part;
@@ -167,6 +168,19 @@ impl ModelFolder {
             clip: self.scheduler.clip(),
             unconditional: null.map(|null| Condition::of(Way::Label, null)),
         })
+    }
+
+    /// The model with what makes pictures of its samples, on this device.
+    pub fn pipeline(&self, device: &Device) -> Result<Pipeline> {
+        let decoder = self.decoder(device)?;
+        let pipeline = Pipeline { denoiser: self.denoiser(device)?, decoder };
+        pipeline.check()?;
+        Ok(pipeline)
+    }
+
+    /// What makes pictures of its samples, with f32 weights on this device; none where they are pictures.
+    pub fn decoder(&self, device: &Device) -> Result<Option<Autoencoder>> {
+        self.parts.get(layout::DECODER).map(|part| Autoencoder::load(&part.path, device)).transpose()
     }
 
     /// The generator held at its first noise level, its only one if it makes a picture in one pass; none where the
