@@ -4,6 +4,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::Deserialize;
+
 /// An accelerator that ONNX Runtime can hand a graph to, as far as the library or the plug-in at hand has it.
 ///
 /// ```
@@ -18,7 +20,8 @@ use std::path::PathBuf;
 /// };
 /// # assert_eq!(options.accelerators[1].to_string(), "OpenVINO (CPU)");
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Accelerator {
     /// The processor, by ONNX Runtime's own kernels: what stands behind it in a list is never asked.
@@ -76,32 +79,38 @@ pub enum Accelerator {
 }
 
 /// A plug-in of ONNX Runtime's: a library with accelerators that are not part of ONNX Runtime's own.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PlugIn {
     /// The library, by an absolute path: ONNX Runtime looks for another one beside its own library.
     pub library: PathBuf,
     /// The plug-in's options by its own names, without a prefix.
+    #[serde(default)]
     pub options: Vec<(String, String)>,
 }
 
 /// What Qualcomm's QNN is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Qnn {
     /// The plug-in's library, by an absolute path.
     pub library: PathBuf,
     /// Which of QNN's backends: `htp` for Hexagon, `gpu` for Adreno.
+    #[serde(default = "htp")]
     pub backend: String,
     /// The chip, by Qualcomm's number (57: Snapdragon 8 Gen 3). Its simulator on a desktop needs it.
     pub soc_model: Option<u32>,
     /// Hexagon's architecture (75: that of the chip above).
     pub htp_arch: Option<u32>,
     /// Further options by the plug-in's own names.
+    #[serde(default)]
     pub options: Vec<(String, String)>,
 }
 
 /// What Core ML is told. It compiles in the folder for temporary files (`TMPDIR`), which a sandboxed app sets before it
 /// starts a thread, and leaves the result in `cache`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct CoreMl {
     /// What may compute.
     pub units: ComputeUnits,
@@ -110,7 +119,8 @@ pub struct CoreMl {
 }
 
 /// Apple's units.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ComputeUnits {
     /// All of them, as Core ML chooses.
     #[default]
@@ -119,6 +129,10 @@ pub enum ComputeUnits {
     NeuralEngine,
     /// The GPU and the processor.
     Gpu,
+}
+
+fn htp() -> String {
+    "htp".into()
 }
 
 impl PlugIn {
@@ -131,7 +145,7 @@ impl PlugIn {
 impl Qnn {
     /// Hexagon, by the absolute path of the plug-in's library.
     pub fn new(library: impl Into<PathBuf>) -> Self {
-        Self { library: library.into(), backend: "htp".into(), soc_model: None, htp_arch: None, options: Vec::new() }
+        Self { library: library.into(), backend: htp(), soc_model: None, htp_arch: None, options: Vec::new() }
     }
 }
 

@@ -80,6 +80,11 @@ typedef struct dmd_options {
   const char *library;
   // A `dmd_engine`.
   uint32_t engine;
+  // 1 where an accelerator of the list must run every node; 0 where the processor runs what they leave, or all.
+  uint32_t require_accelerator;
+  // What may run the graph in the place of the processor, in the order in which they are asked: a JSON array, or null for
+  // none. docs/runtime.md has its words; `dmd_describe_json` tells which was taken, and why not the others.
+  const char *accelerators;
 } dmd_options;
 
 // An open file, ready to make pictures from any number of threads at once. 0 is none. Numbers are never given out twice in
@@ -172,7 +177,8 @@ enum dmd_status dmd_warm_up(dmd_generator generator);
 // `info` is null or such a struct.
 enum dmd_status dmd_describe(dmd_generator generator, struct dmd_info *info);
 
-// Writes all that is known as JSON: `{"file": {…}, "engine": {…}}`, the file's description and what runs it.
+// Writes all that is known as JSON: `{"file": {…}, "engine": {…}, "placement": {…}}`: the file's
+// description, the engine, and which accelerator runs it, how that was proven, and why no other does.
 //
 // # Safety
 //

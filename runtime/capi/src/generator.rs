@@ -47,6 +47,11 @@ pub struct Options {
     pub library: *const c_char,
     /// A `dmd_engine`.
     pub engine: u32,
+    /// 1 where an accelerator of the list must run every node; 0 where the processor runs what they leave, or all.
+    pub require_accelerator: u32,
+    /// What may run the graph in the place of the processor, in the order in which they are asked: a JSON array, or null for
+    /// none. docs/runtime.md has its words; `dmd_describe_json` tells which was taken, and why not the others.
+    pub accelerators: *const c_char,
 }
 
 /// Which pictures to make.
@@ -181,7 +186,8 @@ pub unsafe extern "C" fn dmd_describe(generator: Generator, info: *mut Info) -> 
     })
 }
 
-/// Writes all that is known as JSON: `{"file": {…}, "engine": {…}}`, the file's description and what runs it.
+/// Writes all that is known as JSON: `{"file": {…}, "engine": {…}, "placement": {…}}`: the file's
+/// description, the engine, and which accelerator runs it, how that was proven, and why no other does.
 ///
 /// # Safety
 ///
@@ -195,7 +201,8 @@ pub unsafe extern "C" fn dmd_describe_json(
 ) -> Status {
     border(|| {
         let generator = GENERATORS.get(generator)?;
-        let json = serde_json::json!({ "file": generator.info(), "engine": generator.engine() });
+        let json = serde_json::json!({ "file": generator.info(), "engine": generator.engine(),
+            "placement": generator.placement() });
         // SAFETY: as the caller's.
         unsafe { memory::give_text(&json.to_string(), buffer, size, needed) }
     })
@@ -425,10 +432,19 @@ unsafe fn read_options(options: *const Options) -> Result<runtime::Options> {
         return Ok(runtime::Options::default());
     }
     // SAFETY: as the caller's.
-    let (options, library) = unsafe {
+    let (options, library, accelerators) = unsafe {
         let options = memory::read_struct(options)?;
-        (options, memory::text(options.library, "dmd_options.library")?)
+        let library = memory::text(options.library, "dmd_options.library")?;
+        (options, library, memory::text(options.accelerators, "dmd_options.accelerators")?)
     };
+    let accelerators = serde_json::from_str(accelerators.unwrap_or("[]"))
+        .or_else(|error| bad_argument(format!("dmd_options.accelerators is no list of accelerators: {error}")))?;
+    if options.require_accelerator > 1 {
+        return bad_argument(format!(
+            "dmd_options.require_accelerator is {}, expected 0 or 1",
+            options.require_accelerator
+        ));
+    }
     const ENGINES: [(Engine, EngineChoice); 3] = [
         (Engine::Auto, EngineChoice::Auto),
         (Engine::OnnxRuntime, EngineChoice::OnnxRuntime),
@@ -441,6 +457,7 @@ unsafe fn read_options(options: *const Options) -> Result<runtime::Options> {
         engine,
         library: library.map(PathBuf::from),
         threads: (options.threads > 0).then_some(options.threads),
-        ..Default::default()
+        accelerators,
+        require_accelerator: options.require_accelerator == 1,
     })
 }

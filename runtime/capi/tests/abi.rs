@@ -14,8 +14,14 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
 }
 
-const TRACT: Options =
-    Options { size: size_of::<Options>(), threads: 0, library: null(), engine: Engine::Tract as u32 };
+const TRACT: Options = Options {
+    size: size_of::<Options>(),
+    threads: 0,
+    library: null(),
+    engine: Engine::Tract as u32,
+    require_accelerator: 0,
+    accelerators: null(),
+};
 
 fn open(name: &str) -> Generator {
     let (path, mut generator) = (CString::new(fixture(name).to_str().unwrap()).unwrap(), 0);
@@ -80,15 +86,44 @@ fn a_model_in_memory_makes_the_pictures_of_its_file_and_a_cut_one_is_an_error() 
     }
 }
 
-#[test]
-fn zero_threads_are_all_of_them() {
-    let (path, mut generator) = (CString::new(fixture("plain-f32.onnx").to_str().unwrap()).unwrap(), 0);
-    check(unsafe { dmd_open(path.as_ptr(), null(), &mut generator) });
+fn described(generator: Generator) -> serde_json::Value {
     let mut needed = 0;
     check(unsafe { dmd_describe_json(generator, null_mut(), 0, &mut needed) });
     let mut json = vec![0u8; needed];
     check(unsafe { dmd_describe_json(generator, json.as_mut_ptr().cast(), needed, null_mut()) });
-    let json: serde_json::Value = serde_json::from_slice(&json[..needed - 1]).unwrap();
+    serde_json::from_slice(&json[..needed - 1]).unwrap()
+}
+
+/// None of these is in any library for Linux's processors, nor in tract: another runs the file, and the reasons are told.
+#[test]
+fn accelerators_that_are_not_here_are_passed_over_with_a_reason_or_required_in_vain() {
+    let path = CString::new(fixture("plain-f32.onnx").to_str().unwrap()).unwrap();
+    let list = r#"[{"direct_ml": {"device": 0}}, {"core_ml": {"units": "gpu", "cache": "/cache"}},
+        {"web_gpu": {"library": "/nowhere/plug_in.so", "options": [["a", "b"]]}}, {"qnn": {"library": "/nowhere/qnn.so"}}]"#;
+    let list = CString::new(list).unwrap();
+    let mut generator = 0;
+    let options = Options { engine: Engine::Auto as u32, accelerators: list.as_ptr(), ..TRACT };
+    check(unsafe { dmd_open(path.as_ptr(), &options, &mut generator) });
+    let placement = &described(generator)["placement"];
+    let passed_over = placement["passed_over"].as_array().unwrap();
+    assert_eq!(passed_over.len(), 4, "{placement}");
+    assert!(passed_over.iter().all(|one| !one["reason"].as_str().unwrap().is_empty()), "{placement}");
+
+    // The list of the page, whatever of it is here.
+    let page = include_str!("../../../docs/runtime.md").split_once("```json\n").unwrap().1.split_once("```").unwrap().0;
+    let page = CString::new(page).unwrap();
+    check(unsafe { dmd_open(path.as_ptr(), &Options { accelerators: page.as_ptr(), ..options }, &mut generator) });
+
+    let required = Options { require_accelerator: 1, ..options };
+    assert_eq!(unsafe { dmd_open(path.as_ptr(), &required, &mut generator) }, Status::NoEngine);
+    println!("{}", last_error());
+}
+
+#[test]
+fn zero_threads_are_all_of_them() {
+    let (path, mut generator) = (CString::new(fixture("plain-f32.onnx").to_str().unwrap()).unwrap(), 0);
+    check(unsafe { dmd_open(path.as_ptr(), null(), &mut generator) });
+    let json = described(generator);
     assert_eq!((json["file"]["height"].as_u64(), json["file"]["width"].as_u64()), (Some(8), Some(6)));
     assert!(json["engine"]["kind"].is_string(), "{json}");
 }

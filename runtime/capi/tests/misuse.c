@@ -41,6 +41,17 @@ int main(int argc, char **argv) {
     bad = options;
     bad.engine = 9;
     expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "dmd_options.engine is 9, expected 0 to 2");
+    bad = options;
+    bad.require_accelerator = 2;
+    expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "require_accelerator is 2, expected 0 or 1");
+    bad = options;
+    bad.accelerators = "[{\"warp\": {}}]";
+    expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "unknown variant `warp`, expected one of `cpu`");
+    bad.accelerators = "[{\"cuda\": {\"device\": 0, \"tf32\": true}}]";
+    expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "unknown field `tf32`");
+    bad.accelerators = "cpu";
+    expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "is no list of accelerators");
+    bad = options;
     bad.engine = DMD_ENGINE_ONNX_RUNTIME;
     bad.library = "/nowhere/libonnxruntime.so";
     expect(dmd_open(model, &bad, &generator), NO_ENGINE, "/nowhere/libonnxruntime.so: does not exist");

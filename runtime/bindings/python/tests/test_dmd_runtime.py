@@ -93,6 +93,16 @@ class Pictures(unittest.TestCase):
             generator.generate()
         self.assertEqual(raised.exception.status, "bad_handle")
 
+    def test_accelerators_that_are_not_here_are_passed_over(self):
+        generator = Generator(FIXTURES / "plain-f32.onnx", accelerators=[{"core_ml": {}}, {"direct_ml": {"device": 0}}])
+        self.assertEqual(len(generator.placement["passed_over"]), 2)
+        with self.assertRaises(DmdError) as raised:
+            Generator(FIXTURES / "plain-f32.onnx", accelerators=[{"core_ml": {}}], require=True)
+        self.assertEqual(raised.exception.status, "no_engine")
+        with self.assertRaises(DmdError) as raised:
+            Generator(FIXTURES / "plain-f32.onnx", accelerators=["warp"])
+        self.assertIn("unknown variant `warp`", str(raised.exception))
+
     def test_engines_are_listed_with_reasons(self):
         self.assertEqual({engine["kind"] for engine in engines()}, {"onnxruntime", "tract"})
         self.assertIn("/nowhere", engines("/nowhere")[0]["reason"])

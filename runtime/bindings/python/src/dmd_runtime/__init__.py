@@ -35,6 +35,7 @@ class DmdError(Exception):
 
 class _Options(Structure):
     _fields_ = [("size", c_size_t), ("threads", c_size_t), ("library", c_char_p), ("engine", c_uint32)]
+    _fields_ += [("require_accelerator", c_uint32), ("accelerators", c_char_p)]
 
 
 class _Request(Structure):
@@ -52,16 +53,20 @@ _OnProgress = ctypes.CFUNCTYPE(None, c_void_p, c_size_t, c_size_t)
 class Generator:
     """An exported file, ready to make pictures; from a path, or from its bytes.
 
-    `engine` is "auto", "onnxruntime" or "tract"; `threads` 0 for all; `library` ONNX Runtime's library or its folder.
+    `engine` is "auto", "onnxruntime" or "tract"; `threads` 0 for all; `library` ONNX Runtime's library or its folder;
+    `accelerators` what may run it in the place of the processor, as docs/runtime.md spells them, and `require` whether one of
+    them must run every node. `placement` says what runs it, how that was proven, and why nothing before it in the list does.
     Usable in a `with` statement; otherwise closed when it is collected.
     """
 
-    def __init__(self, model, *, engine="auto", threads=0, library=None):
+    def __init__(self, model, *, engine="auto", threads=0, library=None, accelerators=(), require=False):
         self._handle = c_uint64()
         if engine not in ENGINES:
             raise ValueError(f"there is no engine {engine!r}, expected one of {', '.join(ENGINES)}")
         library = None if library is None else os.fsencode(library)
-        options = _Options(sizeof(_Options), _whole("threads", threads, 32), library, ENGINES[engine])
+        accelerators = json.dumps(list(accelerators)).encode()
+        threads = _whole("threads", threads, 32)
+        options = _Options(sizeof(_Options), threads, library, ENGINES[engine], bool(require), accelerators)
         if isinstance(model, (bytes, bytearray, memoryview)):
             model = bytes(model)
             _check(_lib.dmd_open_bytes(model, len(model), byref(options), byref(self._handle)))
@@ -72,6 +77,7 @@ class Generator:
         self.shape = (info.channels, info.height, info.width)
         description = json.loads(_text(_lib.dmd_describe_json, self._handle))
         self.info, self.engine = description["file"], description["engine"]
+        self.placement = description["placement"]
         self.classes = self.info["classes"]
 
     def generate(self, seed=0, labels=(), batch=None, output="u8", watch=None):

@@ -56,14 +56,21 @@ public final class Generator: @unchecked Sendable {
     /// The names of the classes, by label.
     public let classes: [String]
 
-    /// Opens a file. `threads` 0 for all; `library` is ONNX Runtime's, or the folder that holds it.
-    public convenience init(path: String, engine: Engine = .auto, threads: Int = 0, library: String? = nil) throws {
-        try self.init(engine, threads, library) { dmd_open(path, $0, $1) }
+    /// Opens a file. `threads` 0 for all; `library` is ONNX Runtime's, or the folder that holds it; `accelerators` are what
+    /// may run it in the place of the processor, as JSON (docs/runtime.md); `require`: one of them must run every node.
+    public convenience init(
+        path: String, engine: Engine = .auto, threads: Int = 0, library: String? = nil, accelerators: String = "[]",
+        require: Bool = false
+    ) throws {
+        try self.init(engine, threads, library, accelerators, require) { dmd_open(path, $0, $1) }
     }
 
     /// Opens the bytes of such a file.
-    public convenience init(data: Data, engine: Engine = .auto, threads: Int = 0, library: String? = nil) throws {
-        try self.init(engine, threads, library) { options, opened in
+    public convenience init(
+        data: Data, engine: Engine = .auto, threads: Int = 0, library: String? = nil, accelerators: String = "[]",
+        require: Bool = false
+    ) throws {
+        try self.init(engine, threads, library, accelerators, require) { options, opened in
             data.withUnsafeBytes { bytes in
                 dmd_open_bytes(bytes.baseAddress?.assumingMemoryBound(to: UInt8.self), bytes.count, options, opened)
             }
@@ -71,7 +78,7 @@ public final class Generator: @unchecked Sendable {
     }
 
     private init(
-        _ engine: Engine, _ threads: Int, _ library: String?,
+        _ engine: Engine, _ threads: Int, _ library: String?, _ accelerators: String, _ require: Bool,
         open: (UnsafePointer<dmd_options>, UnsafeMutablePointer<dmd_generator>) -> dmd_status
     ) throws {
         precondition(threads >= 0, "threads are \(threads), expected 0 for all, or more")
@@ -82,7 +89,11 @@ public final class Generator: @unchecked Sendable {
             options.threads = threads
             options.library = library == nil ? nil : text
             options.engine = engine.rawValue
-            try check(open(&options, &opened))
+            options.require_accelerator = require ? 1 : 0
+            try accelerators.withCString { list in
+                options.accelerators = list
+                try check(open(&options, &opened))
+            }
         }
         handle = opened
         do {
@@ -101,7 +112,7 @@ public final class Generator: @unchecked Sendable {
 
     deinit { dmd_close(handle) }
 
-    /// All that is known, `{"file": {…}, "engine": {…}}`.
+    /// All that is known, `{"file": {…}, "engine": {…}, "placement": {…}}`.
     public func describe() throws -> String { try text { dmd_describe_json(handle, $0, $1, $2) } }
 
     /// The label of a class by its name, or its number in digits.

@@ -54,6 +54,13 @@ final class GeneratorTests: XCTestCase {
         XCTAssertThrowsError(try Generator(path: fixtures + "/plain-f32.onnx", library: "/nowhere")) {
             XCTAssertTrue("\($0)".contains("/nowhere"), "\($0)")
         }
+        XCTAssertThrowsError(try Generator(path: fixtures + "/plain-f32.onnx", accelerators: "[\"warp\"]")) {
+            XCTAssertTrue("\($0)".contains("unknown variant `warp`"), "\($0)")
+        }
+        let coreMl = "[{\"core_ml\": {}}]"
+        XCTAssertThrowsError(try Generator(path: fixtures + "/plain-f32.onnx", accelerators: coreMl, require: true))
+        let passedOver = try Generator(path: fixtures + "/plain-f32.onnx", accelerators: coreMl).describe()
+        XCTAssertTrue(passedOver.contains("\"accelerator\":\"Core ML\""), passedOver)
         let generator = try Generator(path: fixtures + "/classes-f32.onnx")
         XCTAssertThrowsError(try generator.rgba(labels: [3])) {
             XCTAssertEqual("\($0)", "label 3 is not a class of this file, expected 0 to 2")

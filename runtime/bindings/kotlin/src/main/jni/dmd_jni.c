@@ -73,12 +73,14 @@ static void *memory_of(JNIEnv *env, jobject buffer, size_t *n) {
     return memory;
 }
 
-static dmd_options options_of(const char *library, jint engine, jint threads) {
+static dmd_options options_of(const char *library, const char *accelerators, jint engine, jint threads, jboolean require) {
     dmd_options options = {0};
     options.size = sizeof options;
     options.threads = (size_t)threads;
     options.library = library;
     options.engine = (uint32_t)engine;
+    options.require_accelerator = require == JNI_TRUE;
+    options.accelerators = accelerators;
     return options;
 }
 
@@ -89,32 +91,38 @@ NATIVE(jint, abiVersion)(JNIEnv *env, jclass class) {
     return dmd_abi_version() == DMD_ABI_VERSION ? (jint)DMD_ABI_VERSION : -1;
 }
 
-NATIVE(jlong, open)(JNIEnv *env, jclass class, jbyteArray path, jbyteArray library, jint engine, jint threads) {
+NATIVE(jlong, open)(JNIEnv *env, jclass class, jbyteArray path, jbyteArray library, jbyteArray accelerators, jint engine,
+                    jint threads, jboolean require) {
     (void)class;
     int ok = 1;
     dmd_generator generator = 0;
     char *path_text = text_of(env, path, &ok), *library_text = ok ? text_of(env, library, &ok) : NULL;
+    char *list = ok ? text_of(env, accelerators, &ok) : NULL;
     if (ok) {
-        dmd_options options = options_of(library_text, engine, threads);
+        dmd_options options = options_of(library_text, list, engine, threads, require);
         done(env, dmd_open(path_text, &options, &generator));
     }
     free(path_text);
     free(library_text);
+    free(list);
     return (jlong)generator;
 }
 
-NATIVE(jlong, openBytes)(JNIEnv *env, jclass class, jobject buffer, jbyteArray library, jint engine, jint threads) {
+NATIVE(jlong, openBytes)(JNIEnv *env, jclass class, jobject buffer, jbyteArray library, jbyteArray accelerators, jint engine,
+                         jint threads, jboolean require) {
     (void)class;
     int ok = 1;
     size_t n;
     dmd_generator generator = 0;
     const uint8_t *bytes = memory_of(env, buffer, &n);
-    char *library_text = bytes ? text_of(env, library, &ok) : NULL;
-    if (bytes && ok) {
-        dmd_options options = options_of(library_text, engine, threads);
+    if (!bytes) return 0;
+    char *library_text = text_of(env, library, &ok), *list = ok ? text_of(env, accelerators, &ok) : NULL;
+    if (ok) {
+        dmd_options options = options_of(library_text, list, engine, threads, require);
         done(env, dmd_open_bytes(bytes, n, &options, &generator));
     }
     free(library_text);
+    free(list);
     return (jlong)generator;
 }
 

@@ -98,6 +98,11 @@ fun main(arguments: Array<String>) {
     refused(Status.BAD_FILE, "not one of ours") { Generator(fixture("foreign.onnx")) }
     refused(Status.BAD_FILE, "the model in memory") { Generator(ByteBuffer.allocateDirect(7)) }
     refused(Status.NO_ENGINE, "/nowhere") { Generator(path, Options(library = "/nowhere")) }
+    refused(Status.BAD_ARGUMENT, "unknown variant `warp`") { Generator(path, Options(accelerators = "[\"warp\"]")) }
+    val coreMl = """[{"core_ml": {}}]"""
+    refused(Status.NO_ENGINE, "") { Generator(path, Options(accelerators = coreMl, require = true)) }
+    val passedOver = Generator(path, Options(accelerators = coreMl)).use { it.describe() }
+    expect("\"accelerator\":\"Core ML\"" in passedOver) { passedOver }
     refused(Status.BAD_REQUEST, "label 3 is not a class") { generator.generate(labels = longArrayOf(3)) }
     refused(Status.BAD_REQUEST, "no class of this file is named \"nobody\"") { generator.label("nobody") }
     refused(Status.BAD_REQUEST, "batch is 0") { generator.generate(batch = 0) }

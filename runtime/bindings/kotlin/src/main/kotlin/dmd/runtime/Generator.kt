@@ -20,8 +20,17 @@ class DmdException(val status: Status, message: String) : RuntimeException(messa
 /** Which engine runs a file. */
 enum class Engine { AUTO, ONNX_RUNTIME, TRACT }
 
-/** How a file is run: [threads] 0 for all, [library] ONNX Runtime's library or the folder that holds it. */
-data class Options(val engine: Engine = Engine.AUTO, val threads: Int = 0, val library: String? = null) {
+/**
+ * How a file is run: [threads] 0 for all, [library] ONNX Runtime's library or the folder that holds it, [accelerators] what
+ * may run it in the place of the processor, as JSON (docs/runtime.md), [require] whether one of them must run every node.
+ */
+data class Options(
+    val engine: Engine = Engine.AUTO,
+    val threads: Int = 0,
+    val library: String? = null,
+    val accelerators: String = "[]",
+    val require: Boolean = false,
+) {
     init {
         require(threads >= 0) { "threads are $threads, expected 0 for all, or more" }
     }
@@ -80,12 +89,15 @@ class Watch(private val onProgress: ((done: Long, total: Long) -> Unit)? = null)
 /** A file that `dmd export --onnx` wrote, ready to make pictures on any number of threads at once. */
 class Generator private constructor(private val handle: Long) : AutoCloseable {
     /** Opens a file. */
-    constructor(path: String, options: Options = Options()) :
-        this(Native.open(text(path), options.library?.let(::text), options.engine.ordinal, options.threads))
+    constructor(path: String, options: Options = Options()) : this(
+        with(options) { Native.open(text(path), library?.let(::text), text(accelerators), engine.ordinal, threads, require) },
+    )
 
     /** Opens such a file's bytes: an asset that is mapped, without a copy. What is before the position is passed over. */
     constructor(bytes: ByteBuffer, options: Options = Options()) : this(
-        Native.openBytes(direct(bytes), options.library?.let(::text), options.engine.ordinal, options.threads),
+        with(options) {
+            Native.openBytes(direct(bytes), library?.let(::text), text(accelerators), engine.ordinal, threads, require)
+        },
     )
 
     private val description = Native.describe(handle).map(Math::toIntExact)
@@ -98,7 +110,7 @@ class Generator private constructor(private val handle: Long) : AutoCloseable {
     /** The names of the classes, by label. */
     val classes: List<String> = List(description[4]) { Native.className(handle, it.toLong()).decodeToString() }
 
-    /** All that is known, `{"file": {…}, "engine": {…}}`. */
+    /** All that is known, `{"file": {…}, "engine": {…}, "placement": {…}}`. */
     fun describe(): String = Native.describeJson(handle).decodeToString()
 
     /** The label of a class by its name, or its number in digits. */

@@ -31,10 +31,14 @@ internal object Native {
     external fun abiVersion(): Int
 
     @JvmStatic
-    external fun open(path: ByteArray, library: ByteArray?, engine: Int, threads: Int): Long
+    external fun open(
+        path: ByteArray, library: ByteArray?, accelerators: ByteArray, engine: Int, threads: Int, require: Boolean,
+    ): Long
 
     @JvmStatic
-    external fun openBytes(bytes: ByteBuffer, library: ByteArray?, engine: Int, threads: Int): Long
+    external fun openBytes(
+        bytes: ByteBuffer, library: ByteArray?, accelerators: ByteArray, engine: Int, threads: Int, require: Boolean,
+    ): Long
 
     @JvmStatic
     external fun close(generator: Long)
