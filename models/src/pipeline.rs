@@ -1,12 +1,14 @@
 //! A model's parts in the order in which data passes through them.
 
-use crate::encoders::Autoencoder;
-use crate::{Denoiser, Error, Result};
+use crate::encoders::{Autoencoder, TextEncoders};
+use crate::{Condition, Denoiser, Error, Result};
 use candle_core::Tensor;
 
 /// From noise to pictures. Nothing outside knows whether there are latents between.
 #[derive(Clone, Debug)]
 pub struct Pipeline {
+    /// Prompts to what the network is told of them, where it is told text.
+    pub text: Option<TextEncoders>,
     /// Noise to samples.
     pub denoiser: Denoiser,
     /// Samples to pictures, where they are latents.
@@ -16,11 +18,50 @@ pub struct Pipeline {
 /// Samples, shown as they are.
 impl From<Denoiser> for Pipeline {
     fn from(denoiser: Denoiser) -> Self {
-        Pipeline { denoiser, decoder: None }
+        Pipeline { text: None, denoiser, decoder: None }
     }
 }
 
 impl Pipeline {
+    /// What the network is told of each prompt.
+    pub fn condition(&self, prompts: &[&str]) -> Result<Condition<Tensor>> {
+        match &self.text {
+            Some(text) => text.encode(prompts),
+            None => Err(Error::Config("this model takes no prompts".into())),
+        }
+    }
+
+    /// Guides away from this prompt, and no longer from nothing.
+    pub fn guide_away_from(&mut self, negative: &str) -> Result<()> {
+        self.denoiser.unconditional = Some(self.condition(&[negative])?);
+        Ok(())
+    }
+
+    /// The guidance scale of diffusers' pipeline where none is given; 1, none, without text.
+    pub fn usual_guidance(&self) -> f64 {
+        match &self.text {
+            Some(text) if text.guidance.is_some() => 1.0,
+            Some(text) if text.size.is_some() => 5.0,
+            Some(_) => 7.5,
+            None => 1.0,
+        }
+    }
+
+    /// Tells a network that hears of sizes that its pictures have this height and width. What it is guided away from is
+    /// nothing again.
+    pub fn resize(&mut self, size: [usize; 2]) -> Result<()> {
+        if let Some(text) = &mut self.text {
+            text.size = text.size.map(|_| size);
+            self.denoiser.unconditional = Some(text.unsaid()?);
+        }
+        Ok(())
+    }
+
+    /// Pixels of a picture, in each direction, for one of a sample.
+    pub fn factor(&self) -> usize {
+        self.decoder.as_ref().map_or(1, Autoencoder::factor)
+    }
+
     /// The pictures behind samples x0 `(B, C, H, W)`: around [-1, 1], `(B, C', factor·H, factor·W)` behind a decoder.
     pub fn pictures(&self, x0: &Tensor) -> Result<Tensor> {
         let Some(decoder) = &self.decoder else { return Ok(x0.clone()) };
@@ -42,18 +83,6 @@ impl Pipeline {
         match &self.decoder {
             Some(decoder) => [decoder.picture_channels(), decoder.factor() * height, decoder.factor() * width],
             None => [channels, height, width],
-        }
-    }
-
-    /// Refuses a decoder of other samples than these.
-    pub(crate) fn check(&self) -> Result<()> {
-        let (made, channels) =
-            (self.denoiser.network.takes().channels, self.decoder.as_ref().map(|d| d.latent_channels()));
-        match channels.filter(|channels| *channels != made) {
-            Some(channels) => Err(Error::Config(format!(
-                "the decoder takes latents of {channels} channels, the network makes {made}"
-            ))),
-            None => Ok(()),
         }
     }
 }

@@ -251,6 +251,11 @@ fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
     Ok(weights)
 }
 
+/// The names of the tensors of a safetensors file, without reading them.
+pub(crate) fn tensor_names(path: &Path) -> Result<Vec<String>> {
+    Ok(open(path)?.1.offset_keys())
+}
+
 /// The metadata of a safetensors file, without reading its tensors.
 pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     let (_, header) = open(path)?;

@@ -344,11 +344,13 @@ fn a_missing_file_is_named() {
     }
 }
 
+const SUPPORTED: &str = "supported are UNet2DModel, UNet2DConditionModel and DiTTransformer2DModel with decoders AutoencoderKL, AutoencoderTiny and VQModel in vae/ or vqvae/, and CLIP's text encoders";
+
 #[test]
-fn a_latent_pipeline_is_refused() {
+fn a_decoder_that_says_no_class_is_refused() {
     let add_vae = |folder: &Path| fs::create_dir(folder.join("vae")).unwrap();
-    let expected = "DIR: has a vae/ folder, which decodes latents: only pixel-space UNet2DModel pipelines and DiTPipelines are supported, not other latent or text-conditional ones";
-    check("ddpm-tiny", add_vae, expected);
+    let expected = format!("DIR: has a vae/ folder, which decodes latents: {SUPPORTED}");
+    check("ddpm-tiny", add_vae, &expected);
 }
 
 #[test]
@@ -418,7 +420,7 @@ fn other_networks_are_refused() {
             fs::copy(network.join(file), folder.join("unet").join(file)).unwrap();
         }
     };
-    let expected = "DIR: the network is told a text, and text encoders of model folders are not read yet";
+    let expected = "DIR: has no text_encoder/, and its network is told text";
     check("ddpm-tiny", of_text, expected);
 }
 
@@ -589,9 +591,8 @@ fn a_decoder_of_any_name_makes_a_model_latent() {
             fs::write(folder.join(name).join("config.json"), config.to_string()).unwrap();
         }
     };
-    const LATENT: &str = "which decodes latents: only pixel-space UNet2DModel pipelines and DiTPipelines are supported, not other latent or text-conditional ones";
+    let decodes = format!("which decodes latents: {SUPPORTED}");
     for (name, config, class) in [
-        ("vqvae", json!({ "_class_name": "VQModel" }), " (VQModel)"),
         ("movq", json!({}), ""),
         ("vqgan", json!({ "_class_name": "PaellaVQModel" }), " (PaellaVQModel)"),
         ("first_stage_model", json!({}), ""),
@@ -599,19 +600,19 @@ fn a_decoder_of_any_name_makes_a_model_latent() {
         ("out", json!({ "_class_name": "ConsistencyDecoderVAE" }), " (ConsistencyDecoderVAE)"),
         ("mine", json!({ "latent_channels": 4 }), ""),
     ] {
-        check("ddpm-tiny", part(name, config), &format!("DIR: has a {name}/ folder{class}, {LATENT}"));
+        check("ddpm-tiny", part(name, config), &format!("DIR: has a {name}/ folder{class}, {decodes}"));
     }
     // The weights of the part may be elsewhere: the index tells all the same.
     let index =
         |parts: Value| move |folder: &Path| fs::write(folder.join("model_index.json"), parts.to_string()).unwrap();
     let latent = index(json!({ "_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"], "eta": 0.1 }));
-    check("ddpm-tiny", latent, &format!("DIR: model_index.json names a part vqvae (VQModel), {LATENT}"));
+    check("ddpm-tiny", latent, "DIR: model_index.json names a part vqvae (VQModel), which is not there");
     let text = part("prompts", json!({ "architectures": ["T5EncoderModel"] }));
     let expected =
-        format!("DIR: has a prompts/ folder (T5EncoderModel), {}", LATENT.replace("decodes latents", "reads text"));
+        format!("DIR: has a prompts/ folder (T5EncoderModel), {}", decodes.replace("decodes latents", "reads text"));
     check("ddpm-tiny", text, &expected);
     let other = index(json!({ "transformer": ["diffusers", "DiTTransformer2DModel"] }));
-    let expected = "DIR: model_index.json names a part transformer (DiTTransformer2DModel), another network than a UNet2DModel: only ";
+    let expected = "DIR: model_index.json names a part transformer (DiTTransformer2DModel), another network than a UNet2DModel: supported are ";
     let temp = a_copy("ddpm-tiny");
     other(temp.path());
     assert!(error(temp.path()).starts_with(expected), "{}", error(temp.path()));

@@ -17,6 +17,7 @@ encoders/autoencoders/NAME/   config.json and weights as `save_pretrained` write
                      Weights are f16, exact; the arithmetic is f32. `old-names` has the attention's weights under the names of old files, which diffusers still reads.
 encoders/clip/NAME/  config.json and weights of CLIPTextModel or CLIPTextModelWithProjection, and io.safetensors:
                        ids i64 [2,N], last f32 [2,N,C] (behind the last norm), penultimate f32 [2,N,C], pooled f32 [2,P]
+encoders/pipelines/NAME/  whole pipelines (see `pipelines` below)
 encoders/tokenizers/NAME/  a tokenizer of a few hundred tokens as transformers 5 writes it, and expected.json: texts and ids
 """
 
@@ -26,7 +27,18 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LDMPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -199,6 +211,96 @@ def tokenizers(out):
         (out / name / "expected.json").write_text(f"[\n{rows}\n]\n")
 
 
+# --------------------------------------------------------------------------------------------------------------
+# Whole pipelines
+# --------------------------------------------------------------------------------------------------------------
+
+KARRAS = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True, timestep_spacing="linspace"
+)
+UNET = dict(
+    sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)
+
+
+def text_encoder(seed, kind, **config):
+    torch.manual_seed(seed)
+    net = kind(
+        CLIPTextConfig(
+            hidden_size=16, intermediate_size=24, num_attention_heads=4, num_hidden_layers=2, vocab_size=529,
+            max_position_embeddings=24, bos_token_id=527, **config,
+        )
+    ).eval()
+    for p in net.parameters():
+        p.add_(torch.randn_like(p) * 0.2)
+    return net
+
+
+def pipelines(out, tokenizers):
+    """Pipelines of the smallest size, all weights f16 (the arithmetic f32), and io.safetensors: noise, latents (x0 before
+    it is decoded) and picture in [-1, 1], of ten of diffusers' Euler steps on Karras's noise levels, batch 1. `sd` says
+    "a photo of a cat" and not "hat", at guidance 7.5; `sdxl` the same without a negative prompt, at 5; `ldm` is
+    unconditional.
+    """
+    end, mark = (CLIPTokenizer.from_pretrained(tokenizers / name) for name in ("pads-with-end", "pads-with-mark"))
+    vae = stirred(AutoencoderKL, AUTOENCODERS["kl"][1], 500)
+    scheduler = EulerDiscreteScheduler(**KARRAS)
+    sd = StableDiffusionPipeline(
+        vae=vae, tokenizer=end, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        text_encoder=text_encoder(501, CLIPTextModel, eos_token_id=2, hidden_act="quick_gelu"),
+        unet=stirred(UNet2DConditionModel, dict(UNET, cross_attention_dim=16), 502),
+        requires_safety_checker=False,
+    )
+    whole(sd, out / "sd", dict(prompt="a photo of a cat", negative_prompt="hat", guidance_scale=7.5))
+    second = text_encoder(503, CLIPTextModelWithProjection, eos_token_id=528, hidden_act="gelu", projection_dim=12)
+    xl = dict(
+        UNET, cross_attention_dim=32, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=12 + 6 * 4, attention_head_dim=(1, 2),
+        transformer_layers_per_block=(1, 2),
+    )
+    sdxl = StableDiffusionXLPipeline(
+        vae=vae, tokenizer=end, tokenizer_2=mark, scheduler=scheduler, text_encoder=sd.text_encoder, text_encoder_2=second,
+        unet=stirred(UNet2DConditionModel, xl, 504), add_watermarker=False,
+    )
+    whole(sdxl, out / "sdxl", dict(prompt="a photo of a cat", guidance_scale=5.0))
+    pixels = dict(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    ldm = LDMPipeline(
+        vqvae=stirred(VQModel, AUTOENCODERS["vq"][1], 505), unet=stirred(UNet2DModel, pixels, 506),
+        scheduler=DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False),
+    )
+    whole(ldm, out / "ldm", None)
+
+
+def whole(pipe, folder, told):
+    pipe.to(torch.float16)
+    pipe.save_pretrained(folder)
+    pipe.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, pipe.unet.config.in_channels, 8, 8)
+    if told is None:
+        # Its pipeline draws the noise itself, and cannot be given Euler steps.
+        euler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True, timestep_spacing="linspace")
+        euler.set_timesteps(10)
+        latents = noise * euler.init_noise_sigma
+        for t in euler.timesteps:
+            latents = euler.step(pipe.unet(euler.scale_model_input(latents, t), t).sample, t, latents).prev_sample
+        picture = pipe.vqvae.decode(latents / pipe.vqvae.config.scaling_factor).sample
+    else:
+        run = lambda **kwargs: pipe(**told, latents=noise.clone(), num_inference_steps=10, return_dict=False, **kwargs)[0]
+        latents = run(output_type="latent")
+        picture = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        shown = run(output_type="pt")
+        assert (shown - (picture / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5
+    io = dict(noise=noise, latents=latents, picture=picture)
+    print(f"  {folder.name}: |latents| <= {latents.abs().max():.2f}, |picture| <= {picture.abs().max():.2f}")
+    save_file({key: value.contiguous() for key, value in io.items()}, folder / "io.safetensors")
+
+
 def main():
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
@@ -208,6 +310,7 @@ def main():
     autoencoders(out / "autoencoders")
     clips(out / "clip")
     tokenizers(out / "tokenizers")
+    pipelines(out / "pipelines", out / "tokenizers")
     if len(sys.argv) == 3:
         shutil.copyfile(sys.argv[2], out / "bpe_simple_vocab_16e6.txt.gz")
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()), "bytes in all")

@@ -302,7 +302,8 @@ fn encoder(dir: &Path, rows: usize, name: impl Fn(&str) -> String) -> dmd_models
 #[test]
 fn names_with_and_without_their_prefix_are_one() {
     let dir = tempfile::tempdir().unwrap();
-    let texts = |encoder| TextEncoders { encoders: vec![encoder], layer: Layer::Last, size: None };
+    let texts =
+        |encoder| TextEncoders { encoders: vec![encoder], layer: Layer::Last, size: None, guidance: None, zeros: true };
     let old = texts(encoder(dir.path(), 529, str::to_string).unwrap()).encode(&["a photo of a cat"]).unwrap();
     let strip = |name: &str| name.strip_prefix("text_model.").unwrap_or(name).to_string();
     let new = texts(encoder(dir.path(), 529, strip).unwrap()).encode(&["a photo of a cat"]).unwrap();
@@ -326,8 +327,20 @@ fn a_table_with_fewer_rows_than_the_tokenizer_has_ids_is_refused() {
 fn several_encoders_stand_side_by_side() {
     let dir = tempfile::tempdir().unwrap();
     let one = encoder(dir.path(), 529, str::to_string).unwrap();
-    let single = TextEncoders { encoders: vec![one.clone()], layer: Layer::Penultimate, size: None };
-    let both = TextEncoders { encoders: vec![one.clone(), one], layer: Layer::Penultimate, size: Some([64, 48]) };
+    let single = TextEncoders {
+        encoders: vec![one.clone()],
+        layer: Layer::Penultimate,
+        size: None,
+        guidance: None,
+        zeros: true,
+    };
+    let both = TextEncoders {
+        encoders: vec![one.clone(), one],
+        layer: Layer::Penultimate,
+        size: Some([64, 48]),
+        guidance: None,
+        zeros: true,
+    };
     assert_eq!((single.text_shape(), both.text_shape()), ([20, 16], [20, 32]));
     let prompts = ["a photo of a cat", "hello"];
     let (narrow, wide) = (single.encode(&prompts).unwrap(), both.encode(&prompts).unwrap());
@@ -340,7 +353,7 @@ fn several_encoders_stand_side_by_side() {
     let vector = wide.get(Way::Vector).unwrap().to_vec2::<f32>().unwrap();
     assert_eq!((vector[0].len(), &vector[1][12..]), (18, &[64.0, 48.0, 0.0, 0.0, 64.0, 48.0][..]));
     assert!(vector[0][..12] != vector[1][..12]);
-    let nothing = both.nothing().unwrap();
+    let nothing = both.unsaid().unwrap();
     assert_eq!(nothing.get(Way::Text).unwrap().dims(), [1, 20, 32]);
     assert_eq!(largest(nothing.get(Way::Text).unwrap()), 0.0);
     let vector = nothing.get(Way::Vector).unwrap().to_vec2::<f32>().unwrap();

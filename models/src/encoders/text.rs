@@ -20,6 +20,10 @@ pub struct TextEncoders {
     pub layer: Layer,
     /// Height and width of the pictures to make, where the network is told them beside the pooled text of the last encoder.
     pub size: Option<[usize; 2]>,
+    /// The guidance scale that the network is told, where it is one that imitates guidance.
+    pub guidance: Option<f64>,
+    /// Zeros stand for saying nothing, as for SDXL; else the empty prompt does.
+    pub zeros: bool,
 }
 
 /// States of a text encoder.
@@ -41,7 +45,7 @@ pub struct TextEncoder {
 impl TextEncoders {
     /// What a network is told of each prompt: [`Way::Text`], states `(B, N, C)`; and, where it is told sizes, [`Way::Vector`]
     /// `(B, P + 6)`: the pooled text of the last encoder, then height and width of the picture before it was cropped, what
-    /// was cropped above and left, height and width after. f32. Prompts that are too long are cut, which is said.
+    /// was cropped above and left, height and width after; and the guidance scale if it is told. f32. Prompts that are too long are cut, which is said.
     pub fn encode(&self, prompts: &[&str]) -> Result<Condition<Tensor>> {
         let mut states = Vec::new();
         let mut pooled = None;
@@ -57,23 +61,41 @@ impl TextEncoders {
                 pooled = Some(encoder.model.pooled(&found.last, &ids)?);
             }
         }
-        let mut told = vec![(Way::Text, Tensor::cat(&states, 2)?)];
-        if let (Some(pooled), Some(size)) = (pooled, self.size) {
-            told.push((Way::Vector, with_sizes(&pooled, size)?));
-        }
-        Ok(told.into_iter().collect())
+        self.told(Tensor::cat(&states, 2)?, pooled)
     }
 
-    /// Zeros in the place of all that is said by text, `(1, …)`: what SDXL is guided away from where no negative prompt is
-    /// given.
-    pub fn nothing(&self) -> Result<Condition<Tensor>> {
+    /// What a network is told, `(1, …)`, where nothing is said: what it is guided away from without a negative prompt.
+    pub fn unsaid(&self) -> Result<Condition<Tensor>> {
+        if !self.zeros {
+            return self.encode(&[""]);
+        }
         let (Some(last), [n, width]) = (self.encoders.last(), self.text_shape()) else { return Ok(Condition::none()) };
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, last.model.device());
-        let mut told = vec![(Way::Text, zeros(&[1, n, width])?)];
-        if let Some(size) = self.size {
-            told.push((Way::Vector, with_sizes(&zeros(&[1, last.model.pooled_width()])?, size)?));
+        let pooled = match self.size {
+            Some(_) => Some(zeros(&[1, last.model.pooled_width()])?),
+            None => None,
+        };
+        self.told(zeros(&[1, n, width])?, pooled)
+    }
+
+    /// States, and the vector of what else there is.
+    fn told(&self, states: Tensor, pooled: Option<Tensor>) -> Result<Condition<Tensor>> {
+        let mut numbers: Vec<f32> = Vec::new();
+        if let Some([h, w]) = self.size.map(|size| size.map(|side| side as f32)) {
+            numbers.extend([h, w, 0.0, 0.0, h, w]);
         }
-        Ok(told.into_iter().collect())
+        numbers.extend(self.guidance.map(|guidance| guidance as f32));
+        let (n, width) = (states.dim(0)?, numbers.len());
+        let numbers = Tensor::from_vec(numbers, (1, width), states.device())?.broadcast_as((n, width))?;
+        let vector = match (pooled, width) {
+            (Some(pooled), _) => Some(Tensor::cat(&[pooled, numbers.contiguous()?], 1)?),
+            (None, 0) => None,
+            (None, _) => Some(numbers.contiguous()?),
+        };
+        Ok([(Way::Text, Some(states)), (Way::Vector, vector)]
+            .into_iter()
+            .filter_map(|(way, v)| Some((way, v?)))
+            .collect())
     }
 
     /// Shape of the states of a prompt.
@@ -81,16 +103,6 @@ impl TextEncoders {
         let n = self.encoders.first().map_or(0, |encoder| encoder.tokenizer.length());
         [n, self.encoders.iter().map(|encoder| encoder.model.config().hidden_size).sum()]
     }
-}
-
-/// Numbers of the sizes of a picture.
-const N_SIZES: usize = 6;
-
-/// The pooled text `(B, P)` with the sizes of a picture that was not cropped behind it.
-fn with_sizes(pooled: &Tensor, [height, width]: [usize; 2]) -> Result<Tensor> {
-    let [h, w] = [height as f32, width as f32];
-    let sizes = Tensor::new(&[[h, w, 0.0, 0.0, h, w]], pooled.device())?;
-    Ok(Tensor::cat(&[pooled, &sizes.broadcast_as((pooled.dim(0)?, N_SIZES))?], 1)?)
 }
 
 impl TextEncoder {

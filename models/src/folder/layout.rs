@@ -2,7 +2,7 @@
 //! the hub have them. Parts that make it another kind of model are refused, whatever they are called.
 
 use super::json;
-use crate::weights::missing;
+use crate::weights::{missing, tensor_names, what_it_is};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -15,8 +15,11 @@ pub(crate) const WEIGHTS: &str = "diffusion_pytorch_model";
 /// The pipeline whose index names the classes of its network, as `id2label`.
 pub(super) const NAMES_CLASSES: &str = "DiTPipeline";
 
-/// The part that makes pictures of latents.
-pub(super) const DECODER: &str = "vae";
+/// Names of the part that makes pictures of latents.
+pub(crate) const DECODERS: [&str; 2] = ["vae", "vqvae"];
+
+/// Names of text encoders and of their tokenizers.
+pub(crate) const TEXT_ENCODERS: [[&str; 2]; 2] = [["text_encoder", "tokenizer"], ["text_encoder_2", "tokenizer_2"]];
 
 /// Where things lie.
 pub(super) struct Layout {
@@ -28,8 +31,10 @@ pub(super) struct Layout {
     pub scheduler: PathBuf,
     /// The class that the index gives the scheduler, which is the one that diffusers loads.
     pub scheduler_class: Option<String>,
-    /// Parts that are kept as they are.
+    /// Parts beside the network and the scheduler: decoders, text encoders, tokenizers.
     pub parts: BTreeMap<String, Part>,
+    /// What else the index says of the pipeline.
+    pub settings: Map<String, Value>,
     /// Names that the index has for classes, by their number.
     pub classes: BTreeMap<usize, String>,
     /// What a person should know of how the parts were found.
@@ -40,7 +45,7 @@ impl Layout {
     /// Finds the parts of a model, or says what the folder is instead.
     pub fn of(path: &Path) -> Result<Self> {
         if !path.is_dir() {
-            let what = if path.exists() { "is a file, expected a model folder" } else { "no such folder" };
+            let what = if path.exists() { what_file(path) } else { "no such folder".into() };
             return Err(Error::file(path, what));
         }
         let index = index(path)?;
@@ -54,25 +59,29 @@ impl Layout {
         };
         let mut parts = BTreeMap::new();
         for (name, part) in found.iter() {
-            if is_transformer && name == DECODER {
-                match part.has_folder {
-                    true => _ = parts.insert(name.clone(), part.kept(path.join(name))),
-                    false => {
-                        said.push(format!("has no {name}/: what the model makes are latents, and shown as they are"))
-                    }
-                }
+            if part.is_known(name) && part.has_folder {
+                parts.insert(name.clone(), part.kept(path.join(name)));
+            } else if is_transformer && name == DECODERS[0] {
+                said.push(format!("has no {name}/: what the model makes are latents, and shown as they are"));
+            } else if part.is_known(name) {
+                return Err(Error::file(path, part.said(name, "which is not there")));
             } else if let Some(reason) = part.why_not(name) {
                 return Err(Error::file(
                     path,
                     format!(
-                        "{}: only pixel-space UNet2DModel pipelines and DiTPipelines are supported, not other latent or text-conditional ones",
+                        "{}: supported are UNet2DModel, UNet2DConditionModel and DiTTransformer2DModel with decoders AutoencoderKL, AutoencoderTiny and VQModel in vae/ or vqvae/, and CLIP's text encoders",
                         part.said(name, reason)
                     ),
                 ));
+            } else if name == "safety_checker" && part.has_folder {
+                said.push("its safety checker is not used: pictures are not judged".into());
             }
         }
         let network = if is_transformer { path.join("transformer") } else { unet(path, &mut said)? };
         let scheduler_class = found.remove("scheduler").map(|part| part.class);
+        let is_setting = |name: &str, value: &Value| !name.starts_with('_') && !value.is_array() && name != "id2label";
+        let settings = index.iter().filter(|(name, value)| is_setting(name, value));
+        let settings = settings.map(|(name, value)| (name.clone(), value.clone())).collect();
         let classes = index.get("id2label").and_then(Value::as_object).into_iter().flatten();
         let classes = classes.filter_map(|(id, name)| Some((id.parse().ok()?, name.as_str()?.to_string())));
         Ok(Layout {
@@ -82,9 +91,33 @@ impl Layout {
             scheduler_class,
             parts,
             classes: classes.collect(),
+            settings,
             said,
         })
     }
+}
+
+/// What a file in the place of a model folder is, and how it becomes one.
+fn what_file(path: &Path) -> String {
+    const CONVERT: &str =
+        "in diffusers, StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes a folder of it";
+    let start = fs::File::open(path).and_then(|file| {
+        use std::io::Read;
+        let mut start = Vec::new();
+        file.take(512).read_to_end(&mut start).map(|_| start)
+    });
+    if let Some(what) = start.ok().and_then(|start| what_it_is(&start)) {
+        return format!("is a file, expected a model folder, and it is {what}; a whole checkpoint: {CONVERT}");
+    }
+    let names = tensor_names(path).unwrap_or_default();
+    let any = |part: &str| names.iter().any(|name| name.contains(part));
+    if any("lora_") || any(".lora") {
+        return "is a LoRA, which changes a model and is none: in diffusers, load it into its model, fuse_lora() and save_pretrained(FOLDER)".into();
+    }
+    if any("model.diffusion_model.") {
+        return format!("is a whole model in one file, expected a folder of its parts: {CONVERT}");
+    }
+    "is a file, expected a model folder".into()
 }
 
 /// A part of a pipeline that is kept as it is.
@@ -138,6 +171,21 @@ impl Found {
     fn kept(&self, path: PathBuf) -> Part {
         let library = if self.library.is_empty() { "diffusers" } else { &self.library };
         Part { library: library.into(), class: self.class.clone(), path }
+    }
+
+    /// Whether it is a decoder, a text encoder or a tokenizer of a kind that is read.
+    fn is_known(&self, name: &str) -> bool {
+        let classes: &[&str] = match name {
+            _ if DECODERS.contains(&name) => &["AutoencoderKL", "AutoencoderTiny", "VQModel"],
+            _ if TEXT_ENCODERS.iter().any(|[model, _]| *model == name) => {
+                &["CLIPTextModel", "CLIPTextModelWithProjection"]
+            }
+            _ if TEXT_ENCODERS.iter().any(|[_, tokenizer]| *tokenizer == name) => {
+                &["CLIPTokenizer", "CLIPTokenizerFast", ""]
+            }
+            _ => &[],
+        };
+        classes.contains(&self.class.as_str())
     }
 
     /// Why a model with this part is none that is taken; none for a part that does not change what the network makes.

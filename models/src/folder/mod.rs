@@ -7,8 +7,9 @@ mod layout;
 mod scheduler;
 pub use scheduler::Scheduler;
 
-use crate::encoders::Autoencoder;
+use crate::encoders::{Autoencoder, Layer, TextEncoder, TextEncoders};
 use crate::error::printable;
+use crate::networks::Told;
 use crate::{Condition, Denoiser, Error, Generator, NetworkConfig, Pipeline, Result, Way, Weights};
 use candle_core::{DType, Device, Tensor};
 use layout::Layout;
@@ -32,6 +33,8 @@ pub struct ModelFolder {
     pub about: About,
     /// The other parts of the pipeline by name, as they lie: a folder that is written of this one gets them too.
     pub parts: BTreeMap<String, Part>,
+    /// Settings of the pipeline in `model_index.json`.
+    pub settings: serde_json::Map<String, serde_json::Value>,
 }
 
 /// What a folder of ours says of itself. A person may write the same of a teacher from elsewhere: every field may be left
@@ -103,7 +106,7 @@ impl ModelFolder {
         let weights = Weights::load(&weights_path, device)?;
         let weights =
             plain_names(weights, config.landmark(), &weights_path).map_err(|e| Error::file(&weights_path, e))?;
-        let folder = ModelFolder { config, scheduler, weights, about, parts: layout.parts };
+        let folder = ModelFolder { config, scheduler, weights, about, parts: layout.parts, settings: layout.settings };
         folder.check().map_err(|e| Error::file(path, e))?;
         // Only here is it known which file a missing or mis-shaped tensor belongs to.
         folder.config.network(&folder.weights).map_err(|e| Error::file(&weights_path, e))?;
@@ -170,17 +173,90 @@ impl ModelFolder {
         })
     }
 
-    /// The model with what makes pictures of its samples, on this device.
+    /// The model with what reads prompts and what makes pictures of its samples, on this device, f32.
     pub fn pipeline(&self, device: &Device) -> Result<Pipeline> {
+        let mut denoiser = self.denoiser(device)?;
         let decoder = self.decoder(device)?;
-        let pipeline = Pipeline { denoiser: self.denoiser(device)?, decoder };
-        pipeline.check()?;
-        Ok(pipeline)
+        let text = self.text(device, decoder.as_ref().map_or(1, Autoencoder::factor))?;
+        if let Some(text) = &text {
+            denoiser.unconditional = Some(text.unsaid()?);
+        }
+        Ok(Pipeline { text, denoiser, decoder })
     }
 
     /// What makes pictures of its samples, with f32 weights on this device; none where they are pictures.
     pub fn decoder(&self, device: &Device) -> Result<Option<Autoencoder>> {
-        self.parts.get(layout::DECODER).map(|part| Autoencoder::load(&part.path, device)).transpose()
+        let Some(part) = layout::DECODERS.iter().find_map(|name| self.parts.get(*name)) else { return Ok(None) };
+        let decoder = Autoencoder::load(&part.path, device)?;
+        let (made, channels) = (self.config.takes().channels, decoder.latent_channels());
+        match made == channels {
+            true => Ok(Some(decoder)),
+            false => Err(Error::file(
+                &part.path,
+                format!("the decoder takes latents of {channels} channels, the network makes {made}"),
+            )),
+        }
+    }
+
+    /// Refuses a model whose network is told text, for whoever has none to tell.
+    pub fn needs_no_text(&self) -> Result<()> {
+        match self.config.takes().told.get(Way::Text) {
+            None => Ok(()),
+            Some(_) => Err(Error::Config("is told text, which only `dmd sample` can as yet".into())),
+        }
+    }
+
+    /// What reads prompts, if the network is told text; `factor` is that of the decoder.
+    fn text(&self, device: &Device, factor: usize) -> Result<Option<TextEncoders>> {
+        let takes = self.config.takes();
+        let Some(Told::Tokens(expected)) = takes.told.get(Way::Text) else { return Ok(None) };
+        let refuse = |message: String| Err(Error::Config(message));
+        let mut encoders = Vec::new();
+        for [model, tokenizer] in layout::TEXT_ENCODERS {
+            match (self.parts.get(model), self.parts.get(tokenizer)) {
+                (Some(model), Some(tokenizer)) => {
+                    encoders.push(TextEncoder::load(&model.path, &tokenizer.path, device)?)
+                }
+                (None, None) => {}
+                (None, Some(_)) => return refuse(format!("has a {tokenizer}/ and no {model}/")),
+                (Some(_), None) => return refuse(format!("has a {model}/ and no {tokenizer}/")),
+            }
+        }
+        let Some(last) = encoders.last() else {
+            return refuse("has no text_encoder/, and its network is told text".into());
+        };
+        // SDXL's network is told the pooled text and the sizes of the picture too.
+        let is_xl =
+            matches!(&self.config, NetworkConfig::UNet2DCondition(config) if config.addition_embed_type.is_some());
+        let [_, height, width] = self.sample_shape()?;
+        let zeros = self.settings.get("force_zeros_for_empty_prompt").and_then(serde_json::Value::as_bool);
+        let pooled = last.model().pooled_width();
+        let mut text = TextEncoders {
+            layer: if is_xl { Layer::Penultimate } else { Layer::Last },
+            size: is_xl.then_some([height * factor, width * factor]),
+            guidance: None,
+            zeros: zeros.unwrap_or(is_xl),
+            encoders,
+        };
+        let [_, found] = text.text_shape();
+        if found != *expected {
+            return refuse(format!(
+                "its text encoders tell {found} channels of a token, the network expects {expected}: they are not of one model"
+            ));
+        }
+        let said = if is_xl { pooled + 6 } else { 0 };
+        match takes.told.get(Way::Vector) {
+            None => Ok(Some(text)),
+            Some(Told::Values(shape)) if shape[..] == [said] => Ok(Some(text)),
+            // The scale that a latent consistency model is told, in diffusers' pipeline where none is given.
+            Some(Told::Values(shape)) if shape[..] == [said + 1] => {
+                text.guidance = Some(8.5);
+                Ok(Some(text))
+            }
+            Some(told) => refuse(format!(
+                "its last text encoder has a pooled output of {pooled} numbers, which is not what the network is told ({told:?})"
+            )),
+        }
     }
 
     /// The generator held at its first noise level, its only one if it makes a picture in one pass; none where the
@@ -230,6 +306,13 @@ impl ModelFolder {
             ));
         }
         self.sample_shape()?;
+        let told = self.config.takes().told.get(Way::Text).is_some();
+        let told_by = ["text_encoder", "text_encoder_2"].into_iter().find(|name| self.parts.contains_key(*name));
+        match told_by {
+            None if told => return refuse("has no text_encoder/, and its network is told text".into()),
+            Some(name) if !told => return refuse(format!("has a {name}/, and its network is told no text")),
+            _ => {}
+        }
         if let Some(n) = self.n_classes()
             && !self.about.classes.is_empty()
             && self.about.classes.len() != n
@@ -266,6 +349,9 @@ impl ModelFolder {
             "scheduler": ["diffusers", scheduler],
             self.config.part(): ["diffusers", self.config.class()],
         });
+        for (name, value) in &self.settings {
+            index[name] = value.clone();
+        }
         for (name, part) in &self.parts {
             index[name] = serde_json::json!([part.library, part.class]);
         }

@@ -599,8 +599,7 @@ impl NetworkFields for UNet2DConditionConfig {
                 self.in_channels, self.out_channels
             ));
         }
-        self.attended()
-            .map(|_| "the network is told a text, and text encoders of model folders are not read yet".into())
+        None
     }
 
     fn pipeline(&self, _scheduler: &str) -> &'static str {
