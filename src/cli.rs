@@ -359,7 +359,7 @@ pub struct SampleArgs {
     /// Write the raw samples, f32 (N, C, H, W).
     #[arg(long, value_name = "FILE.npy")]
     pub npy: Option<PathBuf>,
-    /// Number of pictures [default: 16, or as many as --noise holds].
+    /// Number of pictures [default: 16, or one for each prompt, or as many as --noise holds].
     #[arg(short, value_name = "N")]
     pub n: Option<usize>,
     /// Seed of the noise; picture i of a seed is the same in every model and batch.
@@ -368,16 +368,32 @@ pub struct SampleArgs {
     /// Class by name or index, or `all` for each in turn.
     #[arg(long, default_value = "all", value_name = "NAME|INDEX|all")]
     pub class: String,
+    /// What a model of text is told; given several times, each in turn.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Vec<String>,
+    /// The same from a file, one prompt a line.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// What a teacher of text is guided away from [default: nothing].
+    #[arg(long, value_name = "TEXT")]
+    pub negative: Option<String>,
+    /// Height and width of the pictures of a folder's model [default: its own].
+    #[arg(long, value_name = "N|HxW", value_parser = parse_size)]
+    pub size: Option<[usize; 2]>,
+    /// Write what a latent model makes before it is decoded, f32 (N, C, H, W).
+    #[arg(long, value_name = "FILE.npy")]
+    pub latents: Option<PathBuf>,
     /// Sampler of a teacher [default: heun].
     #[arg(long, value_enum)]
     pub sampler: Option<Sampler>,
     /// Steps of a teacher's sampler [default: 18].
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Classifier-free guidance of a teacher trained with label dropout: uncond + SCALE·(cond − uncond) [default: 1, none].
+    /// Classifier-free guidance of a teacher trained with label dropout or told text: uncond + SCALE·(cond − uncond)
+    /// [default: 1, none; of text 7.5, or 5 for SDXL; what a latent consistency model is told: 8.5].
     #[arg(long, value_name = "SCALE")]
     pub guidance: Option<f64>,
-    /// Noise to start from instead of a seed: f32 (N, C, H, W), unit normal.
+    /// Noise to start from instead of a seed: f32 (N, C, H, W), unit normal; of a latent model's latents.
     #[arg(long, value_name = "FILE.npy", conflicts_with = "seed")]
     pub noise: Option<PathBuf>,
     /// Pictures per pass of a folder's model [default: 64].

@@ -40,6 +40,7 @@ impl Players {
     /// score is that of the run's last checkpoint; without a run it is the teacher, as when a run begins.
     pub fn load(teacher: &Path, generator: Option<&Path>, run: Option<&Path>) -> Result<Self> {
         let teacher = ModelFolder::load(teacher, &Device::Cpu).context("the teacher")?;
+        teacher.needs_no_text().context("the teacher")?;
         let folder = generator.map(Path::to_path_buf).or_else(|| run.map(|run| run.join("generator")));
         let generator = match &folder {
             None => Model::teacher(teacher.denoiser(&Device::Cpu)?, Sampler::Heun, STEPS, 1.0),

@@ -31,6 +31,7 @@ pub mod npy;
 pub mod onnx_sizes;
 pub mod output;
 pub mod picture;
+pub mod prompts;
 pub mod report;
 
 /// Version of this program, as it is written into models and files.

@@ -9,6 +9,8 @@ pub const PICTURES: u64 = 1_000_000;
 pub const RUNS: u64 = 1_000_000;
 /// Steps of a sampler.
 pub const SAMPLER_STEPS: u64 = 10_000;
+/// Pixels of a picture, in one direction.
+pub const SIDE: u64 = 1 << 14;
 /// Values that a call may hold: 16 GiB of floats.
 const VALUES: u64 = 4 << 30;
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use font8x8::UnicodeFonts;
 use image::codecs::jpeg::JpegEncoder;
-use image::imageops::replace;
+use image::imageops::{self, replace};
 use image::{ImageFormat, Rgb, RgbImage};
 use ndarray::{Array4, ArrayView3, Axis};
 
@@ -39,6 +39,65 @@ pub fn grid(images: &Array4<f32>, columns: usize, scale: u32) -> RgbImage {
         replace(&mut canvas, &picture, left.into(), top.into());
     }
     canvas
+}
+
+/// A grid with a caption under each picture: the captions in turn, in letters of 8 pixels, cut where they are too long.
+pub fn captioned(images: &Array4<f32>, captions: &[String], columns: usize, scale: u32) -> RgbImage {
+    let (n, _, height, width) = images.dim();
+    let (columns, scale) = (columns.max(1), scale.max(1));
+    let (cell_h, cell_w) = (height as u32 * scale, width as u32 * scale);
+    let letters = (cell_w / LETTER).max(1) as usize;
+    let lines: Vec<Vec<String>> = captions.iter().map(|caption| wrapped(caption, letters)).collect();
+    let line = LETTER + 2;
+    let below = GAP + line * lines.iter().map(Vec::len).max().unwrap_or(0) as u32;
+    let (step_h, step_w) = (cell_h + below + GAP, cell_w + GAP);
+    let rows = n.div_ceil(columns) as u32;
+    let mut canvas = RgbImage::from_pixel(columns as u32 * step_w + GAP, rows * step_h + GAP, WHITE);
+    for (index, image) in images.axis_iter(Axis(0)).enumerate() {
+        let (left, top) = ((index % columns) as u32 * step_w + GAP, (index / columns) as u32 * step_h + GAP);
+        let picture = grid(&image.insert_axis(Axis(0)).to_owned(), 1, scale);
+        let picture = imageops::crop_imm(&picture, GAP, GAP, cell_w, cell_h).to_image();
+        replace(&mut canvas, &picture, left.into(), top.into());
+        for (i, text) in lines[index % lines.len().max(1)..].iter().take(1).flatten().enumerate() {
+            write_text(&mut canvas, text, left, top + cell_h + GAP + i as u32 * line, 1);
+        }
+    }
+    canvas
+}
+
+/// A caption in at most three lines of so many letters, broken between words where it can be.
+fn wrapped(caption: &str, letters: usize) -> Vec<String> {
+    const LINES: usize = 3;
+    let mut lines: Vec<String> = vec![String::new()];
+    for word in caption.split_whitespace() {
+        let mut word: Vec<char> = word.chars().collect();
+        let last = lines.last().map_or(0, |line| line.chars().count());
+        if last > 0 && last + 1 + word.len() > letters {
+            lines.push(String::new());
+        }
+        while let Some(line) = lines.last_mut() {
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            let room = letters.saturating_sub(line.chars().count()).min(word.len());
+            line.extend(word.drain(..room));
+            if word.is_empty() || lines.len() > LINES {
+                break;
+            }
+            lines.push(String::new());
+        }
+        if lines.len() > LINES {
+            break;
+        }
+    }
+    if lines.len() > LINES {
+        lines.truncate(LINES);
+        if let Some(line) = lines.last_mut() {
+            let kept: String = line.chars().take(letters.saturating_sub(2)).collect();
+            *line = kept + "..";
+        }
+    }
+    lines
 }
 
 /// One picture `[C, H, W]` in `[-1, 1]`, as large as it is.

@@ -92,6 +92,14 @@ pub struct Model {
     pub passes: Passes,
 }
 
+/// What a model made.
+pub struct Made {
+    /// Samples before they were decoded, `(N, C, H, W)`, where they were.
+    pub latents: Option<Array4<f32>>,
+    /// `(N, C, H, W)`, around [-1, 1].
+    pub pictures: Array4<f32>,
+}
+
 /// How often the network runs for a sample.
 #[derive(Clone, Debug)]
 pub enum Passes {
@@ -146,32 +154,54 @@ impl Model {
         batch: usize,
         done: &dyn Fn(usize),
     ) -> Result<Array4<f32>> {
+        Ok(self.make(noise, &self.of_labels(labels, noise.dim(0)?)?, batch, done)?.pictures)
+    }
+
+    /// What a network of classes is told of `n` pictures; nothing where it has none.
+    pub fn of_labels(&self, labels: &[i64], n: usize) -> Result<Condition<Tensor>> {
+        let conditional = self.pipeline.denoiser.n_classes().is_some();
+        ensure!(!conditional || labels.len() == n, "{} labels for {n} pictures", labels.len());
+        Ok(Condition::of_classes(labels.iter().copied().filter(|_| conditional), &Device::Cpu)?)
+    }
+
+    /// The same of what the network is told, a row of each way for each picture.
+    pub fn make(&self, noise: &Tensor, cond: &Condition<Tensor>, batch: usize, done: &dyn Fn(usize)) -> Result<Made> {
         let (n, channels, height, width) = noise.dims4()?;
         let [c, h, w] = self.pipeline.picture_shape([channels, height, width]);
         ensure!(batch > 0 && n > 0, "{n} pictures in batches of {batch}: expected at least 1 of each");
-        let conditional = self.pipeline.denoiser.n_classes().is_some();
-        ensure!(!conditional || labels.len() == n, "{} labels for {n} pictures", labels.len());
-        let mut values = Vec::with_capacity(n * c * h * w);
+        let (mut pictures, mut latents) = (Vec::with_capacity(n * c * h * w), Vec::new());
+        let values = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?) };
         for first in (0..n).step_by(batch) {
             let len = batch.min(n - first);
-            let labels = if conditional { &labels[first..first + len] } else { &[] };
-            let x = self.batch(&noise.narrow(0, first, len)?, labels, first);
-            values.extend(x.map_err(|error| memory::explained(error, Work::Pictures(len)))?);
+            let mut of_batch = || -> Result<()> {
+                let cond = cond.try_map(|rows| rows.narrow(0, first, len))?;
+                let x0 = self.batch(&noise.narrow(0, first, len)?, &cond, first)?;
+                if self.pipeline.decoder.is_some() {
+                    latents.extend(values(&x0)?);
+                }
+                pictures.extend(values(&self.pipeline.pictures(&x0)?)?);
+                Ok(())
+            };
+            of_batch().map_err(|error| memory::explained(error, Work::Pictures(len)))?;
             done(first + len);
         }
-        Ok(Array4::from_shape_vec((n, c, h, w), values)?)
+        let latents = match self.pipeline.decoder {
+            Some(_) => Some(Array4::from_shape_vec((n, channels, height, width), latents)?),
+            None => None,
+        };
+        Ok(Made { latents, pictures: Array4::from_shape_vec((n, c, h, w), pictures)? })
     }
 
-    /// The values of pictures made at once; `first` is the number of the first among all.
-    fn batch(&self, noise: &Tensor, labels: &[i64], first: usize) -> Result<Vec<f32>> {
+    /// The samples of a batch; `first` is the number of the first among all.
+    fn batch(&self, noise: &Tensor, cond: &Condition<Tensor>, first: usize) -> Result<Tensor> {
         let denoiser = &self.pipeline.denoiser;
         let device = denoiser.network.device();
         let (len, c, h, w) = noise.dims4()?;
         let noise = noise.to_device(device)?;
-        let cond = Condition::of_classes(labels.iter().copied(), device)?;
-        let x0 = match &self.passes {
+        let cond = cond.try_map(|rows| rows.to_device(device))?;
+        match &self.passes {
             Passes::Many { sampler, n_steps, guidance_scale } => {
-                sample(denoiser, &noise, &cond, *sampler, *n_steps, *guidance_scale)?
+                sample(denoiser, &noise, &cond, *sampler, *n_steps, *guidance_scale)
             }
             Passes::Few { sigmas, seed } => {
                 let eps = |pass: usize| {
@@ -181,11 +211,9 @@ impl Model {
                 let pass = |input: &Tensor, sigma: f64| -> Result<Tensor> {
                     Ok(denoiser.denoise(&Eager, input, &[sigma], &cond)?)
                 };
-                pass(&input_of_pass(pass, sigmas, &noise, eps)?, sigmas[sigmas.len() - 1])?
+                pass(&input_of_pass(pass, sigmas, &noise, eps)?, sigmas[sigmas.len() - 1])
             }
-        };
-        let x = self.pipeline.pictures(&x0)?;
-        Ok(x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?)
+        }
     }
 
     /// The pictures of a seed: noise as the runtime draws it, labels in turn.

@@ -169,5 +169,5 @@ pub fn random_teacher(unet: &Path, side: Option<usize>) -> Result<ModelFolder> {
         run: None,
     };
     let scheduler = Scheduler::edm(0.002, 80.0, 0.5)?;
-    Ok(ModelFolder { config, scheduler, weights, about, parts: Default::default() })
+    Ok(ModelFolder { config, scheduler, weights, about, parts: Default::default(), settings: Default::default() })
 }

@@ -24,6 +24,7 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     }
     let generator = model_path(&args.generator)?;
     let folder = ModelFolder::load(&generator, &Device::Cpu)?;
+    folder.needs_no_text().with_context(|| generator.display().to_string())?;
     let passes = passes(&folder, &generator, args.sigma)?;
     let info = info(&folder)?;
     let output = match args.output {

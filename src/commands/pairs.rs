@@ -7,7 +7,7 @@ use crate::config::{check_guidance, count, not_negative};
 use crate::output::{progress, say};
 use crate::pairs::{self, Manifest};
 use crate::{fingerprint, memory, train};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use dmd_models::ModelFolder;
 use dmd_models::folder::Kind;
@@ -27,6 +27,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     }
     let device = args.device.open()?;
     let teacher = ModelFolder::load(&path, &Device::Cpu)?;
+    teacher.needs_no_text().with_context(|| path.display().to_string())?;
     ensure!(teacher.about.kind == Kind::Teacher, "{}: is a generator, expected a teacher", path.display());
     let shape = teacher.sample_shape()?;
     // Noise and pictures of a shard are in memory at once.

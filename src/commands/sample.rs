@@ -6,11 +6,11 @@ use crate::device::Choice;
 use crate::limits;
 use crate::memory::{self, Work};
 use crate::output::{self, say};
-use crate::sample::{Model, Passes, Sampler};
-use crate::{classes, npy, picture};
-use anyhow::{Result, ensure};
+use crate::sample::{Made, Model, Passes, Sampler};
+use crate::{classes, npy, picture, prompts};
+use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
-use dmd_models::ModelFolder;
+use dmd_models::{Condition, ModelFolder, Pipeline};
 use ndarray::{Array4, Axis};
 use serde_json::{Value, json};
 use std::path::{Component, Path, PathBuf};
@@ -18,26 +18,44 @@ use std::time::Instant;
 
 /// Makes pictures.
 pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
-    if args.out.is_none() && args.npy.is_none() && args.pictures.is_none() {
-        let text = "nothing to write: give --out GRID.png, --pictures DIR, --npy FILE.npy or several of them";
+    if args.out.is_none() && args.npy.is_none() && args.latents.is_none() && args.pictures.is_none() {
+        let text = "nothing to write: give --out GRID.png, --pictures DIR, --npy FILE.npy, --latents FILE.npy or several of them";
         return Err(WrongUsage(text.into()).into());
     }
     if let Some(path) = &args.out {
         picture::format(path).map_err(|error| WrongUsage(error.to_string()))?;
     }
-    let files = args.out.iter().chain(&args.npy);
+    let files = args.out.iter().chain(&args.npy).chain(&args.latents);
     files.clone().try_for_each(|path| check_free(path, args.force))?;
+    let prompts = match &args.prompts {
+        Some(path) => prompts::read(path)?,
+        None => args.prompt.clone(),
+    };
     let mut source = Source::open(&model_path(&args.model)?, &sampling(args, threads))?;
+    without_effect("--prompt", !prompts.is_empty() && !source.is_told_text(), "this model takes no text")?;
+    without_effect(
+        "--latents",
+        args.latents.is_some() && !source.is_latent(),
+        "this model makes pictures, not latents",
+    )?;
+    if let Some(size) = args.size {
+        source.resize(size)?;
+    }
+    if let Some(negative) = &args.negative {
+        without_effect("--negative", !source.is_teacher() || !source.is_told_text(), "it is for teachers of text")?;
+        source.guide_away_from(negative)?;
+    }
     if let Some(scale) = args.guidance {
         without_effect("--guidance", !source.is_teacher(), "it is for teachers")?;
         source.guide(scale)?;
     }
     let batch = batch(args, &source)?;
-    limits::pictures("-n", args.n.unwrap_or(PICTURES) as u64, source.shape())?;
+    let n = args.n.unwrap_or(if prompts.is_empty() { PICTURES } else { prompts.len() });
+    limits::pictures("-n", n as u64, source.shape())?;
     if let Source::Folder { model, sample: [_, h, w], .. } = &source {
-        model.check_memory(args.n.unwrap_or(PICTURES), [*h, *w], batch)?;
+        model.check_memory(n, [*h, *w], batch)?;
     }
-    let noise = noise(args, source.noise_shape())?;
+    let noise = noise(args, n, source.noise_shape())?;
     let labels = labels(&args.class, source.classes(), noise.dim().0)?;
     let singles = args.pictures.as_ref().map(|folder| singles(folder, args, &labels, source.classes(), noise.dim().0));
     let singles = singles.unwrap_or_default();
@@ -46,13 +64,21 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
 
     let bar = output::progress(noise.dim().0 as u64, 0)?;
     let started = Instant::now();
-    let images = source.pictures(&noise, &labels, batch, &|done| bar.set_position(done as u64));
+    let made = source.make(&noise, &labels, &prompts, batch, &|done| bar.set_position(done as u64));
     let seconds = started.elapsed().as_secs_f64();
     bar.finish_and_clear();
-    let images = images?;
+    let Made { latents, pictures: images } = made?;
     if let Some(path) = &args.out {
         let scale = (128 / images.dim().2.max(1) as u32).max(1);
-        picture::save(path, &picture::grid(&images, picture::columns(images.dim().0), scale))?;
+        let columns = picture::columns(images.dim().0);
+        let grid = match prompts.is_empty() {
+            true => picture::grid(&images, columns, scale),
+            false => picture::captioned(&images, &prompts, columns, scale),
+        };
+        picture::save(path, &grid)?;
+    }
+    if let (Some(path), Some(latents)) = (&args.latents, &latents) {
+        npy::write(path, latents)?;
     }
     if let Some(path) = &args.npy {
         npy::write(path, &images)?;
@@ -61,15 +87,19 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
         picture::save(path, &picture::single(&image))?;
     }
     let n = images.dim().0;
-    let written: Vec<String> =
-        args.out.iter().chain(&args.npy).chain(&args.pictures).map(|path| path.display().to_string()).collect();
+    let written: Vec<String> = files.chain(&args.pictures).map(|path| path.display().to_string()).collect();
     say(&format!(
         "{n} pictures by {} in {seconds:.2} s ({:.2} ms each): {}",
         source.name(),
         seconds * 1e3 / n as f64,
         written.join(", ")
     ));
-    Ok(json!({ "pictures": n, "model": source.name(), "seconds": seconds, "labels": labels, "written": written }))
+    let mut result =
+        json!({ "pictures": n, "model": source.name(), "seconds": seconds, "labels": labels, "written": written });
+    if !prompts.is_empty() {
+        result["prompts"] = json!(prompts);
+    }
+    Ok(result)
 }
 
 fn sampling(args: &SampleArgs, threads: Option<usize>) -> Sampling {
@@ -153,16 +183,20 @@ impl Source {
         let device = sampling.device.unwrap_or_default().open()?;
         let folder = ModelFolder::load(path, &device);
         let folder = folder.map_err(|error| memory::explained(error.into(), Work::Networks))?;
+        let pipeline = folder.pipeline(&device);
+        let pipeline = pipeline.map_err(|error| memory::explained(error.into(), Work::Networks));
+        let pipeline = pipeline.with_context(|| path.display().to_string())?;
         let model = match folder.about.sigmas() {
             [] => {
                 let n_steps = sampling.steps.unwrap_or(STEPS);
                 limits::count("--steps", n_steps as u64, limits::SAMPLER_STEPS)?;
-                Model::teacher(folder.pipeline(&device)?, sampling.sampler.unwrap_or(Sampler::Heun), n_steps, 1.0)
+                let guidance = pipeline.usual_guidance();
+                Model::teacher(pipeline, sampling.sampler.unwrap_or(Sampler::Heun), n_steps, guidance)
             }
             sigmas => {
                 is_no_teacher()?;
                 check_steps(sampling.steps, sigmas.len())?;
-                Model::of_steps(folder.pipeline(&device)?, sigmas, sampling.seed)
+                Model::of_steps(pipeline, sigmas, sampling.seed)
             }
         };
         Ok(Source::Folder { model: Box::new(model), sample: folder.sample_shape()?, classes: folder.classes() })
@@ -173,12 +207,52 @@ impl Source {
         matches!(self, Source::Folder { model, .. } if matches!(model.passes, Passes::Many { .. }))
     }
 
+    /// Whether it is told text.
+    pub fn is_told_text(&self) -> bool {
+        matches!(self, Source::Folder { model, .. } if model.pipeline.text.is_some())
+    }
+
+    /// Whether what it makes is decoded.
+    pub fn is_latent(&self) -> bool {
+        matches!(self, Source::Folder { model, .. } if model.pipeline.decoder.is_some())
+    }
+
+    /// Makes pictures of this height and width.
+    pub fn resize(&mut self, [height, width]: [usize; 2]) -> Result<()> {
+        without_effect("--size", matches!(self, Source::File { .. }), "an exported file has a size of its own")?;
+        let Source::Folder { model, sample, .. } = self else { return Ok(()) };
+        limits::count("--size", height.min(width) as u64, limits::SIDE)?;
+        limits::count("--size", height.max(width) as u64, limits::SIDE)?;
+        let factor = model.pipeline.factor();
+        ensure!(
+            height.is_multiple_of(factor) && width.is_multiple_of(factor),
+            "--size {height}x{width}: the sides of this model's pictures are multiples of {factor}"
+        );
+        *sample = [sample[0], height / factor, width / factor];
+        Ok(model.pipeline.resize([height, width])?)
+    }
+
+    /// Guides a teacher of text away from a prompt.
+    pub fn guide_away_from(&mut self, negative: &str) -> Result<()> {
+        match self {
+            Source::Folder { model, .. } => Ok(model.pipeline.guide_away_from(negative)?),
+            Source::File { .. } => Ok(()),
+        }
+    }
+
     /// Guides a teacher; others are left as they are.
     pub fn guide(&mut self, scale: f64) -> Result<()> {
         if let Source::Folder { model, .. } = self
             && let Model { pipeline, passes: Passes::Many { guidance_scale, .. } } = model.as_mut()
         {
             crate::config::not_negative("--guidance", scale)?;
+            if let Some(text) = &mut pipeline.text {
+                match &mut text.guidance {
+                    Some(told) => *told = scale,
+                    None => *guidance_scale = scale,
+                }
+                return Ok(());
+            }
             let denoiser = &pipeline.denoiser;
             let (has_classes, null_class) = (denoiser.n_classes().is_some(), denoiser.unconditional.is_some());
             crate::config::check_guidance("--guidance", scale, has_classes, null_class)?;
@@ -233,22 +307,61 @@ impl Source {
         batch: usize,
         done: &dyn Fn(usize),
     ) -> Result<Array4<f32>> {
-        let images = match self {
-            Source::File { generator, seed } => generator.run_seeded(noise.view(), labels, *seed)?.to_f32(),
+        ensure!(!self.is_told_text(), "this model is told text, which only `dmd sample` can as yet");
+        Ok(self.make(noise, labels, &[], batch, done)?.pictures)
+    }
+
+    /// The same, and what was decoded, by a model that may be told text: prompts in turn.
+    pub fn make(
+        &mut self,
+        noise: &Array4<f32>,
+        labels: &[i64],
+        prompts: &[String],
+        batch: usize,
+        done: &dyn Fn(usize),
+    ) -> Result<Made> {
+        let made = match self {
+            Source::File { generator, seed } => {
+                let pictures = generator.run_seeded(noise.view(), labels, *seed)?.to_f32();
+                Made { latents: None, pictures }
+            }
             Source::Folder { model, .. } => {
                 let values: Vec<f32> = noise.iter().copied().collect();
-                model.pictures_aloud(&Tensor::from_vec(values, noise.dim(), &Device::Cpu)?, labels, batch, done)?
+                let noise = Tensor::from_vec(values, noise.dim(), &Device::Cpu)?;
+                match model.pipeline.text {
+                    Some(_) => {
+                        let told = told(&model.pipeline, prompts, noise.dim(0)?, batch)?;
+                        model.make(&noise, &told, batch, done)?
+                    }
+                    None => model.make(&noise, &model.of_labels(labels, noise.dim(0)?)?, batch, done)?,
+                }
             }
         };
-        let broken = images.axis_iter(Axis(0)).position(|image| image.iter().any(|value| !value.is_finite()));
+        let broken = made.pictures.axis_iter(Axis(0)).position(|image| image.iter().any(|value| !value.is_finite()));
         ensure!(
             broken.is_none(),
             "picture {} of {} holds values that are not finite: its weights are broken, or it diverged in training",
             broken.unwrap_or(0),
             self.name()
         );
-        Ok(images)
+        Ok(made)
     }
+}
+
+/// What a network of text is told of `n` pictures: prompts in turn, each read once.
+fn told(pipeline: &Pipeline, prompts: &[String], n: usize, batch: usize) -> Result<Condition<Tensor>> {
+    if prompts.is_empty() {
+        let text = "this model is told text: give --prompt TEXT or --prompts FILE";
+        return Err(WrongUsage(text.into()).into());
+    }
+    let prompts: Vec<&str> = prompts.iter().take(n).map(String::as_str).collect();
+    let parts: Vec<_> = prompts.chunks(batch).map(|part| pipeline.condition(part)).collect::<Result<_, _>>()?;
+    let rows = Tensor::from_iter((0..n).map(|i| (i % prompts.len()) as u32), pipeline.denoiser.network.device())?;
+    let ways = parts.first().into_iter().flat_map(Condition::iter).map(|(way, _)| {
+        let parts: Vec<&Tensor> = parts.iter().filter_map(|part| part.get(way)).collect();
+        Ok((way, Tensor::cat(&parts, 0)?.index_select(&rows, 0)?))
+    });
+    ways.collect()
 }
 
 /// A generator's steps are its own.
@@ -265,9 +378,8 @@ const PICTURES: usize = 16;
 /// Pictures per pass on candle where no number is asked for.
 const BATCH: usize = 64;
 
-fn noise(args: &SampleArgs, shape: [usize; 3]) -> Result<Array4<f32>> {
+fn noise(args: &SampleArgs, n: usize, shape: [usize; 3]) -> Result<Array4<f32>> {
     let Some(path) = &args.noise else {
-        let n = args.n.unwrap_or(PICTURES);
         return Ok(dmd_runtime::picture_noise(args.seed, 0, n, shape));
     };
     let noise = npy::read(path, |[n, c, h, w]| {

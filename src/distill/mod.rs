@@ -122,12 +122,13 @@ fn passes(config: &Config) -> [f64; 2] {
 impl<'a> Distillation<'a> {
     /// `begins`: nothing will be restored from a checkpoint.
     fn new(config: &'a Config, teacher: ModelFolder, begins: bool, out: &'a Path, device: &Device) -> Result<Self> {
+        teacher.needs_no_text().context("the teacher")?;
         let known_teacher = fingerprint::teacher(&teacher)?;
         let sigmas = noise_levels(config, &teacher)?;
         let guidance = config.real_score.guidance_scale;
         check_guidance("real_score.guidance_scale", guidance, teacher.n_classes().is_some(), teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
-        let decoder = teacher.pipeline(device)?.decoder;
+        let decoder = teacher.decoder(device)?;
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher, &sigmas, begins)?;
         let known = known(config, &beginning)?;
@@ -256,7 +257,7 @@ impl Trainee for Distillation<'_> {
         let shape = self.folder.sample_shape()?;
         let labels = labels_in_turn(GRID, denoiser.n_classes());
         let noise = picture_noise(self.config.seed, 0, GRID, shape, &Device::Cpu)?;
-        let pipeline = Pipeline { denoiser, decoder: self.decoder.clone() };
+        let pipeline = Pipeline { text: None, denoiser, decoder: self.decoder.clone() };
         let model = Model::of_steps(pipeline, &self.networks.sigmas, self.config.seed);
         let images = model.pictures(&noise, &labels, GRID)?;
         let grid = picture::grid(&images, picture::columns(GRID), (128 / images.dim().2.max(1) as u32).max(1));

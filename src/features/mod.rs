@@ -43,6 +43,7 @@ impl Features {
         ensure!(path.exists(), "{option} {}: no such file or folder", path.display());
         if path.is_dir() {
             let folder = ModelFolder::load(path, &Device::Cpu)?;
+            folder.needs_no_text().with_context(|| path.display().to_string())?;
             return Ok(Features::Model(Box::new(folder.pipeline(&Device::Cpu)?)));
         }
         let feeding = Feeding::beside(path)?;

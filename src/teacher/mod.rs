@@ -145,7 +145,14 @@ impl<'a> Trainer<'a> {
         };
         let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
         let lesson = fingerprint::lesson(pictures, &config)?;
-        let folder = ModelFolder { config, scheduler, weights: averaged.detached(), about, parts: BTreeMap::new() };
+        let folder = ModelFolder {
+            config,
+            scheduler,
+            weights: averaged.detached(),
+            about,
+            parts: BTreeMap::new(),
+            settings: Default::default(),
+        };
         let denoiser = folder.denoiser_on(&weights)?;
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
         Ok(Trainer {
