@@ -21,8 +21,8 @@ Usage: cargo xtask <TASK> [ARGS]
                             ONNX's own checker, fetched through Python's pip (140 MB)
   bindings-test             the runtime from Python, Kotlin and Swift, each where its tools are here: fetches numpy and
                             hatchling through Python's pip and Kotlin's compiler with npm (160 MB)
-  edge-test [--print]       exported files on OpenVINO, WebGPU on the processor and the simulator of Qualcomm's Hexagon, fetched
-                            through Python's pip (300 MB); writes docs/edge.md, or prints it
+  edge-test [--quick]       exported files on OpenVINO, WebGPU on the processor and the simulator of Qualcomm's Hexagon, fetched
+                            through Python's pip (300 MB); writes docs/edge.md, or runs the plainest file alone
                             (the five above with --fetch: fetch what they need and no more)
   bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
                             environment that has it is active
@@ -48,7 +48,7 @@ pub enum Task {
     WebTest { fetch_only: bool },
     ExportTest { fetch_only: bool },
     BindingsTest { fetch_only: bool },
-    EdgeTest { fetch_only: bool, print: bool },
+    EdgeTest { fetch_only: bool, quick: bool },
     BenchExport,
     Check,
     Ci,
@@ -80,10 +80,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         "web-test" if fetch_only || args.is_empty() => return Ok(Task::WebTest { fetch_only }),
         "export-test" if fetch_only || args.is_empty() => return Ok(Task::ExportTest { fetch_only }),
         "bindings-test" if fetch_only || args.is_empty() => return Ok(Task::BindingsTest { fetch_only }),
-        "edge-test" if fetch_only || args.is_empty() || args == ["--print"] => {
-            return Ok(Task::EdgeTest { fetch_only, print: args == ["--print"] });
+        "edge-test" if fetch_only || args.is_empty() || args == ["--quick"] => {
+            return Ok(Task::EdgeTest { fetch_only, quick: args == ["--quick"] });
         }
-        "edge-test" => bail!("cargo xtask edge-test takes only --fetch or --print, found {:?}", args[0]),
+        "edge-test" => bail!("cargo xtask edge-test takes only --fetch or --quick, found {:?}", args[0]),
         "cuda-check" | "web-test" | "export-test" | "bindings-test" => {
             bail!("cargo xtask {task} takes only --fetch, found {:?}", args[0])
         }
@@ -131,9 +131,9 @@ mod tests {
         check("web-test", Ok(Task::WebTest { fetch_only: false }));
         check("export-test --fetch", Ok(Task::ExportTest { fetch_only: true }));
         check("bindings-test", Ok(Task::BindingsTest { fetch_only: false }));
-        check("edge-test", Ok(Task::EdgeTest { fetch_only: false, print: false }));
-        check("edge-test --print", Ok(Task::EdgeTest { fetch_only: false, print: true }));
-        check("edge-test --fetch", Ok(Task::EdgeTest { fetch_only: true, print: false }));
+        check("edge-test", Ok(Task::EdgeTest { fetch_only: false, quick: false }));
+        check("edge-test --quick", Ok(Task::EdgeTest { fetch_only: false, quick: true }));
+        check("edge-test --fetch", Ok(Task::EdgeTest { fetch_only: true, quick: false }));
         check("bench-export", Ok(Task::BenchExport));
         check("check", Ok(Task::Check));
         check("ci", Ok(Task::Ci));
@@ -153,7 +153,7 @@ mod tests {
     fn wrong_usage_names_the_argument() {
         check("tset", Err("unknown task \"tset\"; cargo xtask --help lists them"));
         check("web-test --page", Err("cargo xtask web-test takes only --fetch, found \"--page\""));
-        check("edge-test --all", Err("cargo xtask edge-test takes only --fetch or --print, found \"--all\""));
+        check("edge-test --all", Err("cargo xtask edge-test takes only --fetch or --quick, found \"--all\""));
         check("ci --fast", Err("cargo xtask ci takes no arguments, found \"--fast\""));
         check("setup --onnx", Err("cargo xtask setup takes only --no-onnxruntime, found \"--onnx\""));
     }

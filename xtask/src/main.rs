@@ -54,7 +54,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::BindingsTest { fetch_only: true } => bindings_test::fetch(),
         Task::BindingsTest { fetch_only: false } => bindings_test::run(),
         Task::EdgeTest { fetch_only: true, .. } => edge_test::fetch(),
-        Task::EdgeTest { fetch_only: false, print } => edge_test::run(print),
+        Task::EdgeTest { fetch_only: false, quick } => edge_test::run(quick),
         Task::BenchExport => bench_export::run(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),
