@@ -106,7 +106,8 @@ fn what_file(path: &Path) -> String {
         let mut start = Vec::new();
         file.take(512).read_to_end(&mut start).map(|_| start)
     });
-    if let Some(what) = start.ok().and_then(|start| what_it_is(&start)) {
+    let pickle = |what: &String| what.contains("pickle");
+    if let Some(what) = start.ok().and_then(|start| what_it_is(&start)).filter(pickle) {
         return format!("is a file, expected a model folder, and it is {what}; a whole checkpoint: {CONVERT}");
     }
     let names = tensor_names(path).unwrap_or_default();
