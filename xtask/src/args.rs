@@ -23,7 +23,11 @@ Usage: cargo xtask <TASK> [ARGS]
                             hatchling through Python's pip and Kotlin's compiler with npm (160 MB)
   edge-test [--quick]       exported files on OpenVINO, WebGPU on the processor and the simulator of Qualcomm's Hexagon, fetched
                             through Python's pip (300 MB); writes docs/edge.md, or runs the plainest file alone
-                            (the five above with --fetch: fetch what they need and no more)
+  fuzz [--seconds N] [--quick] [TARGET…]
+                            every reader of bytes from outside on bytes changed at random, N seconds each (60); needs a C++
+                            compiler, and fetches cargo-fuzz. --quick leaves out engines and the trainer's own readers,
+                            which take minutes to build
+                            (the six above with --fetch: fetch what they need and no more)
   bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
                             environment that has it is active
   check                     formatting, clippy and documentation, warnings refused
@@ -49,6 +53,7 @@ pub enum Task {
     ExportTest { fetch_only: bool },
     BindingsTest { fetch_only: bool },
     EdgeTest { fetch_only: bool, quick: bool },
+    Fuzz { fetch_only: bool, quick: bool, seconds: u32, targets: Vec<String> },
     BenchExport,
     Check,
     Ci,
@@ -72,6 +77,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         "help" | "--help" | "-h" => return Ok(Task::Help),
         _ if args.iter().any(|arg| arg == "--help" || arg == "-h") => return Ok(Task::Help),
         "setup" => return parse_setup(&args),
+        "fuzz" => return parse_fuzz(&args),
         _ => {}
     }
     let fetch_only = args == ["--fetch"];
@@ -109,6 +115,26 @@ fn parse_setup(args: &[OsString]) -> Result<Task> {
     }
 }
 
+fn parse_fuzz(args: &[OsString]) -> Result<Task> {
+    let (mut fetch_only, mut quick, mut seconds, mut targets) = (false, false, 60, vec![]);
+    let mut args = args.iter().map(|arg| arg.to_string_lossy());
+    while let Some(arg) = args.next() {
+        match arg.as_ref() {
+            "--fetch" => fetch_only = true,
+            "--quick" => quick = true,
+            "--seconds" => match args.next().and_then(|n| n.parse().ok()).filter(|n| *n > 0) {
+                Some(n) => seconds = n,
+                None => bail!("cargo xtask fuzz --seconds takes a number of seconds, 1 or more"),
+            },
+            option if option.starts_with('-') => {
+                bail!("cargo xtask fuzz takes --seconds N, --quick and --fetch, found {option:?}")
+            }
+            target => targets.push(target.into()),
+        }
+    }
+    Ok(Task::Fuzz { fetch_only, quick, seconds, targets })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,6 +160,13 @@ mod tests {
         check("edge-test", Ok(Task::EdgeTest { fetch_only: false, quick: false }));
         check("edge-test --quick", Ok(Task::EdgeTest { fetch_only: false, quick: true }));
         check("edge-test --fetch", Ok(Task::EdgeTest { fetch_only: true, quick: false }));
+        let fuzz = |fetch_only, quick, seconds, targets: &[&str]| {
+            let targets = targets.iter().map(|target| target.to_string()).collect();
+            Ok(Task::Fuzz { fetch_only, quick, seconds, targets })
+        };
+        check("fuzz", fuzz(false, false, 60, &[]));
+        check("fuzz --fetch", fuzz(true, false, 60, &[]));
+        check("fuzz --quick --seconds 600 onnx ort", fuzz(false, true, 600, &["onnx", "ort"]));
         check("bench-export", Ok(Task::BenchExport));
         check("check", Ok(Task::Check));
         check("ci", Ok(Task::Ci));
@@ -154,6 +187,8 @@ mod tests {
         check("tset", Err("unknown task \"tset\"; cargo xtask --help lists them"));
         check("web-test --page", Err("cargo xtask web-test takes only --fetch, found \"--page\""));
         check("edge-test --all", Err("cargo xtask edge-test takes only --fetch or --quick, found \"--all\""));
+        check("fuzz --seconds 0", Err("cargo xtask fuzz --seconds takes a number of seconds, 1 or more"));
+        check("fuzz --jobs", Err("cargo xtask fuzz takes --seconds N, --quick and --fetch, found \"--jobs\""));
         check("ci --fast", Err("cargo xtask ci takes no arguments, found \"--fast\""));
         check("setup --onnx", Err("cargo xtask setup takes only --no-onnxruntime, found \"--onnx\""));
     }

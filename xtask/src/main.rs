@@ -11,6 +11,7 @@ mod chores;
 mod cuda;
 mod edge_test;
 mod export_test;
+mod fuzz;
 mod onnxruntime;
 mod setup;
 mod venv;
@@ -55,6 +56,8 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::BindingsTest { fetch_only: false } => bindings_test::run(),
         Task::EdgeTest { fetch_only: true, .. } => edge_test::fetch(),
         Task::EdgeTest { fetch_only: false, quick } => edge_test::run(quick),
+        Task::Fuzz { fetch_only: true, .. } => fuzz::fetch(),
+        Task::Fuzz { fetch_only: false, quick, seconds, targets } => fuzz::run(quick, seconds, &targets),
         Task::BenchExport => bench_export::run(),
         Task::Check => chores::check(),
         Task::Ci => chores::ci(),

@@ -1,0 +1,4 @@
+//! What dmd says of a model folder that is whole otherwise.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| dmd_fuzz::load_folder("dmd.json", bytes));

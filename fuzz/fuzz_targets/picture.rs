@@ -1,0 +1,16 @@
+//! A picture, by the first byte one of the formats that are read.
+#![no_main]
+
+use dmd::data::{DataOptions, load};
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let Some((format, bytes)) = bytes.split_first() else { return };
+    let formats = ["png", "jpg", "webp", "gif", "bmp"];
+    let name = format!("picture.{}", formats[usize::from(*format) % formats.len()]);
+    let options = DataOptions { size: [8, 8], grey: false, unconditional: true, strict: false };
+    dmd_fuzz::with_file(&name, bytes, |path| {
+        drop(load(path.parent().expect("a file lies in a folder"), &options));
+        // Another format's file must not be read again and again.
+        drop(std::fs::remove_file(path));
+    });
+});

@@ -1,0 +1,4 @@
+//! A network's configuration, in a model folder that is whole otherwise.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| dmd_fuzz::load_folder("unet/config.json", bytes));
