@@ -385,7 +385,7 @@ fn wrong_usage_has_exit_code_2() {
     w.refuses(
         "sample run/generator",
         2,
-        &["nothing to write: give --out GRID.png, --pictures DIR, --npy FILE.npy or several of them"],
+        &["nothing to write: give --out GRID.png, --pictures DIR, --npy FILE.npy, --latents FILE.npy or several of them"],
     );
 }
 

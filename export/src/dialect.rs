@@ -134,6 +134,7 @@ const SHARED: &[&str] = &[
     "Split",
     "Sqrt",
     "Sub",
+    "Tanh",
     "Transpose",
 ];
 

@@ -21,6 +21,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
 }
 
 /// What a program has to say that quotes names of a file: its lines side by side, each printable.
+#[cfg(any(feature = "onnxruntime", test))]
 pub(crate) fn printable_lines(text: &str) -> String {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(printable);
     lines.collect::<Vec<_>>().join(" | ")

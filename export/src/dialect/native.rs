@@ -6,7 +6,7 @@ use crate::lower::{Lowering, Norm};
 use crate::onnx::{float, int};
 
 /// Operators beside the shared ones.
-pub(super) const OPERATORS: &[&str] = &["ConvTranspose", "Gelu", "GroupNormalization", "Softplus", "Tanh"];
+pub(super) const OPERATORS: &[&str] = &["ConvTranspose", "Gelu", "GroupNormalization", "Softplus"];
 
 pub(super) fn group_norm(lowering: &mut Lowering, norm: &Norm, x: &str) -> Result<String> {
     let Norm { name, groups, shape: [_, c, _, _], .. } = *norm;

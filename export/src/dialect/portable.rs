@@ -6,7 +6,7 @@ use crate::lower::{Lowering, Norm};
 use crate::onnx::float;
 
 /// Operators beside the shared ones.
-pub(super) const OPERATORS: &[&str] = &["ConvTranspose", "Erf", "InstanceNormalization", "Softplus", "Tanh"];
+pub(super) const OPERATORS: &[&str] = &["ConvTranspose", "Erf", "InstanceNormalization", "Softplus"];
 
 /// No provider has GroupNormalization on the CPU, and nearly every one has this: a group becomes a channel of instance
 /// normalisation.

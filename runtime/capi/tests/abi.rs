@@ -231,29 +231,3 @@ fn a_png_holds_the_pixels_that_it_is_given() {
         assert_eq!(read.as_bytes(), pixels);
     }
 }
-
-/// A library that says it is ONNX Runtime 1.16.0 is refused in a sentence, and nothing slower is taken in its place.
-#[cfg(all(target_os = "linux", feature = "onnxruntime"))]
-#[test]
-fn a_library_that_is_too_old_is_no_engine() {
-    let folder = tempfile::tempdir().unwrap();
-    let (source, library) = (folder.path().join("old.c"), folder.path().join("libonnxruntime.so.1.16.0"));
-    let code = r#"
-        static const void *api(unsigned version) { return 0; }
-        static const char *version(void) { return "1.16.0"; }
-        static const struct { const void *(*api)(unsigned); const char *(*version)(void); } base = { api, version };
-        const void *OrtGetApiBase(void) { return &base; }"#;
-    std::fs::write(&source, code).unwrap();
-    let compiled =
-        std::process::Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
-    if !compiled.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: no C compiler here");
-        return;
-    }
-    let path = CString::new(fixture("plain-f32.onnx").to_str().unwrap()).unwrap();
-    let library = CString::new(library.to_str().unwrap()).unwrap();
-    let options = Options { library: library.as_ptr(), engine: Engine::Auto as u32, ..TRACT };
-    let mut generator = 0;
-    assert_eq!(unsafe { dmd_open(path.as_ptr(), &options, &mut generator) }, Status::NoEngine);
-    assert!(last_error().contains("is ONNX Runtime 1.16.0, expected 1."), "{}", last_error());
-}
