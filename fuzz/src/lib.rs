@@ -25,7 +25,7 @@ pub fn load_and_run(bytes: &[u8]) {
     if info.file.largest_value * info.batch > MAX_VALUES {
         return;
     }
-    let options = Options { engine: EngineChoice::Tract, threads: Some(1), library: None };
+    let options = Options { engine: EngineChoice::Tract, threads: Some(1), ..Options::default() };
     if let Ok(generator) = Generator::from_bytes(bytes, options) {
         drop(generator.generate(&Request::default()));
     }

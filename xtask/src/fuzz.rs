@@ -57,6 +57,9 @@ pub fn run(quick: bool, seconds: u32, only: &[String]) -> Result<ExitCode> {
         [] => !(quick && OF_THE_TRAINER.contains(&target)),
         only => only.iter().any(|name| name == target),
     };
+    let features: &[&str] = if quick { &["--no-default-features", "--features", "models"] } else { &[] };
+    let built = cargo_fuzz("build")?.args(features).status().context("cargo cannot be started")?;
+    ensure!(built.success(), "the fuzz targets cannot be built");
     for (target, fixtures) in TARGETS.into_iter().filter(|(target, _)| wanted(target)) {
         eprintln!("fuzz: {target}, {seconds} s");
         let kept = output_folder(&format!("corpus/{target}"))?;
@@ -64,10 +67,8 @@ pub fn run(quick: bool, seconds: u32, only: &[String]) -> Result<ExitCode> {
         let seeds =
             [Some(setup::root().join("fuzz/seeds").join(target)), fixtures.map(|path| setup::root().join(path))];
         let mut command = cargo_fuzz("run")?;
-        if quick {
-            command.args(["--no-default-features", "--features", "models"]);
-        }
         command
+            .args(features)
             .arg(target)
             .arg(kept)
             .args(seeds.into_iter().flatten().filter(|path| path.is_dir()))
