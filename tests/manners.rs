@@ -208,3 +208,24 @@ fn results_go_to_stdout_and_names_command_no_terminal() {
     let message = w.fails("sample teacher --npy a.npy --class fox", 1, &["a\\u{1b}[2J, b, c"]);
     assert!(!message.contains('\u{1b}'), "{message}");
 }
+
+#[test]
+fn what_a_model_predicts_is_told_in_words_and_named_for_programs() {
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    let found = w.ok("inspect teacher");
+    assert_eq!((&found["prediction"], &found["predicts"]), (&json!("Epsilon"), &json!("noise (epsilon)")));
+    let text = String::from_utf8(w.run("inspect teacher").stdout).unwrap();
+    assert!(text.contains("noise (epsilon)") && !text.contains("Epsilon") && !text.contains("steps"), "{text}");
+}
+
+#[test]
+fn a_decoder_that_is_not_whole_is_named_as_that_of_latents() {
+    let w = Workplace::new().with_fixture("edm-tiny");
+    w.write("teacher/vqvae/config.json", r#"{"_class_name": "VQModel", "latent_channels": 3}"#);
+    w.edit_json("teacher/model_index.json", |index| index["vqvae"] = json!(["diffusers", "VQModel"]));
+    let parts = [
+        "the decoder of the latents that the model makes: ",
+        "teacher/vqvae: has no diffusion_pytorch_model.safetensors",
+    ];
+    w.refuses("distill --teacher teacher --out run --steps 1 --batch 2", 1, &parts);
+}

@@ -33,9 +33,12 @@ pub fn run(args: &InspectArgs) -> Result<Value> {
     Ok(found)
 }
 
-/// A line for each value, those of an object below its name; what is null is left out. Texts from files are made harmless.
+/// A line for each value, those of an object below its name; what is null or empty is left out, and what stands beside in
+/// words. Texts from files are made harmless.
 fn lines(object: &Value, depth: usize, text: &mut Vec<String>) {
-    for (key, value) in object.as_object().into_iter().flatten() {
+    let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
+    let told = |(key, value): &(&String, &Value)| !is_empty(value) && (*key != "prediction" || depth > 0);
+    for (key, value) in object.as_object().into_iter().flatten().filter(told) {
         let key = format!("{:indent$}{}", "", printable(key), indent = 2 * depth);
         let shown =
             |value: &Value| printable(&value.as_str().map_or_else(|| value.to_string(), String::from)).into_owned();
@@ -71,7 +74,8 @@ fn model(path: &Path) -> Result<Value> {
         "parameters": folder.weights.n_parameters(),
         "dtype": dtypes,
         "scheduler": folder.scheduler.class_name(),
-        "prediction": folder.scheduler.prediction().to_string(),
+        "prediction": format!("{:?}", folder.scheduler.prediction()),
+        "predicts": folder.scheduler.prediction().to_string(),
         "sigma_range": [levels.sigma_min(), levels.sigma_max()],
         "sigma": folder.about.sigma,
         "steps": folder.about.sigmas(),

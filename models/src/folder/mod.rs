@@ -187,7 +187,8 @@ impl ModelFolder {
     /// What makes pictures of its samples, with f32 weights on this device; none where they are pictures.
     pub fn decoder(&self, device: &Device) -> Result<Option<Autoencoder>> {
         let Some(part) = layout::DECODERS.iter().find_map(|name| self.parts.get(*name)) else { return Ok(None) };
-        let decoder = Autoencoder::load(&part.path, device)?;
+        let broken = |error| Error::Config(format!("the decoder of the latents that the model makes: {error}"));
+        let decoder = Autoencoder::load(&part.path, device).map_err(broken)?;
         let (made, channels) = (self.config.takes().channels, decoder.latent_channels());
         match made == channels {
             true => Ok(Some(decoder)),
