@@ -1,6 +1,7 @@
-//! Plots with axes: what `figure` draws without.
+//! Everything that is drawn: three times as large as shown and reduced, so that edges are smooth. Here too are plots with
+//! axes; `plane::figure` draws without.
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use dmd::picture::labelled_panel;
 use image::imageops::{FilterType, crop_imm, replace, resize};
 use image::{Rgb, RgbImage};
@@ -8,17 +9,44 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use std::ops::Range;
 
-/// Side of a plot's plane, in pixels. It is drawn [`OVERSIZE`] times as large and reduced, so that lines are smooth.
+/// How much larger a picture is drawn than shown.
+pub const OVERSIZE: u32 = 3;
+
+pub const PAPER: RGBColor = RGBColor(247, 248, 250);
+pub const INK: RGBColor = RGBColor(200, 66, 20);
+pub const SECOND_INK: RGBColor = RGBColor(30, 100, 180);
+
+/// What a picture that is shown at this width and height is drawn on.
+pub fn paper([width, height]: [u32; 2]) -> RgbImage {
+    RgbImage::from_pixel(width * OVERSIZE, height * OVERSIZE, Rgb([PAPER.0, PAPER.1, PAPER.2]))
+}
+
+pub type Area<'a> = DrawingArea<BitMapBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+pub type DrawError<'a> = DrawingAreaErrorKind<<BitMapBackend<'a> as DrawingBackend>::ErrorType>;
+
+/// Draws on an oversize background in the coordinates of these two ranges, upwards, and reduces it.
+pub fn draw(
+    mut background: RgbImage,
+    [x, y]: [Range<f64>; 2],
+    f: impl for<'a> FnOnce(&Area<'a>) -> std::result::Result<(), DrawError<'a>>,
+) -> Result<RgbImage> {
+    let (width, height) = background.dimensions();
+    {
+        let area = BitMapBackend::with_buffer(&mut background, (width, height)).into_drawing_area();
+        let coordinates = Cartesian2d::new(x, y, (0..width as i32, height as i32..0));
+        let area = area.apply_coord_spec(coordinates);
+        f(&area).map_err(|error| anyhow!("the picture cannot be drawn: {error}"))?;
+        area.present().map_err(|error| anyhow!("the picture cannot be drawn: {error}"))?;
+    }
+    Ok(resize(&background, width / OVERSIZE, height / OVERSIZE, FilterType::Triangle))
+}
+
+/// Side of a plot's plane, in pixels.
 const SIDE: u32 = 480;
-const OVERSIZE: u32 = 3;
 /// Room for words left of the plane, above it, right of it and below it.
 const ROOM: [u32; 4] = [96, 28, 36, 56];
 /// Between words and what they belong to.
 const GAP: u32 = 10;
-
-const PAPER: RGBColor = RGBColor(247, 248, 250);
-const INK: RGBColor = RGBColor(200, 66, 20);
-const SECOND_INK: RGBColor = RGBColor(30, 100, 180);
 
 /// Milliseconds against something that grows, both axes logarithmic, a decade as wide as high; the pale line is growth in
 /// proportion from the first one.
@@ -80,18 +108,10 @@ struct Plane {
 impl Plane {
     /// Lines and, in ink, dots.
     fn draw(&self, lines: &[(Vec<(f64, f64)>, ShapeStyle)], dots: &[(f64, f64)]) -> Result<RgbImage> {
-        const LARGE: u32 = SIDE * OVERSIZE;
-        let mut paper = RgbImage::from_pixel(LARGE, LARGE, Rgb([PAPER.0, PAPER.1, PAPER.2]));
-        {
-            let area = BitMapBackend::with_buffer(&mut paper, (LARGE, LARGE)).into_drawing_area();
-            let pixels = (0..LARGE as i32, LARGE as i32..0);
-            let plane = Cartesian2d::<RangedCoordf64, RangedCoordf64>::new(self.right.clone(), self.up.clone(), pixels);
-            let area = area.apply_coord_spec(plane);
+        draw(paper([SIDE; 2]), [self.right.clone(), self.up.clone()], |area| {
             lines.iter().try_for_each(|(line, style)| area.draw(&PathElement::new(line.clone(), *style)))?;
-            dots.iter().try_for_each(|dot| area.draw(&Circle::new(*dot, 14, INK.filled())))?;
-            area.present()?;
-        }
-        Ok(resize(&paper, SIDE, SIDE, FilterType::Triangle))
+            dots.iter().try_for_each(|dot| area.draw(&Circle::new(*dot, 14, INK.filled())))
+        })
     }
 
     /// The point at these shares of the way from the left and from the top.

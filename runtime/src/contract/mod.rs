@@ -193,10 +193,12 @@ impl<'a> Source<'a> {
     /// Whether it is in ONNX Runtime's own format: by its mark, or of a file by its name, which promises the mark.
     pub fn is_ort(self) -> bool {
         let Some(bytes) = self.bytes() else {
-            let mut first = [0; 8];
-            let begun = File::open(self.path()).and_then(|mut file| file.read_exact(&mut first));
-            return self.path().extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ort"))
-                || begun.is_ok() && first[4..] == *ort_file::MARK;
+            let begins = || {
+                let mut first = [0; 8];
+                let read = File::open(self.path()).and_then(|mut file| file.read_exact(&mut first));
+                read.is_ok() && first[4..] == *ort_file::MARK
+            };
+            return self.path().extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ort")) || begins();
         };
         bytes.get(4..8) == Some(ort_file::MARK)
     }

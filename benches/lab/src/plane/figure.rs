@@ -1,12 +1,11 @@
-//! Pictures of the plane: samples over the data's density, and paths of two numbers. Drawn three times as large and
-//! reduced, so that edges are smooth; words are written by `picture`.
+//! Pictures of the plane: samples over the data's density, and paths of two numbers. Words are written by `picture`.
 
 use super::Point;
 use super::mixture::Mixture;
-use anyhow::{Result, anyhow};
-use image::imageops::{FilterType, replace, resize};
+use crate::plot::{INK, OVERSIZE, PAPER, SECOND_INK, draw, paper};
+use anyhow::Result;
+use image::imageops::replace;
 use image::{Rgb, RgbImage};
-use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use std::ops::Range;
 
@@ -16,12 +15,6 @@ const WIDTH: u32 = 320;
 const PATH_HEIGHT: u32 = 200;
 /// The part of a path that is shown.
 const PATH: Range<f64> = -1.0..1.1;
-/// How much larger a picture is drawn than shown.
-const OVERSIZE: u32 = 3;
-
-const PAPER: RGBColor = RGBColor(247, 248, 250);
-const INK: RGBColor = RGBColor(200, 66, 20);
-const SECOND_INK: RGBColor = RGBColor(30, 100, 180);
 /// Colour of the highest density.
 const DENSE: [f64; 3] = [92.0, 150.0, 205.0];
 
@@ -50,9 +43,8 @@ pub fn scatter(mixture: &Mixture, samples: &[Point], extent: [f64; 2]) -> Result
 
 /// The two numbers of a path, red and blue, against the step, and where they should end as pale lines.
 pub fn paths(path: &[[f64; 2]], targets: [f64; 2]) -> Result<RgbImage> {
-    let paper = RgbImage::from_pixel(WIDTH * OVERSIZE, PATH_HEIGHT * OVERSIZE, Rgb([PAPER.0, PAPER.1, PAPER.2]));
     let last = path.len().max(1) as f64;
-    draw(paper, [0.0..last, PATH], |plane| {
+    draw(paper([WIDTH, PATH_HEIGHT]), [0.0..last, PATH], |plane| {
         plane.draw(&PathElement::new([(0.0, 0.0), (last, 0.0)], BLACK.mix(0.15).stroke_width(2)))?;
         for (i, ink) in [INK, SECOND_INK].into_iter().enumerate() {
             let target = [(0.0, targets[i]), (last, targets[i])];
@@ -74,26 +66,6 @@ pub fn stack(rows: &[RgbImage]) -> RgbImage {
         top += i64::from(row.height());
     }
     canvas
-}
-
-type Area<'a> = DrawingArea<BitMapBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
-type DrawError<'a> = DrawingAreaErrorKind<<BitMapBackend<'a> as DrawingBackend>::ErrorType>;
-
-/// Draws on an oversize background in the coordinates of these two ranges, upwards, and reduces it.
-fn draw(
-    mut background: RgbImage,
-    [x, y]: [Range<f64>; 2],
-    f: impl for<'a> FnOnce(&Area<'a>) -> std::result::Result<(), DrawError<'a>>,
-) -> Result<RgbImage> {
-    let (width, height) = background.dimensions();
-    {
-        let area = BitMapBackend::with_buffer(&mut background, (width, height)).into_drawing_area();
-        let coordinates = Cartesian2d::new(x, y, (0..width as i32, height as i32..0));
-        let area = area.apply_coord_spec(coordinates);
-        f(&area).map_err(|error| anyhow!("the picture cannot be drawn: {error}"))?;
-        area.present().map_err(|error| anyhow!("the picture cannot be drawn: {error}"))?;
-    }
-    Ok(resize(&background, width / OVERSIZE, height / OVERSIZE, FilterType::Triangle))
 }
 
 #[cfg(test)]
