@@ -1,7 +1,7 @@
 //! `dmd score`: how far a model's pictures are from real ones, or from another model's.
 
 use super::sample::{Sampling, Source};
-use super::{is_exported, model_path};
+use super::{is_exported, model_path, without_effect};
 use crate::classes::listed;
 use crate::cli::{ScoreArgs, WrongUsage};
 use crate::data::{self, DataOptions};
@@ -31,9 +31,7 @@ pub fn run(args: &ScoreArgs, threads: Option<usize>) -> Result<Value> {
     let mut features = args.features.as_ref().map(|path| Features::load("--features", path, threads)).transpose()?;
     let guided = source.is_teacher()
         || references.iter().any(|reference| matches!(reference, Reference::Model(source, _) if source.is_teacher()));
-    if args.guidance.is_some() && !guided {
-        return Err(WrongUsage("--guidance has no effect here: it is for teachers".into()).into());
-    }
+    without_effect("--guidance", args.guidance.is_some() && !guided, "it is for teachers")?;
     let mut results = Vec::new();
     let mut drawn: Option<(Vec<i64>, Seen)> = None;
     for (path, reference) in against.iter().zip(references) {
@@ -67,15 +65,12 @@ const FEW: usize = 1000;
 const BATCH: usize = 64;
 
 fn check_usage(args: &ScoreArgs, model: &Path, against: &[PathBuf]) -> Result<()> {
-    let refuse = |text: String| Err(WrongUsage(text).into());
     if !(2..=limits::PICTURES).contains(&(args.n as u64)) {
-        return refuse(format!("-n is {}, expected 2 to {}", args.n, limits::PICTURES));
+        return Err(WrongUsage(format!("-n is {}, expected 2 to {}", args.n, limits::PICTURES)).into());
     }
     let models: Vec<&Path> = [model].into_iter().chain(against.iter().map(PathBuf::as_path)).collect();
-    if args.device.is_some() && !models.iter().any(|path| path.is_dir()) {
-        return refuse("--device has no effect here: it is for the models of folders".into());
-    }
-    Ok(())
+    let for_none = args.device.is_some() && !models.iter().any(|path| path.is_dir());
+    without_effect("--device", for_none, "it is for the models of folders")
 }
 
 fn open(path: &Path, args: &ScoreArgs, threads: Option<usize>) -> Result<Source> {
