@@ -96,6 +96,12 @@ pub enum Error {
         /// The engine's reason.
         reason: String,
     },
+    /// What an input is given is not what the file takes.
+    #[error("{reason}")]
+    Feed {
+        /// The input, what was expected and what was found.
+        reason: String,
+    },
     /// A batch of no pictures.
     #[error("batch is 0, expected at least 1")]
     EmptyBatch,

@@ -428,7 +428,7 @@ impl Scratch {
             Feed { name: "noise", shape: &shape, values: Values::F32(noise) },
             Feed { name: info.index().unwrap_or_default(), shape: &rows, values: Values::I64(index) },
         ];
-        engine.run(if info.index().is_some() { &feeds } else { &feeds[..1] }, pictures.out())
+        engine.run(if info.index().is_some() { &feeds } else { &feeds[..1] }, &mut [pictures.out()])
     }
 
     /// Takes away what an engine has written, so that one which writes nothing is found out.

@@ -23,6 +23,7 @@ mod accelerator;
 mod contract;
 mod generator;
 mod images;
+mod module;
 pub mod noise;
 mod request;
 
@@ -35,14 +36,17 @@ mod limits;
 mod printable;
 
 pub use accelerator::{Accelerator, ComputeUnits, CoreMl, PlugIn, Qnn};
-pub use contract::{FORMAT, FileInfo, Info, OPERATORS, Output, Port};
+pub use contract::{FORMAT, FileInfo, Info, ModuleInfo, OPERATORS, Output, Port};
 #[cfg(feature = "onnxruntime")]
 pub use engine::network;
-pub use engine::{EngineChoice, EngineInfo, EngineKind, EngineReport, Rewrite, engines, max_threads, rewrite};
+pub use engine::{
+    EngineChoice, EngineInfo, EngineKind, EngineReport, Feed, Rewrite, Values, engines, max_threads, rewrite,
+};
 pub use error::{Error, Result};
 pub use generator::{Generator, Options};
 pub use images::{Buffer, Image, Images, quantize};
 pub use library::Tried;
+pub use module::{Given, Module};
 pub use noise::picture_noise;
 pub use placement::{PassedOver, PlacedNode, Placement, Probe, Step};
 pub use printable::printable;

@@ -79,8 +79,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::Tiny;
-use dmd_runtime::{EngineChoice, EngineKind, Error, FileInfo, Generator, Images, Info, Options, Output, Request};
-use dmd_runtime::{engines, picture_noise, quantize};
+use dmd_runtime::{
+    EngineChoice, EngineKind, Error, Feed, FileInfo, Generator, Given, Images, Info, Module, Options, Output,
+};
+use dmd_runtime::{Request, Values, engines, picture_noise, quantize};
 use ndarray::{Array4, s};
 
 fn fixture(name: &str) -> PathBuf {
@@ -276,6 +278,32 @@ fn engines_agree() {
             let difference = (&pair[0] - &pair[1]).mapv(f32::abs).fold(0.0, |a: f32, b| a.max(*b));
             assert!(difference < 1e-5, "{name}: {difference}");
         }
+    }
+}
+
+/// By names, in any order, whatever the file is: here a generator, whose own call gives the same.
+#[test]
+fn a_file_runs_on_feeds_by_name_and_refuses_others() {
+    let noise = ramp(2);
+    let values = noise.as_slice().unwrap();
+    for engine in present() {
+        let module = Module::load(fixture("classes-f32.onnx"), Options { engine, ..Options::default() }).unwrap();
+        let label = Feed { name: "label", shape: &[2], values: Values::I64(&[2, 0]) };
+        let noise_feed = Feed { name: "noise", shape: &[2, 3, 8, 6], values: Values::F32(values) };
+        let expected = load("classes-f32.onnx", engine).run(noise.view(), &[2, 0]).unwrap();
+        let expected = expected.as_f32().unwrap().iter().copied().collect();
+        assert_eq!(module.run(&[label, noise_feed]).unwrap(), [Given::F32(expected)], "{engine:?}");
+        let refused = |feeds: &[Feed], part: &str| {
+            let reason = error(module.run(feeds)).to_string();
+            assert!(reason.contains(part), "{reason}");
+        };
+        refused(&[label], "nothing is given for \"noise\", f32 [2, 3, 8, 6]");
+        refused(&[noise_feed, label, label], "3 feeds");
+        let ids = Feed { name: "label", shape: &[2], values: Values::I32(&[2, 0]) };
+        refused(&[noise_feed, ids], "\"label\" is given 2 values of i32 in shape [2], expected i64 [2]");
+        let short = Feed { name: "noise", shape: &[1, 3, 8, 6], values: Values::F32(&values[..144]) };
+        refused(&[noise_feed, Feed { shape: &[1], ..label }], "expected i64 [2]");
+        refused(&[short, label], "in shape [1, 3, 8, 6], expected f32 [2, 3, 8, 6]");
     }
 }
 

@@ -1,10 +1,8 @@
 //! How the description is written: format 3 is one entry, `dmd`, a JSON object. Formats 1 and 2 had an entry for each
 //! thing, and are read.
 
-use serde::{Deserialize, Serialize};
-
 use super::graph::Model;
-use super::{FORMAT, Info, Output, Port};
+use super::{FORMAT, Info, ModuleInfo, Output};
 
 /// The entry of format 3.
 const ENTRY: &str = "dmd";
@@ -12,34 +10,8 @@ const ENTRY: &str = "dmd";
 /// The entry that all formats have, so that a program that reads older ones alone can say that a file is newer.
 const FORMAT_ENTRY: &str = "dmd.format";
 
-/// What is in the entry of format 3.
-#[derive(Serialize, Deserialize)]
-struct Description {
-    version: String,
-    dialect: String,
-    precision: String,
-    sigmas: Vec<f64>,
-    inputs: Vec<Port>,
-    outputs: Vec<Port>,
-    classes: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    fixed_class: Option<String>,
-    weights_sha256: String,
-}
-
-pub(super) fn write(info: &Info) -> Vec<(&'static str, String)> {
-    let description = Description {
-        version: info.version.clone(),
-        dialect: info.dialect.clone(),
-        precision: info.precision.clone(),
-        sigmas: info.sigmas.clone(),
-        inputs: info.inputs(),
-        outputs: info.outputs(),
-        classes: info.classes.clone(),
-        fixed_class: info.fixed_class.clone(),
-        weights_sha256: info.weights_sha256.clone(),
-    };
-    let json = serde_json::to_string(&description).expect("names, numbers and lists of them have a JSON form");
+pub(super) fn write(info: &ModuleInfo) -> Vec<(&'static str, String)> {
+    let json = serde_json::to_string(info).expect("names, numbers and lists of them have a JSON form");
     vec![(FORMAT_ENTRY, FORMAT.to_string()), (ENTRY, json)]
 }
 
@@ -48,15 +20,19 @@ pub(super) fn format(model: &Model) -> Result<Option<u32>, String> {
     optional(model, FORMAT_ENTRY)
 }
 
-pub(super) fn read(model: &Model, format: u32) -> Result<Info, String> {
-    let info = if format < 3 { from_entries(model, format)? } else { from_json(text(model, ENTRY)?, format)? };
-    check_sigmas(&info)?;
-    Ok(info)
+pub(super) fn read(model: &Model, format: u32) -> Result<ModuleInfo, String> {
+    if format < 3 {
+        return Ok(from_entries(model, format)?.module());
+    }
+    let info: ModuleInfo = serde_json::from_str(text(model, ENTRY)?)
+        .map_err(|error| format!("{ENTRY} in the metadata is no description: {error}"))?;
+    check_sigmas(&info.sigmas)?;
+    Ok(ModuleInfo { format, ..info })
 }
 
-fn from_json(json: &str, format: u32) -> Result<Info, String> {
-    let Description { version, dialect, precision, sigmas, inputs, outputs, classes, fixed_class, weights_sha256 } =
-        serde_json::from_str(json).map_err(|error| format!("{ENTRY} in the metadata is no description: {error}"))?;
+/// The description of a generator of pictures.
+pub(super) fn of_pictures(module: ModuleInfo) -> Result<Info, String> {
+    let ModuleInfo { inputs, outputs, .. } = module;
     // The pictures are as the noise is; what the rest must be follows from them, the classes and the passes.
     let noise = inputs.iter().find(|port| port.name == "noise").map(|port| port.shape.as_slice());
     let Some(&[batch, Some(channels), Some(height), Some(width)]) = noise else {
@@ -66,25 +42,34 @@ fn from_json(json: &str, format: u32) -> Result<Info, String> {
         return Err(format!("{ENTRY}.inputs has a length of 0, expected 1 at least: {inputs:?}"));
     }
     let info = Info {
-        format,
-        version,
-        dialect,
-        precision,
-        sigmas,
+        format: module.format,
+        version: module.version,
+        dialect: module.dialect,
+        precision: module.precision,
+        sigmas: module.sigmas,
         batch: batch.unwrap_or(1),
         dynamic_batch: batch.is_none(),
         channels,
         height,
         width,
         output: if outputs.first().is_some_and(|port| port.kind == "u8") { Output::U8 } else { Output::F32 },
-        classes,
-        fixed_class,
-        weights_sha256,
+        classes: module.classes,
+        fixed_class: module.fixed_class,
+        weights_sha256: module.weights_sha256,
         ..Info::default()
     };
+    if info.sigmas.is_empty() {
+        return Err("the noise levels are [], expected one at least".into());
+    }
+    if info.output == Output::U8 && info.sigmas.len() > 1 {
+        return Err(format!("the output is u8 with {} passes, which go on from each other's f32", info.sigmas.len()));
+    }
     for (what, found, expected) in [("inputs", inputs, info.inputs()), ("outputs", outputs, info.outputs())] {
         if found != expected {
-            return Err(format!("{ENTRY}.{what} are {found:?}, expected {expected:?}"));
+            return Err(format!(
+                "{ENTRY}.{what} are {found:?}, expected {expected:?} of a generator of pictures; a part of a model is \
+                 opened as a Module"
+            ));
         }
     }
     Ok(info)
@@ -95,6 +80,8 @@ fn from_entries(model: &Model, format: u32) -> Result<Info, String> {
     let classes = text(model, "dmd.classes")?;
     let classes: Vec<String> = serde_json::from_str(classes)
         .map_err(|error| format!("dmd.classes is {classes:?}, expected a JSON array of names: {error}"))?;
+    let sigmas = sigmas(model)?;
+    check_sigmas(&sigmas)?;
     let output = match text(model, "dmd.output")? {
         "f32" => Output::F32,
         "u8" => Output::U8,
@@ -105,7 +92,7 @@ fn from_entries(model: &Model, format: u32) -> Result<Info, String> {
         version: text(model, "dmd.version")?.into(),
         dialect: text(model, "dmd.dialect")?.into(),
         precision: optional(model, "dmd.precision")?.unwrap_or_else(|| "fp32".into()),
-        sigmas: sigmas(model)?,
+        sigmas,
         batch: size(model, "dmd.batch")?,
         dynamic_batch: optional(model, "dmd.dynamic_batch")?.unwrap_or(false),
         channels: size(model, "dmd.channels")?,
@@ -134,14 +121,10 @@ fn sigmas(model: &Model) -> Result<Vec<f64>, String> {
     }
 }
 
-fn check_sigmas(info: &Info) -> Result<(), String> {
-    let sigmas = &info.sigmas;
+fn check_sigmas(sigmas: &[f64]) -> Result<(), String> {
     let positive = sigmas.iter().all(|sigma| sigma.is_finite() && *sigma > 0.0);
-    if sigmas.is_empty() || !positive || !sigmas.windows(2).all(|pair| pair[0] > pair[1]) {
-        return Err(format!("the noise levels are {sigmas:?}, expected positive ones, descending, one at least"));
-    }
-    if info.output == Output::U8 && sigmas.len() > 1 {
-        return Err(format!("the output is u8 with {} passes, which go on from each other's f32", sigmas.len()));
+    if !positive || !sigmas.windows(2).all(|pair| pair[0] > pair[1]) {
+        return Err(format!("the noise levels are {sigmas:?}, expected positive ones, descending"));
     }
     Ok(())
 }

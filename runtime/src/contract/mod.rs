@@ -71,6 +71,37 @@ pub struct Info {
     pub file: FileInfo,
 }
 
+/// The description of any exported file: of a generator, or of a part of a model around one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModuleInfo {
+    /// The version of the description.
+    #[serde(skip)]
+    pub format: u32,
+    /// The version of dmd that wrote the file.
+    pub version: String,
+    /// Which operators the graph is spelled in.
+    pub dialect: String,
+    /// How numbers are stored and computed: fp32, fp16, w8 or w8a8.
+    pub precision: String,
+    /// The noise level of each pass that makes a sample of noise, descending; none where none is made of noise.
+    pub sigmas: Vec<f64>,
+    /// What the graph takes, in its order.
+    pub inputs: Vec<Port>,
+    /// What it gives, in its order.
+    pub outputs: Vec<Port>,
+    /// The names of its rows, which the input `label` chooses from, or `row` where there are several passes: classes, or
+    /// prompts.
+    pub classes: Vec<String>,
+    /// The one row that all samples are of, where it was folded into the graph.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fixed_class: Option<String>,
+    /// A hash of the weights before they were folded.
+    pub weights_sha256: String,
+    /// What the file is made of.
+    #[serde(skip)]
+    pub file: FileInfo,
+}
+
 /// What is found in a file, whatever it says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct FileInfo {
@@ -108,10 +139,10 @@ pub enum Output {
 pub struct Port {
     /// Its name.
     pub name: String,
-    /// The type of its elements: `f32`, `u8` or `i64`.
+    /// The type of its elements: `f32`, `u8`, `i32` or `i64`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Its shape; `None` for the number of pictures where that is free.
+    /// Its shape; `None` for the number of samples where that is free.
     pub shape: Vec<Option<usize>>,
 }
 
@@ -247,29 +278,27 @@ impl Info {
     }
 
     pub(crate) fn of(source: Source<'_>) -> Result<Self> {
-        let model = source.model()?;
-        let path = || source.path().to_path_buf();
-        let inconsistent = |reason| Error::Inconsistent { path: path(), reason };
-        let Some(format) = metadata::format(&model).map_err(inconsistent)? else {
-            return Err(Error::NotOurs { path: path(), found: describe(&model) });
-        };
-        if format > FORMAT {
-            return Err(Error::NewerFormat { path: path(), found: format });
-        }
-        let mut info = metadata::read(&model, format).map_err(inconsistent)?;
-        let inputs = check_graph(&info, &model).map_err(inconsistent)?;
-        operators::check(&model).map_err(inconsistent)?;
-        let beside = if let Source::File(path) = source { Some(path) } else { None };
-        info.file = FileInfo {
-            opset: model.opset.unwrap_or(0),
-            nodes: model.nodes.len(),
-            weight_bytes: model.weight_bytes(),
-            external_data: model.outside().next().map(|(_, part)| part.location.clone()),
-            bytes: model.file_bytes,
-            largest_value: sizes::check(&model, &inputs).map_err(inconsistent)?,
-            data: outside::locate(beside, &model).map_err(inconsistent)?,
-        };
+        let (model, module) = described(source)?;
+        let mut info = metadata::of_pictures(module).map_err(inconsistent(source))?;
+        info.file = checked(source, &model, &info.module())?;
         Ok(info)
+    }
+
+    /// The same, as any file is described.
+    pub fn module(&self) -> ModuleInfo {
+        ModuleInfo {
+            format: self.format,
+            version: self.version.clone(),
+            dialect: self.dialect.clone(),
+            precision: self.precision.clone(),
+            sigmas: self.sigmas.clone(),
+            inputs: self.inputs(),
+            outputs: self.outputs(),
+            classes: self.classes.clone(),
+            fixed_class: self.fixed_class.clone(),
+            weights_sha256: self.weights_sha256.clone(),
+            file: self.file.clone(),
+        }
     }
 
     /// `[channels, height, width]`.
@@ -300,7 +329,7 @@ impl Info {
 
     /// The entries of an ONNX file's metadata that say all this.
     pub fn to_metadata(&self) -> Vec<(&'static str, String)> {
-        metadata::write(self)
+        self.module().to_metadata()
     }
 
     /// Whether the graph takes labels.
@@ -336,26 +365,98 @@ impl Info {
     }
 }
 
-/// The graph must be what the metadata promises, so that whatever runs it later needs no checks of its own. Gives the
-/// shapes of its inputs, of one picture where the batch is free.
-fn check_graph(info: &Info, model: &Model) -> Result<Vec<(String, Vec<u64>)>, String> {
-    let sizes = [info.batch, info.channels, info.height, info.width].map(|size| size as u64);
-    if limits::values(sizes, MAX_PICTURE_VALUES).is_none() {
-        return Err(format!(
-            "the metadata asks for {sizes:?} values at once, at most {MAX_PICTURE_VALUES} are allowed"
-        ));
+impl ModuleInfo {
+    /// Reads the description as [`Info::read`] does, of any file of `dmd export`.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        Self::of(Source::File(path.as_ref()))
     }
-    let rows = info.passes() * info.classes.len().max(1);
+
+    pub(crate) fn of(source: Source<'_>) -> Result<Self> {
+        let (model, mut info) = described(source)?;
+        info.file = checked(source, &model, &info)?;
+        Ok(info)
+    }
+
+    /// Samples in one engine call; `None` where that is free.
+    pub fn batch(&self) -> Option<usize> {
+        self.inputs.first().and_then(|port| port.shape.first().copied().flatten())
+    }
+
+    /// The entries of an ONNX file's metadata that say all this.
+    pub fn to_metadata(&self) -> Vec<(&'static str, String)> {
+        metadata::write(self)
+    }
+}
+
+fn inconsistent(source: Source<'_>) -> impl Fn(String) -> Error {
+    move |reason| Error::Inconsistent { path: source.path().into(), reason }
+}
+
+/// A file, and what it says of itself.
+fn described(source: Source<'_>) -> Result<(Model, ModuleInfo)> {
+    let model = source.model()?;
+    let path = || source.path().to_path_buf();
+    let Some(format) = metadata::format(&model).map_err(inconsistent(source))? else {
+        return Err(Error::NotOurs { path: path(), found: describe(&model) });
+    };
+    if format > FORMAT {
+        return Err(Error::NewerFormat { path: path(), found: format });
+    }
+    let info = metadata::read(&model, format).map_err(inconsistent(source))?;
+    Ok((model, info))
+}
+
+/// What is found in a file, whose graph is held to its description.
+fn checked(source: Source<'_>, model: &Model, info: &ModuleInfo) -> Result<FileInfo> {
+    let found = || -> Result<FileInfo, String> {
+        let inputs = check_graph(info, model)?;
+        operators::check(model)?;
+        let beside = if let Source::File(path) = source { Some(path) } else { None };
+        Ok(FileInfo {
+            opset: model.opset.unwrap_or(0),
+            nodes: model.nodes.len(),
+            weight_bytes: model.weight_bytes(),
+            external_data: model.outside().next().map(|(_, part)| part.location.clone()),
+            bytes: model.file_bytes,
+            largest_value: sizes::check(model, &inputs)?,
+            data: outside::locate(beside, model)?,
+        })
+    };
+    found().map_err(inconsistent(source))
+}
+
+/// The graph must be what the metadata promises, so that whatever runs it later needs no checks of its own. Gives the
+/// shapes of its inputs, of one sample where the batch is free.
+fn check_graph(info: &ModuleInfo, model: &Model) -> Result<Vec<(String, Vec<u64>)>, String> {
+    let fixed = |port: &Port| port.shape.iter().map(|n| n.unwrap_or(1) as u64).collect::<Vec<u64>>();
+    for port in info.inputs.iter().chain(&info.outputs) {
+        let sizes = fixed(port);
+        if limits::values(sizes.iter().copied(), MAX_PICTURE_VALUES).is_none() {
+            return Err(format!(
+                "the metadata asks for {sizes:?} values at once, at most {MAX_PICTURE_VALUES} are allowed"
+            ));
+        }
+        if sizes.is_empty() || sizes.contains(&0) || port.shape[0] != info.inputs[0].shape[0] {
+            return Err(format!(
+                "{port:?} in the metadata has a length of 0, or another number of samples than others"
+            ));
+        }
+    }
+    let rows = info.sigmas.len().max(1) * info.classes.len().max(1);
     if let Some(found) = model.pass_rows().filter(|found| *found != rows as u64) {
-        let (passes, classes) = (info.passes(), info.classes.len());
+        let (passes, classes) = (info.sigmas.len(), info.classes.len());
         return Err(format!(
             "the graph's pass_table has {found} rows, {passes} noise levels and {classes} classes ask for {rows}"
         ));
     }
-    check_ports("input", &model.inputs, &info.inputs())?;
-    check_ports("output", &model.outputs, &info.outputs())?;
-    let fixed = |port: Port| (port.name, port.shape.into_iter().map(|n| n.unwrap_or(1) as u64).collect());
-    Ok(info.inputs().into_iter().map(fixed).collect())
+    check_ports("input", &model.inputs, &info.inputs)?;
+    check_ports("output", &model.outputs, &info.outputs)?;
+    // Engines give outputs in the graph's order.
+    if model.outputs.iter().zip(&info.outputs).any(|(found, port)| found.name != port.name) {
+        let found = describe_ports(&model.outputs);
+        return Err(format!("the graph has the outputs [{found}], the metadata names them in another order"));
+    }
+    Ok(info.inputs.iter().map(|port| (port.name.clone(), fixed(port))).collect())
 }
 
 fn check_ports(kind: &str, found: &[graph::Port], expected: &[Port]) -> Result<(), String> {

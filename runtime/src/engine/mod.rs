@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::contract::Source;
 use crate::limits::MAX_THREADS_PER_CORE;
 use crate::placement::Step;
-use crate::{Accelerator, Error, Info, Options, Result};
+use crate::{Accelerator, Error, ModuleInfo, Options, Result};
 
 #[cfg(feature = "onnxruntime")]
 pub mod network;
@@ -23,28 +23,46 @@ mod probe;
 
 /// A loaded graph. The generator has checked the sizes of everything it hands over.
 pub(crate) trait Engine: Send + Sync {
-    /// Runs one full batch, or any number of pictures where the file leaves it free, on a feed for each of the graph's
-    /// inputs, and writes the whole output; an error is the engine's own reason. Many threads may call at once.
-    fn run(&self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String>;
+    /// Runs one full batch, or any number of samples where the file leaves it free, on a feed for each of the graph's
+    /// inputs, and writes all outputs whole, in the file's order; an error is the engine's own reason. Many threads may
+    /// call at once.
+    fn run(&self, feeds: &[Feed<'_>], outs: &mut [Out<'_>]) -> Result<(), String>;
 }
 
-/// What one input of the graph is given, lent: its first axis counts pictures.
-#[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
-pub(crate) struct Feed<'a> {
-    pub name: &'static str,
+/// What one input of a graph is given, lent: its first axis counts samples.
+#[derive(Clone, Copy, Debug)]
+pub struct Feed<'a> {
+    /// The input.
+    pub name: &'a str,
+    /// The shape of the values.
     pub shape: &'a [usize],
+    /// As many as the shape says.
     pub values: Values<'a>,
 }
 
-/// The values of a feed.
-#[derive(Clone, Copy)]
-#[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
-pub(crate) enum Values<'a> {
+/// The values of a feed, in C order.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    /// Single precision.
     F32(&'a [f32]),
+    /// Ids of tokens.
+    I32(&'a [i32]),
+    /// Labels and rows.
     I64(&'a [i64]),
 }
 
-/// Where the output goes: the graph's element type, and room for all pictures of the call.
+impl Values<'_> {
+    /// How many, and the name of their type.
+    pub(crate) fn len_and_kind(&self) -> (usize, &'static str) {
+        match self {
+            Values::F32(values) => (values.len(), "f32"),
+            Values::I32(values) => (values.len(), "i32"),
+            Values::I64(values) => (values.len(), "i64"),
+        }
+    }
+}
+
+/// Where an output goes: the graph's element type, and room for all samples of the call.
 #[cfg_attr(not(any(feature = "onnxruntime", feature = "tract")), allow(dead_code))]
 pub(crate) enum Out<'a> {
     F32(&'a mut [f32]),
@@ -159,7 +177,7 @@ pub fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<&Path>)
 }
 
 /// Loads a file by the engine that the options ask for, on the processor.
-fn cpu(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+pub(crate) fn cpu(source: Source<'_>, info: &ModuleInfo, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     let (engine, mut engine_info) = open_by_choice(source, info, options)?;
     if let Some(asked) = options.threads.filter(|asked| *asked > max_threads()) {
         let warning = format!("{asked} threads are too many for this machine: {} are used", max_threads());
@@ -169,7 +187,7 @@ fn cpu(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn En
     Ok((engine, engine_info))
 }
 
-fn open_by_choice(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+fn open_by_choice(source: Source<'_>, info: &ModuleInfo, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     match options.engine {
         EngineChoice::OnnxRuntime => open_onnxruntime(source, info, options),
         EngineChoice::Tract => open_tract(source, info, options),
@@ -204,7 +222,7 @@ fn onnxruntime_info(_: Option<&Path>) -> Result<EngineInfo> {
 }
 
 #[cfg(not(feature = "onnxruntime"))]
-fn open_onnxruntime(_: Source<'_>, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+fn open_onnxruntime(_: Source<'_>, _: &ModuleInfo, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     Err(Error::EngineDisabled { engine: EngineKind::OnnxRuntime })
 }
 
@@ -212,7 +230,7 @@ fn open_onnxruntime(_: Source<'_>, _: &Info, _: &Options) -> Result<(Box<dyn Eng
 #[cfg(feature = "onnxruntime")]
 fn accelerated(
     source: Source<'_>,
-    info: &Info,
+    info: &ModuleInfo,
     options: &Options,
     accelerator: &Accelerator,
 ) -> Result<placing::Candidate, placing::Refusal> {
@@ -223,7 +241,12 @@ fn accelerated(
 }
 
 #[cfg(not(feature = "onnxruntime"))]
-fn accelerated(_: Source<'_>, _: &Info, _: &Options, _: &Accelerator) -> Result<placing::Candidate, placing::Refusal> {
+fn accelerated(
+    _: Source<'_>,
+    _: &ModuleInfo,
+    _: &Options,
+    _: &Accelerator,
+) -> Result<placing::Candidate, placing::Refusal> {
     Err((Step::Registered, Error::EngineDisabled { engine: EngineKind::OnnxRuntime }.to_string()))
 }
 
@@ -238,12 +261,19 @@ fn tract_info() -> Result<EngineInfo> {
 }
 
 #[cfg(not(feature = "tract"))]
-fn open_tract(_: Source<'_>, _: &Info, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+fn open_tract(_: Source<'_>, _: &ModuleInfo, _: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     Err(Error::EngineDisabled { engine: EngineKind::Tract })
 }
 
 #[cfg(feature = "tract")]
 impl Out<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Out::F32(out) => out.len(),
+            Out::U8(out) => out.len(),
+        }
+    }
+
     /// The room for `n` values from `start` on.
     fn part(&mut self, start: usize, n: usize) -> Out<'_> {
         match self {

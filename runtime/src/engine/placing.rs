@@ -63,11 +63,11 @@ struct Lasting {
 
 impl Openers for Built<'_> {
     fn cpu(&self) -> Result<(Box<dyn Engine>, EngineInfo)> {
-        cpu(self.source, self.info, self.options)
+        cpu(self.source, &self.info.module(), self.options)
     }
 
     fn accelerated(&self, accelerator: &Accelerator) -> Result<Candidate, Refusal> {
-        accelerated(self.source, self.info, self.options, accelerator)
+        accelerated(self.source, &self.info.module(), self.options, accelerator)
     }
 }
 
@@ -244,8 +244,8 @@ mod tests {
     }
 
     impl Engine for Echo {
-        fn run(&self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String> {
-            let (Values::F32(noise), Out::F32(out)) = (feeds[0].values, out) else { return Err("no floats".into()) };
+        fn run(&self, feeds: &[Feed<'_>], outs: &mut [Out<'_>]) -> Result<(), String> {
+            let (Values::F32(noise), [Out::F32(out)]) = (feeds[0].values, outs) else { return Err("no floats".into()) };
             if self.calls.fetch_add(1, Ordering::Relaxed) >= self.fails_at {
                 return Err("device lost".into());
             }

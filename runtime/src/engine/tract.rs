@@ -18,7 +18,7 @@ use super::{Engine, EngineInfo, EngineKind, Feed, Out, Values, threads};
 use crate::contract::{Source, bytes};
 use crate::limits;
 use crate::printable::printable_lines;
-use crate::{Error, Info, Options, Result};
+use crate::{Error, ModuleInfo, Options, Result};
 
 /// tract does not tell its version; Cargo.toml pins it.
 const VERSION: &str = "0.23.9";
@@ -27,16 +27,15 @@ struct Tract {
     plan: Arc<TypedRunnableModel>,
     /// The graph's inputs in its own order.
     inputs: Vec<String>,
-    /// Pictures in a call, and the values of one.
+    /// Samples in a call.
     batch: usize,
-    values: usize,
 }
 
 pub(super) fn info() -> Result<EngineInfo> {
     Ok(EngineInfo { kind: EngineKind::Tract, version: VERSION.into(), library: None, warning: None })
 }
 
-pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+pub(super) fn open(source: Source<'_>, info: &ModuleInfo, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     let failed = |reason| Error::Load { path: source.path().into(), engine: EngineKind::Tract, reason };
     if source.is_ort() {
         return Err(failed("only ONNX Runtime runs .ort files; give tract the .onnx file".into()));
@@ -47,10 +46,10 @@ pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result
     Ok((Box::new(engine.map_err(failed)?), self::info()?))
 }
 
-fn load(source: Source<'_>, info: &Info, threads: usize) -> TractResult<Tract> {
+fn load(source: Source<'_>, info: &ModuleInfo, threads: usize) -> TractResult<Tract> {
     // tract plans for shapes that are fixed: where the batch is free, one picture, however many there will be. The
     // shapes of the file would contradict that.
-    let onnx = tract_onnx::onnx().with_ignore_value_info(info.dynamic_batch);
+    let onnx = tract_onnx::onnx().with_ignore_value_info(info.batch().is_none());
     let proto = proto(source, info, &onnx)?;
     let folder = info.file.data.as_ref().and_then(|data| data.parent()?.to_str());
     let ParseResult { mut model, unresolved_inputs, .. } = onnx.parse(&proto, folder)?;
@@ -61,17 +60,21 @@ fn load(source: Source<'_>, info: &Info, threads: usize) -> TractResult<Tract> {
     let inputs: Vec<_> = model.input_outlets()?.iter().map(|outlet| model.node(outlet.node).name.clone()).collect();
     let executor = if threads > 1 { Executor::multithread(threads) } else { Executor::SingleThread };
     let options = RunOptions { executor: Some(executor), ..RunOptions::default() };
-    if info.dynamic_batch {
-        for port in info.inputs() {
+    if info.batch().is_none() {
+        for port in &info.inputs {
             let at = inputs
                 .iter()
                 .position(|name| *name == port.name)
                 .ok_or_else(|| format_err!("no input {}", port.name))?;
-            let shape: TVec<usize> = port.shape.iter().map(|n| n.unwrap_or(info.batch)).collect();
-            let kind = if port.kind == "i64" { DatumType::I64 } else { DatumType::F32 };
+            let shape: TVec<usize> = port.shape.iter().map(|n| n.unwrap_or(1)).collect();
+            let kind = match port.kind.as_str() {
+                "i64" => DatumType::I64,
+                "i32" => DatumType::I32,
+                _ => DatumType::F32,
+            };
             model.set_input_fact(at, kind.fact(shape).into())?;
         }
-        model.set_output_fact(0, InferenceFact::default())?;
+        (0..info.outputs.len()).try_for_each(|at| model.set_output_fact(at, InferenceFact::default()))?;
     }
     let mut model = model.into_typed()?;
     let is_half = |fact: &TypedFact| fact.datum_type == DatumType::F16;
@@ -81,12 +84,12 @@ fn load(source: Source<'_>, info: &Info, threads: usize) -> TractResult<Tract> {
         FloatPrecisionTranslator::new(DatumType::F16, DatumType::F32).transform(&mut model)?;
     }
     let plan = model.into_optimized()?.into_runnable_with_options(&options)?;
-    Ok(Tract { plan, inputs, batch: info.batch, values: info.values() })
+    Ok(Tract { plan, inputs, batch: info.batch().unwrap_or(1) })
 }
 
 /// The file as a message, in which weights outside have the name of the file that holds them, links resolved, and the
 /// length that the file may leave out.
-fn proto(source: Source<'_>, info: &Info, onnx: &Onnx) -> TractResult<pb::ModelProto> {
+fn proto(source: Source<'_>, info: &ModuleInfo, onnx: &Onnx) -> TractResult<pb::ModelProto> {
     let mut proto = match source {
         Source::File(path) => onnx.proto_model_for_path(path)?,
         Source::Bytes(mut bytes) => onnx.proto_model_for_read(&mut bytes)?,
@@ -105,14 +108,20 @@ fn proto(source: Source<'_>, info: &Info, onnx: &Onnx) -> TractResult<pb::ModelP
 }
 
 impl Engine for Tract {
-    fn run(&self, feeds: &[Feed<'_>], mut out: Out<'_>) -> Result<(), String> {
-        let pictures = feeds.first().and_then(|feed| feed.shape.first()).copied().unwrap_or(0);
-        let values = self.batch * self.values;
-        for call in 0..pictures / self.batch {
-            let image = caught(|| self.try_run(feeds, call * self.batch))?;
-            match out.part(call * values, values) {
-                Out::F32(out) => copy(&image, out)?,
-                Out::U8(out) => copy(&image, out)?,
+    fn run(&self, feeds: &[Feed<'_>], outs: &mut [Out<'_>]) -> Result<(), String> {
+        let samples = feeds.first().and_then(|feed| feed.shape.first()).copied().unwrap_or(0);
+        let calls = samples / self.batch;
+        for call in 0..calls {
+            let found = caught(|| self.try_run(feeds, call * self.batch))?;
+            if found.len() != outs.len() {
+                return Err(format!("it has {} outputs, expected {}", found.len(), outs.len()));
+            }
+            for (found, out) in found.iter().zip(&mut *outs) {
+                let values = out.len() / calls;
+                match out.part(call * values, values) {
+                    Out::F32(out) => copy(found, out)?,
+                    Out::U8(out) => copy(found, out)?,
+                }
             }
         }
         Ok(())
@@ -131,8 +140,8 @@ fn copy<T: Datum + Copy>(image: &TValue, out: &mut [T]) -> Result<(), String> {
 }
 
 impl Tract {
-    /// Runs one call on the pictures from `first` on.
-    fn try_run(&self, feeds: &[Feed<'_>], first: usize) -> TractResult<TValue> {
+    /// Runs one call on the samples from `first` on.
+    fn try_run(&self, feeds: &[Feed<'_>], first: usize) -> TractResult<TVec<TValue>> {
         let input = |name: &String| {
             let feed = feeds
                 .iter()
@@ -143,12 +152,13 @@ impl Tract {
             let part = first * of_each..(first + self.batch) * of_each;
             Ok(match feed.values {
                 Values::F32(values) => Tensor::from_shape(&shape, &values[part])?,
+                Values::I32(values) => Tensor::from_shape(&shape, &values[part])?,
                 Values::I64(values) => Tensor::from_shape(&shape, &values[part])?,
             }
             .into_tvalue())
         };
         let inputs = self.inputs.iter().map(input).collect::<TractResult<_>>()?;
-        Ok(self.plan.run(inputs)?.remove(0))
+        self.plan.run(inputs)
     }
 }
 
@@ -185,7 +195,7 @@ mod tests {
         ];
         let two = constant("two", F16, &[], &0x4000u16.to_le_bytes());
         let bytes = Tiny { constants: vec![two], ..Tiny::with_nodes(&nodes) }.bytes();
-        let info = Info::from_bytes(&bytes).unwrap();
+        let info = ModuleInfo::of(Source::Bytes(&bytes)).unwrap();
         assert_eq!(info.precision, "fp32");
         let tract = load(Source::Bytes(&bytes), &info, 1).unwrap();
         let mut facts = tract.plan.model().nodes().iter().flat_map(|node| &node.outputs);

@@ -13,7 +13,7 @@ use super::{Engine, EngineInfo, EngineKind, Feed, Out, Rewrite, threads};
 use crate::contract::Source;
 use crate::placement::Step;
 use crate::printable::printable_lines;
-use crate::{Accelerator, Error, Info, Options, Result};
+use crate::{Accelerator, Error, ModuleInfo, Options, Result};
 
 mod assignment;
 mod provider;
@@ -37,7 +37,7 @@ pub(super) fn info(library: Option<&Path>) -> Result<EngineInfo> {
     Ok(EngineInfo { kind: EngineKind::OnnxRuntime, version, library: Some(library), warning })
 }
 
-pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
+pub(super) fn open(source: Source<'_>, info: &ModuleInfo, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     let runtime = runtime(options.library.as_deref())?;
     let failed = |reason: String| Error::Load { path: source.path().into(), engine: EngineKind::OnnxRuntime, reason };
     let session = session(&runtime.environment, source, threads(options));
@@ -50,7 +50,7 @@ pub(super) fn open(source: Source<'_>, info: &Info, options: &Options) -> Result
 /// Loads a file for an accelerator, which is not proven yet.
 pub(super) fn accelerated(
     source: Source<'_>,
-    info: &Info,
+    info: &ModuleInfo,
     options: &Options,
     accelerator: &Accelerator,
 ) -> Result<Candidate, Refusal> {
@@ -140,8 +140,8 @@ pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<
 }
 
 impl Engine for OnnxRuntime {
-    fn run(&self, feeds: &[Feed<'_>], out: Out<'_>) -> Result<(), String> {
+    fn run(&self, feeds: &[Feed<'_>], outs: &mut [Out<'_>]) -> Result<(), String> {
         let _turn = self.one_at_a_time.as_ref().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner));
-        self.runner.run(feeds, out).map_err(|error| printable_lines(&error.to_string()))
+        self.runner.run(feeds, outs).map_err(|error| printable_lines(&error.to_string()))
     }
 }
