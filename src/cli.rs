@@ -140,7 +140,7 @@ pub struct TeacherTrainArgs {
 /// `dmd distill`.
 #[derive(Debug, Args)]
 pub struct DistillArgs {
-    /// The teacher: a diffusers folder with a UNet2DModel.
+    /// The teacher: a diffusers folder.
     #[arg(long, value_name = "DIR")]
     pub teacher: PathBuf,
     /// The run's folder; running the same command again continues.
@@ -169,9 +169,9 @@ pub struct SettingsArgs {
     /// One setting, such as loss.gan.weight=1e-3; `dmd config show` lists them all. May be repeated.
     ///
     /// `dmd config show` prints every key below its meaning, the values it takes and the paper it is from. The groups:
-    /// the run (steps, batch, accumulate, grad_checkpoint, precision, seed, ratio, samples fresh or shared, data,
+    /// the run (steps, batch, accumulate, grad_checkpoint, precision, seed, ratio, samples fresh or shared, data, prompts,
     /// log_every, sample_every, checkpoint_every); generator (sigma or steps, start, rate, warmup, decay, ema,
-    /// t_range); real_score (guidance_scale); fake_score (rate, warmup, decay, weight, t_range); loss (scores,
+    /// t_range); real_score (guidance_scale, negative); fake_score (rate, warmup, decay, weight, t_range); loss (scores,
     /// divergence, ratio_memory, regression: weight, distance, pairs; gan: weight, critic_weight, r1, start_step,
     /// resolutions, t_range); guards (skip, returns); optimizer (betas, weight_decay, eps, clip).
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -194,6 +194,12 @@ pub struct SettingsArgs {
     /// Pictures for the adversarial term: a folder or a zip.
     #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
+    /// Prompts for a teacher of text, one a line.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// What a teacher of text is guided away from [default: nothing].
+    #[arg(long, value_name = "TEXT")]
+    pub negative: Option<String>,
     /// Pairs for the regression term, made by `dmd pairs`.
     #[arg(long, value_name = "PAIRS")]
     pub pairs: Option<PathBuf>,

@@ -7,7 +7,7 @@ use crate::loss::{Divergence, fake_score_weight};
 use crate::optim::{AdamW, Decay};
 use crate::train::Settings;
 use anyhow::{Context, Result, bail, ensure};
-use dmd_models::Precision;
+use dmd_models::{Precision, Takes, Way};
 use documented::DocumentedFieldsOpt;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,8 @@ pub struct Config {
     pub samples: Samples,
     /// Pictures for the adversarial term: a folder or a zip, those that the teacher was trained on; "" for none.
     pub data: String,
+    /// Prompts for a teacher of text: a file in UTF-8, one a line, drawn with equal chances; "" for none.
+    pub prompts: String,
     /// Steps between lines of metrics.jsonl: 1 or more.
     pub log_every: u64,
     /// Steps between sample grids: 1 or more.
@@ -96,8 +98,11 @@ pub struct GeneratorSettings {
 #[serde(deny_unknown_fields, default)]
 pub struct RealScoreSettings {
     /// Classifier-free guidance, uncond + scale·(cond − uncond): 0 or more; 1 is none (Ho and Salimans 2022, equation
-    /// 6, with scale = 1 + w). Pairs must be made with the same.
+    /// 6, with scale = 1 + w). Pairs must be made with the same. Of text 1.75 in DMD2 for Stable Diffusion 1.5, 8 for SDXL.
     pub guidance_scale: f64,
+    /// The prompt that a teacher of text is guided away from; "" for nothing, which is the empty prompt, or zeros where the
+    /// teacher's pipeline says so (SDXL).
+    pub negative: String,
 }
 
 /// Settings of the fake score.
@@ -289,6 +294,7 @@ pub enum Distance {
 impl Settings for Config {
     const OF_NO_WEIGHT: &'static [&'static str] = &[
         "data",
+        "prompts",
         "log_every",
         "sample_every",
         "checkpoint_every",
@@ -320,6 +326,7 @@ impl Default for Config {
             ratio: 5,
             samples: Samples::Fresh,
             data: String::new(),
+            prompts: String::new(),
             log_every: 10,
             sample_every: 50,
             checkpoint_every: 50,
@@ -351,7 +358,7 @@ impl Default for GeneratorSettings {
 
 impl Default for RealScoreSettings {
     fn default() -> Self {
-        RealScoreSettings { guidance_scale: 1.0 }
+        RealScoreSettings { guidance_scale: 1.0, negative: String::new() }
     }
 }
 
@@ -410,6 +417,11 @@ impl Config {
         positive("fake_score.rate", self.fake_score.rate)?;
         t_range("fake_score.t_range", self.fake_score.t_range)?;
         not_negative("real_score.guidance_scale", self.real_score.guidance_scale)?;
+        ensure!(
+            self.real_score.negative.is_empty() || self.real_score.guidance_scale != 1.0,
+            "real_score.negative is {:?} and real_score.guidance_scale is 1, which guides away from nothing: give a scale, or no negative prompt",
+            self.real_score.negative
+        );
         self.loss.validate(&self.data)?;
         let gan = &self.loss.gan;
         ensure!(
@@ -479,9 +491,12 @@ impl LossSettings {
 }
 
 /// Refuses to guide a teacher that cannot be; `setting` is where `scale` was given.
-pub fn check_guidance(setting: &str, scale: f64, has_classes: bool, null_class: bool) -> Result<()> {
+pub fn check_guidance(setting: &str, scale: f64, takes: &Takes, null_class: bool) -> Result<()> {
+    if takes.told.get(Way::Text).is_some() {
+        return Ok(());
+    }
     ensure!(
-        scale == 1.0 || has_classes,
+        scale == 1.0 || takes.n_classes().is_some(),
         "{setting} is {scale}, but the teacher has no classes to be guided by: leave it at 1"
     );
     ensure!(
@@ -489,6 +504,20 @@ pub fn check_guidance(setting: &str, scale: f64, has_classes: bool, null_class: 
         "{setting} is {scale}, but the teacher knows no pictures without a class: train it with --label-dropout, or leave guidance at 1; where the last row of its class table stands for no class, say \"null_class\": true in its dmd.json"
     );
     Ok(())
+}
+
+/// Refuses prompts for a teacher that is told no text, and a teacher of text without prompts.
+pub fn check_prompts(config: &Config, takes: &Takes) -> Result<()> {
+    let (given, negative) = (!config.prompts.is_empty(), &config.real_score.negative);
+    match takes.told.get(Way::Text) {
+        Some(_) => require(given, || {
+            "the teacher is told text: give --prompts FILE, prompts for it to draw by, one a line".into()
+        }),
+        None => {
+            require(!given, || format!("--prompts {}: the teacher is told no text", config.prompts))?;
+            require(negative.is_empty(), || format!("real_score.negative is {negative:?}: the teacher is told no text"))
+        }
+    }
 }
 
 /// Settings that belong together, as committed files under `src/recipes`.

@@ -219,6 +219,161 @@ fn files_that_are_no_folder_say_what_to_do() {
     w.refuses("sample v1-5.safetensors --npy a.npy", 1, &["is a whole model in one file", "from_single_file"]);
 }
 
+const FOUR: &str = "a photo of a cat\na photo of a hat\nhello\na cat in a hat\n";
+/// Few updates of small batches, all numbers written.
+const SHORT: &str = "distill --teacher teacher --out run --batch 4 --set ratio=1 --set log_every=1";
+
+/// Teachers with latents of their own, and prompts where they are told text.
+fn with_latent_teacher(name: &str) -> (Workplace, &'static str) {
+    let w = with_pipeline(name);
+    w.write("prompts.txt", FOUR);
+    (w, if name == "ldm" { "" } else { "--prompts prompts.txt --guidance 3" })
+}
+
+fn metric(w: &Workplace, run: &str, name: &str) -> Vec<f64> {
+    let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()[name].as_f64().unwrap();
+    w.text(&format!("{run}/metrics.jsonl")).lines().map(line).collect()
+}
+
+#[test]
+fn latent_teachers_become_generators_that_take_prompts() {
+    for name in ["sd", "sdxl", "ldm"] {
+        let (w, told) = with_latent_teacher(name);
+        w.ok(&format!("{SHORT} --steps 3 {told} --set sample_every=3"));
+        for part in std::fs::read_dir(w.path("teacher")).unwrap().map(Result::unwrap).filter(|e| e.path().is_dir()) {
+            let there = w.path("run/generator").join(part.file_name());
+            assert!(there.is_dir(), "{name}: {}", there.display());
+        }
+        let class = |folder: &str| -> serde_json::Value {
+            let index: serde_json::Value =
+                serde_json::from_str(&w.text(&format!("{folder}/model_index.json"))).unwrap();
+            index["_class_name"].clone()
+        };
+        assert_eq!(class("run/generator"), class("teacher"));
+        // Grids are decoded pictures, 16×16 drawn eight times as large; prompts in turn in a line or two below.
+        let grid = image::open(w.path("run/samples/step-00000003.png")).unwrap();
+        let line = if told.is_empty() { 0 } else { 2 + 10 };
+        let side = |pictures: u32, below: u32| pictures * (128 + below + 2) + 2;
+        assert_eq!((grid.width(), grid.height()), (side(4, 0), side(4, line)), "{name}");
+        let prompt = if told.is_empty() { &[][..] } else { &CAT };
+        let output = w.command("sample run -n 2 --npy a.npy --latents b.npy").args(prompt).output().unwrap();
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+        assert_eq!((w.npy("a.npy").dim(), w.npy("b.npy").dim().1), ((2, 3, 16, 16), if name == "ldm" { 3 } else { 4 }));
+    }
+}
+
+/// At the first update both scores are the teacher: unguided they agree, and guided by s they differ by s − 1 times what
+/// the condition changes, if the fake score is not guided.
+#[test]
+fn guidance_is_the_real_score_s_alone() {
+    let (w, _) = with_latent_teacher("sd");
+    let gap = |run: &str, options: &[&str]| {
+        let line = format!("{} --recipe plain --steps 1 --prompts prompts.txt", SHORT.replace("run", run));
+        let output = w.command(&line).args(options).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        metric(&w, run, "score_gap")[0]
+    };
+    assert_eq!(gap("none", &["--guidance", "1"]), 0.0);
+    let [two, four] = ["2", "4"].map(|scale| gap(scale, &["--guidance", scale]));
+    assert!(two > 1e-6 && (four / two - 3.0).abs() < 1e-3, "{two}, {four}");
+    let away = gap("away", &["--guidance", "2", "--negative", "a cat in a hat"]);
+    assert!((away / two - 1.0).abs() > 1e-3, "{away}, {two}");
+}
+
+#[test]
+fn a_run_of_text_goes_on_as_if_it_had_not_stopped() {
+    let (w, told) = with_latent_teacher("sdxl");
+    let line = |out: &str, steps: u64| {
+        format!(
+            "{} --recipe fast --steps {steps} {told} --set accumulate=2 --set checkpoint_every=2 --set sample_every=2",
+            SHORT.replace("run", out)
+        )
+    };
+    w.ok(&line("whole", 4));
+    w.ok(&line("halves", 2));
+    // Prompts in another place, and states that were lost, are the same.
+    std::fs::rename(w.path("prompts.txt"), w.path("moved.txt")).unwrap();
+    std::fs::remove_file(w.path("halves/text/shard-00000.safetensors")).unwrap();
+    w.ok(&line("halves", 4).replace("prompts.txt", "moved.txt"));
+    let mut of = ["whole", "halves"].map(|run| w.snapshot(run));
+    for files in &mut of {
+        common::without_times_in(files);
+        // They name the file of the prompts, and that steps were added.
+        files.retain(|path, _| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            !["config.toml", "changes.jsonl", "dmd.json"].contains(&&*name) && !path.starts_with("generator/unet")
+        });
+    }
+    assert!(of[0].keys().eq(of[1].keys()), "{:?} {:?}", of[0].keys(), of[1].keys());
+    for (path, bytes) in &of[0] {
+        assert!(of[1][path] == *bytes, "{} differs", path.display());
+    }
+    w.write("moved.txt", FOUR.replace("hello", "goodbye"));
+    let other = line("halves", 5).replace("prompts.txt", "moved.txt");
+    w.refuses(&other, 1, &["the run was started with other prompts (the lines under --prompts differ)"]);
+    w.write("moved.txt", FOUR);
+    w.edit_json("teacher/text_encoder/config.json", |config| config["layer_norm_eps"] = json!(1e-4));
+    w.refuses(&other, 1, &["the run was started with other text encoders or tokenizers"]);
+}
+
+/// States read from shards, whatever the number of prompts, are those that the encoders make.
+#[test]
+fn text_states_are_kept_and_known_again() {
+    let w = with_pipeline("sdxl");
+    let teacher = dmd_models::ModelFolder::load(&w.path("teacher"), &Device::Cpu).unwrap();
+    let texts: Vec<String> = (0..300).map(|i| format!("a photo of {i} cats")).collect();
+    let prompts = |texts: &[String]| {
+        let encoders = teacher.text(&Device::Cpu, 2).unwrap().unwrap();
+        dmd::prompts::Prompts::new(texts.to_vec(), encoders, "", 5.0).unwrap()
+    };
+    let (made, mut kept) = (prompts(&texts), prompts(&texts));
+    let folder = w.path("text");
+    // Too many to keep are made as they are asked for.
+    kept.keep(&folder, "encoder", 300 * 4 * 100).unwrap();
+    assert!(!folder.exists());
+    kept.keep(&folder, "encoder", u64::MAX).unwrap();
+    let picks = [299, 0, 255, 256, 0];
+    let [made, kept] = [made, kept].map(|prompts| prompts.told(&picks, &Device::Cpu).unwrap());
+    assert_eq!(kept.iter().map(|(way, _)| way).collect::<Vec<_>>(), [dmd_models::Way::Text, dmd_models::Way::Vector]);
+    for (way, kept) in kept.iter() {
+        let gap = (kept - made.get(way).unwrap()).unwrap().abs().unwrap().max_all().unwrap();
+        let gap: f32 = gap.to_scalar().unwrap();
+        assert!(kept.dim(0).unwrap() == 5 && gap < 1e-5, "{way:?}: {gap}");
+    }
+    let before = w.snapshot("text");
+    prompts(&texts).keep(&folder, "encoder", u64::MAX).unwrap();
+    assert!(w.snapshot("text") == before);
+    let refused =
+        |texts: &[String], encoder: &str| prompts(texts).keep(&folder, encoder, u64::MAX).unwrap_err().to_string();
+    let of_other = refused(&texts, "other");
+    assert!(of_other.contains("holds the text states of another text encoder or tokenizer"), "{of_other}");
+    assert!(refused(&texts[1..], "encoder").contains("of other prompts"));
+}
+
+#[test]
+fn prompts_that_cannot_be_used_are_refused_and_long_ones_cut() {
+    let (w, told) = with_latent_teacher("sd");
+    w.refuses("distill --teacher teacher --out run", 2, &["the teacher is told text: give --prompts FILE"]);
+    for (file, bytes, said) in [
+        ("empty.txt", &b"\n\n"[..], "holds no prompt, expected one a line"),
+        ("latin.txt", b"hat\ncaf\xe9\n", "line 2 is not UTF-8"),
+        ("nul.txt", b"hat\nc\0a\0t\0\n", "line 2 holds a NUL"),
+    ] {
+        w.write(file, bytes);
+        w.refuses(&format!("distill --teacher teacher --out run --prompts {file}"), 1, &[file, said]);
+    }
+    w.refuses("distill --teacher teacher --out run --prompts none.txt", 1, &["none.txt"]);
+    w.refuses(&format!("{SHORT} --prompts prompts.txt --negative hat"), 2, &["guides away from nothing"]);
+    w.write("prompts.txt", format!("hello\n{}\n", "a photo of a cat ".repeat(20)));
+    let said = stderr(&w.run(&format!("{SHORT} {told} --steps 1")));
+    assert!(said.contains("1 of 2 prompts have more than the 22 tokens that the text encoder reads"), "{said}");
+    assert_eq!(said.matches("is left out: \"of a cat a photo").count(), 1, "{said}");
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    w.write("prompts.txt", FOUR);
+    w.refuses("distill --teacher teacher --out run --prompts prompts.txt", 2, &["the teacher is told no text"]);
+    w.refuses("distill --teacher teacher --out run --negative hat --guidance 2", 1, &["no classes to be guided by"]);
+}
+
 #[test]
 fn options_without_effect_are_refused() {
     let w = with_pipeline("sd");
@@ -227,7 +382,6 @@ fn options_without_effect_are_refused() {
     w.refuses("sample teacher --prompts empty.txt --npy a.npy", 1, &["holds no prompt"]);
     w.write("latin.txt", b"caf\xe9\n");
     w.refuses("sample teacher --prompts latin.txt --npy a.npy", 1, &["line 1 is not UTF-8"]);
-    w.refuses("distill --teacher teacher --out run", 1, &["the teacher: is told text"]);
     let w = Workplace::new().with_fixture("ddpm-tiny");
     w.refuses("sample teacher --prompt cat --npy a.npy", 2, &["--prompt", "takes no text"]);
     w.refuses("sample teacher --negative cat --npy a.npy", 2, &["--negative", "teachers of text"]);

@@ -70,6 +70,16 @@ impl Condition<Tensor> {
         if n == 0 { Ok(Condition::none()) } else { Ok(Condition::of(Way::Label, Tensor::from_vec(ids, n, device)?)) }
     }
 
+    /// The rows of several of the same ways, one after the other.
+    pub fn cat(parts: &[Self]) -> Result<Self> {
+        let ways = parts.first().into_iter().flat_map(Self::iter);
+        ways.map(|(way, _)| {
+            let parts: Vec<&Tensor> = parts.iter().filter_map(|part| part.get(way)).collect();
+            Ok((way, Tensor::cat(&parts, 0)?))
+        })
+        .collect()
+    }
+
     /// One row `(1, …)` of each way as a batch of `n`.
     pub fn repeated(&self, n: usize) -> Result<Self> {
         self.try_map(|row| Ok(row.broadcast_as([&[n], &row.dims()[1..]].concat())?.contiguous()?))

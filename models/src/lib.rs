@@ -35,4 +35,4 @@ pub use networks::unet2d::{UNet, UNetConfig};
 pub use networks::{Architecture, Network, NetworkConfig, Takes, Told, Want};
 pub use noise_levels::NoiseLevels;
 pub use pipeline::Pipeline;
-pub use weights::{Weights, read_metadata, write_whole};
+pub use weights::{Weights, read_metadata, read_row, write_whole};

@@ -1,6 +1,7 @@
 //! A model's parts in the order in which data passes through them.
 
 use crate::encoders::{Autoencoder, TextEncoders};
+use crate::error::printable;
 use crate::{Condition, Denoiser, Error, Result};
 use candle_core::Tensor;
 
@@ -23,12 +24,17 @@ impl From<Denoiser> for Pipeline {
 }
 
 impl Pipeline {
-    /// What the network is told of each prompt.
+    /// What the network is told of each prompt. What is cut of one that is too long is said.
     pub fn condition(&self, prompts: &[&str]) -> Result<Condition<Tensor>> {
-        match &self.text {
-            Some(text) => text.encode(prompts),
-            None => Err(Error::Config("this model takes no prompts".into())),
+        let Some(text) = &self.text else { return Err(Error::Config("this model takes no prompts".into())) };
+        for (_, cut) in text.cut(prompts)? {
+            log::warn!(
+                "a prompt has more than the {} tokens that the text encoder reads; left out: \"{}\"",
+                text.room(),
+                printable(&cut)
+            );
         }
+        text.encode(prompts)
     }
 
     /// Guides away from this prompt, and no longer from nothing.

@@ -251,6 +251,27 @@ fn load_shards(index: &Path, device: &Device) -> Result<Weights> {
     Ok(weights)
 }
 
+/// One row `(1, …)` of a tensor of a safetensors file, without reading the others; refused where the tensor is not of this
+/// shape, whose first axis counts the rows.
+pub fn read_row(path: &Path, name: &str, row: usize, shape: &[usize], device: &Device) -> Result<Tensor> {
+    use candle_core::safetensors::Load;
+    let (mut file, header) = open(path)?;
+    let in_tensor = |e: &dyn std::fmt::Display| Error::file(path, format!("tensor \"{name}\": {e}"));
+    let info = header.info(name).ok_or_else(|| in_tensor(&"is missing"))?;
+    let n_rows = shape.first().copied().unwrap_or(0);
+    if info.shape != shape || row >= n_rows {
+        return Err(in_tensor(&format!("has shape {:?}, expected {shape:?} with a row {row}", info.shape)));
+    }
+    let n_bytes = (info.data_offsets.1 - info.data_offsets.0) / n_rows;
+    let first = (info.data_offsets.0 + row * n_bytes) as i64;
+    let mut bytes = vec![0; n_bytes];
+    file.seek(std::io::SeekFrom::Current(first)).map_err(Error::io(path))?;
+    file.read_exact(&mut bytes).map_err(Error::io(path))?;
+    let of_row = [&[1], &shape[1..]].concat();
+    let view = TensorView::new(info.dtype, of_row, &bytes).map_err(|e| in_tensor(&e))?;
+    view.load(device).map_err(|e| in_tensor(&e))
+}
+
 /// The names of the tensors of a safetensors file, without reading them.
 pub(crate) fn tensor_names(path: &Path) -> Result<Vec<String>> {
     Ok(open(path)?.1.offset_keys())

@@ -2,7 +2,7 @@
 
 use super::{model_path, without_effect};
 use crate::cli::{DistillArgs, SettingsArgs};
-use crate::config::{self, Config, check_guidance};
+use crate::config::{self, Config, check_guidance, check_prompts};
 use crate::output::say;
 use crate::{device, distill, memory, pairs};
 use anyhow::{Context, Result};
@@ -52,6 +52,8 @@ pub fn settings(args: &SettingsArgs) -> Result<Config> {
     config.real_score.guidance_scale = args.guidance.unwrap_or(config.real_score.guidance_scale);
     let text = |path: &PathBuf| path.display().to_string();
     config.data = args.data.as_ref().map_or(config.data, text);
+    config.prompts = args.prompts.as_ref().map_or(config.prompts, text);
+    config.real_score.negative = args.negative.clone().unwrap_or(config.real_score.negative);
     config.loss.regression.pairs = args.pairs.as_ref().map_or(config.loss.regression.pairs, text);
     config.generator.start = args.start.as_ref().map_or(config.generator.start, text);
     Ok(config)
@@ -62,7 +64,8 @@ fn check_beforehand(config: &Config, teacher: &Path) -> Result<()> {
     let regression = &config.loss.regression;
     let Some((takes, null_class)) = small_files(teacher) else { return Ok(()) };
     let guidance = config.real_score.guidance_scale;
-    check_guidance("real_score.guidance_scale", guidance, takes.n_classes().is_some(), null_class)?;
+    check_guidance("real_score.guidance_scale", guidance, &takes, null_class)?;
+    check_prompts(config, &takes)?;
     if let Some([height, width]) = takes.size.filter(|_| regression.weight > 0.0) {
         pairs::manifest_for(Path::new(&regression.pairs), [takes.channels, height, width], guidance)?;
     }

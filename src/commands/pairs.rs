@@ -23,7 +23,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     not_negative("--guidance", args.guidance)?;
     let path = model_path(&args.teacher)?;
     if let Some((takes, null_class)) = small_files(&path) {
-        check_guidance("--guidance", args.guidance, takes.n_classes().is_some(), null_class)?;
+        check_guidance("--guidance", args.guidance, &takes, null_class)?;
     }
     let device = args.device.open()?;
     let teacher = ModelFolder::load(&path, &Device::Cpu)?;

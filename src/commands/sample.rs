@@ -246,17 +246,10 @@ impl Source {
             && let Model { pipeline, passes: Passes::Many { guidance_scale, .. } } = model.as_mut()
         {
             crate::config::not_negative("--guidance", scale)?;
-            if let Some(text) = &mut pipeline.text {
-                match &mut text.guidance {
-                    Some(told) => *told = scale,
-                    None => *guidance_scale = scale,
-                }
-                return Ok(());
-            }
             let denoiser = &pipeline.denoiser;
-            let (has_classes, null_class) = (denoiser.n_classes().is_some(), denoiser.unconditional.is_some());
-            crate::config::check_guidance("--guidance", scale, has_classes, null_class)?;
-            *guidance_scale = scale;
+            let (takes, knows_none) = (denoiser.network.takes(), denoiser.unconditional.is_some());
+            crate::config::check_guidance("--guidance", scale, &takes, knows_none)?;
+            *guidance_scale = pipeline.text.as_mut().map_or(scale, |text| text.guide(scale));
         }
         Ok(())
     }
@@ -307,7 +300,7 @@ impl Source {
         batch: usize,
         done: &dyn Fn(usize),
     ) -> Result<Array4<f32>> {
-        ensure!(!self.is_told_text(), "this model is told text, which only `dmd sample` can as yet");
+        ensure!(!self.is_told_text(), "this model is told text, which only `dmd sample` and `dmd distill` can as yet");
         Ok(self.make(noise, labels, &[], batch, done)?.pictures)
     }
 
@@ -357,11 +350,7 @@ fn told(pipeline: &Pipeline, prompts: &[String], n: usize, batch: usize) -> Resu
     let prompts: Vec<&str> = prompts.iter().take(n).map(String::as_str).collect();
     let parts: Vec<_> = prompts.chunks(batch).map(|part| pipeline.condition(part)).collect::<Result<_, _>>()?;
     let rows = Tensor::from_iter((0..n).map(|i| (i % prompts.len()) as u32), pipeline.denoiser.network.device())?;
-    let ways = parts.first().into_iter().flat_map(Condition::iter).map(|(way, _)| {
-        let parts: Vec<&Tensor> = parts.iter().filter_map(|part| part.get(way)).collect();
-        Ok((way, Tensor::cat(&parts, 0)?.index_select(&rows, 0)?))
-    });
-    ways.collect()
+    Ok(Condition::cat(&parts)?.try_map(|told| told.index_select(&rows, 0))?)
 }
 
 /// A generator's steps are its own.

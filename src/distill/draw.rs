@@ -139,7 +139,7 @@ impl Reality {
 impl Networks {
     pub(super) fn draw_for_generator(&self, config: &Config, random: &Random, step: u64) -> Result<Draw> {
         let n = config.batch;
-        let cond = random.condition(Purpose::GeneratorLabel, step, n, self.real_score.n_classes())?;
+        let cond = self.draw_condition(random, Purpose::GeneratorLabel, step, n)?;
         let noise = random.normal(Purpose::GeneratorNoise, step, &self.shape_of(n))?;
         let (input, level) = self.simulate(random, step * (config.ratio + 1), &noise, &cond)?;
         let gan = &config.loss.gan;
@@ -166,7 +166,7 @@ impl Networks {
         let shared = self.last_samples.as_ref().filter(|_| turn == 0 && config.samples == Samples::Shared);
         let cond = match shared {
             Some(samples) => samples.cond.clone(),
-            None => random.condition(Purpose::CriticLabel, update, n, self.real_score.n_classes())?,
+            None => self.draw_condition(random, Purpose::CriticLabel, update, n)?,
         };
         let noise = random.normal(Purpose::CriticNoise, update, &self.shape_of(n))?;
         let (input, level) = match shared {
@@ -188,6 +188,14 @@ impl Networks {
         let injection = self.injection(random, purposes, update, n, config.fake_score.t_range)?;
         let samples = shared.map(|samples| samples.x.clone());
         Ok(Draw { input, level, cond, samples, injection, adversary, real, pair: None })
+    }
+
+    /// What the networks are told of `n` samples: prompts, or classes where there are any.
+    fn draw_condition(&self, random: &Random, purpose: Purpose, step: u64, n: usize) -> Result<Condition<Tensor>> {
+        match &self.prompts {
+            Some(prompts) => prompts.draw(random, purpose, step, n),
+            None => random.condition(purpose, step, n, self.real_score.n_classes()),
+        }
     }
 
     /// What a pass of the generator gets, and its noise level: a few-step generator's pass is drawn, and the passes

@@ -12,20 +12,21 @@ pub use health::Health;
 mod monitor;
 use monitor::Monitor;
 
-use crate::config::{Config, Distance, ScoreLoss, Sigma, SigmaName, check_guidance};
+use crate::config::{Config, Distance, RealScoreSettings, ScoreLoss, Sigma, SigmaName, check_guidance, check_prompts};
 use crate::data::{self, DataOptions};
 use crate::device::check_precision;
 use crate::fingerprint::{self, Fingerprint};
 use crate::memory::{self, Needs, Work};
 use crate::pairs::Pairs;
+use crate::prompts::{self, Prompts};
 use crate::random::{Random, picture_noise};
-use crate::sample::{Model, labels_in_turn};
+use crate::sample::Model;
 use crate::train::{self, Checkpoint, Numbers, Parts, Run, Schedule, Trainee, restore_vars, vars_as_weights};
 use crate::{output, picture};
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
+use dmd_models::Autoencoder;
 use dmd_models::cost::cost;
-use dmd_models::encoders::Autoencoder;
 use dmd_models::folder::{About, Kind};
 use dmd_models::{ModelFolder, Pipeline, Weights};
 use serde_json::{Value, json};
@@ -72,8 +73,6 @@ struct Distillation<'a> {
     random: Random,
     /// The generator's folder, but for its weights.
     folder: ModelFolder,
-    /// What makes pictures of samples.
-    decoder: Option<Autoencoder>,
     teacher: Fingerprint,
     /// What the run learns from besides the teacher, by its content: what it is called in `state.json`, what it is called
     /// in a message, the hash.
@@ -122,16 +121,15 @@ fn passes(config: &Config) -> [f64; 2] {
 impl<'a> Distillation<'a> {
     /// `begins`: nothing will be restored from a checkpoint.
     fn new(config: &'a Config, teacher: ModelFolder, begins: bool, out: &'a Path, device: &Device) -> Result<Self> {
-        teacher.needs_no_text().context("the teacher")?;
+        check_prompts(config, &teacher.config.takes())?;
         let known_teacher = fingerprint::teacher(&teacher)?;
         let sigmas = noise_levels(config, &teacher)?;
         let guidance = config.real_score.guidance_scale;
-        check_guidance("real_score.guidance_scale", guidance, teacher.n_classes().is_some(), teacher.about.null_class)?;
+        check_guidance("real_score.guidance_scale", guidance, &teacher.config.takes(), teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
-        let decoder = teacher.decoder(device)?;
         let random = Random { seed: config.seed, device: device.clone() };
-        let beginning = beginning(config, &teacher, &sigmas, begins)?;
-        let known = known(config, &beginning)?;
+        let beginning = beginning(config, &teacher, &sigmas, begins, device)?;
+        let known = known(config, &teacher, &beginning)?;
         let networks = Networks::new(&teacher, &sigmas, config, beginning, &random)?;
         let about = About {
             kind: Kind::Generator,
@@ -141,13 +139,13 @@ impl<'a> Distillation<'a> {
             version: crate::VERSION.into(),
             ..teacher.about
         };
-        let folder = ModelFolder { about, ..teacher };
+        // The networks have the teacher's weights.
+        let folder = ModelFolder { about, weights: Weights::default(), ..teacher };
         Ok(Distillation {
             config,
             networks,
             random,
             folder,
-            decoder,
             teacher: known_teacher,
             known,
             out,
@@ -157,6 +155,14 @@ impl<'a> Distillation<'a> {
 }
 
 impl Trainee for Distillation<'_> {
+    /// Text states of all prompts.
+    fn prepare(&mut self, run: &Run) -> Result<()> {
+        let Some(prompts) = &mut self.networks.prompts else { return Ok(()) };
+        let text =
+            self.known.iter().find(|(name, ..)| *name == TEXT).context("prompts are known with what reads them")?;
+        prompts.keep(&run.path("text"), &text.2, KEPT_BYTES)
+    }
+
     /// One update of the generator, then `ratio` of the fake score.
     fn update(&mut self, step: u64) -> Result<Numbers> {
         let mut health = self.networks.update_generator(self.config, &self.random, step)?;
@@ -255,19 +261,42 @@ impl Trainee for Distillation<'_> {
     fn draw_samples(&self, path: &Path) -> Result<()> {
         let denoiser = self.folder.denoiser_on(&self.networks.averages[0].view.detached())?;
         let shape = self.folder.sample_shape()?;
-        let labels = labels_in_turn(GRID, denoiser.n_classes());
         let noise = picture_noise(self.config.seed, 0, GRID, shape, &Device::Cpu)?;
-        let pipeline = Pipeline { text: None, denoiser, decoder: self.decoder.clone() };
+        let cond = self.networks.told_in_turn(GRID, &self.random.device)?;
+        // The decoder is in memory only while somebody looks.
+        let decoder = self.folder.decoder(&self.random.device)?;
+        let pipeline = Pipeline { text: None, denoiser, decoder };
         let model = Model::of_steps(pipeline, &self.networks.sigmas, self.config.seed);
-        let images = model.pictures(&noise, &labels, GRID)?;
-        let grid = picture::grid(&images, picture::columns(GRID), (128 / images.dim().2.max(1) as u32).max(1));
+        let images = model.make(&noise, &cond, GRID, &|_| {})?.pictures;
+        let (columns, scale) = (picture::columns(GRID), (128 / images.dim().2.max(1) as u32).max(1));
+        let grid = match &self.networks.prompts {
+            Some(prompts) => picture::captioned(&images, &prompts.texts, columns, scale),
+            None => picture::grid(&images, columns, scale),
+        };
         picture::save(path, &grid)
     }
 }
 
+/// Text states of so many bytes are kept on the disk, at most: of 72,000 prompts for Stable Diffusion 1.5.
+const KEPT_BYTES: u64 = 16 << 30;
+/// By this name a checkpoint says what reads prompts.
+const TEXT: &str = "text_sha256";
+
 /// What a run learns from besides the teacher, as [`Distillation::known`] has it.
-fn known(config: &Config, beginning: &Beginning) -> Result<Vec<(&'static str, &'static str, String)>> {
+fn known(
+    config: &Config,
+    teacher: &ModelFolder,
+    beginning: &Beginning,
+) -> Result<Vec<(&'static str, &'static str, String)>> {
     let mut known = Vec::new();
+    if let Some(prompts) = &beginning.prompts {
+        known.push((
+            "prompts_sha256",
+            "prompts (the lines under --prompts differ)",
+            fingerprint::prompts(&prompts.texts),
+        ));
+        known.push((TEXT, "text encoders or tokenizers (those of the teacher differ)", fingerprint::text(teacher)?));
+    }
     if let Some(reality) = &beginning.reality {
         known.push((
             "data_sha256",
@@ -314,7 +343,23 @@ fn noise_levels(config: &Config, teacher: &ModelFolder) -> Result<Vec<f64>> {
 
 /// What the networks begin as, and the pairs and pictures they learn from; each refused where it does not go with the
 /// teacher; `sigmas` are the run's passes.
-fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64], begins: bool) -> Result<Beginning> {
+fn beginning(
+    config: &Config,
+    teacher: &ModelFolder,
+    sigmas: &[f64],
+    begins: bool,
+    device: &Device,
+) -> Result<Beginning> {
+    // Told here whether it can be read, and read again whenever somebody looks.
+    let factor = teacher.decoder(&Device::Cpu)?.as_ref().map_or(1, Autoencoder::factor);
+    let prompts = match teacher.text(device, factor).context("the teacher")? {
+        Some(encoders) => {
+            let texts = prompts::read(Path::new(&config.prompts))?;
+            let RealScoreSettings { negative, guidance_scale, .. } = &config.real_score;
+            Some(Prompts::new(texts, encoders, negative, *guidance_scale)?)
+        }
+        None => None,
+    };
     let pairs = &config.loss.regression;
     let pairs = match pairs.weight > 0.0 {
         true => Some(Pairs::load(Path::new(&pairs.pairs), teacher, config.real_score.guidance_scale)?),
@@ -333,7 +378,7 @@ fn beginning(config: &Config, teacher: &ModelFolder, sigmas: &[f64], begins: boo
         true => (None, None),
         false => start_of(Path::new(&config.generator.start), teacher, sigmas)?,
     };
-    Ok(Beginning { generator, fake_score, reality, pairs })
+    Ok(Beginning { generator, fake_score, reality, pairs, prompts })
 }
 
 /// Generator and, where `path` is a run with a checkpoint, fake score to go on from; `sigmas` are the new run's passes.

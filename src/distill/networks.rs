@@ -6,11 +6,13 @@ use crate::config::Config;
 use crate::loss::RatioBins;
 use crate::optim::Optimizer;
 use crate::pairs::Pairs;
+use crate::prompts::Prompts;
 use crate::random::Random;
 use crate::regression::Comparison;
+use crate::sample::labels_in_turn;
 use crate::train::Group;
 use anyhow::Result;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::{Condition, Denoiser, Eager, ModelFolder, Precision, Prediction, Training, Weights};
 use std::collections::BTreeMap;
 
@@ -38,6 +40,10 @@ pub struct Networks {
     pub(super) regression: Option<(Pairs, Comparison)>,
     /// Real pictures in the teacher's classes.
     pub(super) reality: Option<Reality>,
+    /// Prompts, for a teacher that is told text.
+    pub(super) prompts: Option<Prompts>,
+    /// Classifier-free guidance of the real score; 1 for none.
+    pub(super) guidance_scale: f64,
     /// The generator's weights.
     pub generator_vars: BTreeMap<String, Var>,
     /// The fake score's weights.
@@ -79,6 +85,8 @@ pub struct Beginning {
     pub reality: Option<Reality>,
     /// Noise–picture pairs.
     pub pairs: Option<Pairs>,
+    /// Prompts, for a teacher that is told text.
+    pub prompts: Option<Prompts>,
 }
 
 /// Pictures of the generator with what it was told of them.
@@ -108,7 +116,12 @@ impl Networks {
         };
         let shape = teacher.sample_shape()?;
         let training = Training::new(config.precision, config.grad_checkpoint);
-        let denoiser = |weights: &Weights| teacher.denoiser_on(weights);
+        let unsaid = beginning.prompts.as_ref().map(|prompts| &prompts.unsaid);
+        let denoiser = |weights: &Weights| -> Result<Denoiser> {
+            let denoiser = teacher.denoiser_on(weights)?;
+            let unconditional = unsaid.cloned().or(denoiser.unconditional);
+            Ok(Denoiser { unconditional, ..denoiser })
+        };
         // Nothing is lost: every pass rounds the kernels of convolutions, and they alone, which are nearly all weights.
         let frozen = match config.precision {
             Precision::F32 => start.detached(),
@@ -151,6 +164,11 @@ impl Networks {
             ratio_bins: RatioBins::new(RATIO_BINS, config.loss.ratio_memory),
             regression,
             reality: beginning.reality,
+            guidance_scale: match &beginning.prompts {
+                Some(prompts) => prompts.guidance_scale,
+                None => config.real_score.guidance_scale,
+            },
+            prompts: beginning.prompts,
             generator_optimizer: Optimizer::new(&generator_vars, config.optimizer)?,
             fake_optimizer: Optimizer::new(&fake_vars, config.optimizer)?,
             averages: config.generator.ema.decays().iter().map(average).collect::<Result<_>>()?,
@@ -166,6 +184,14 @@ impl Networks {
     /// `(C, H, W)` of a sample.
     pub fn shape(&self) -> [usize; 3] {
         self.shape
+    }
+
+    /// What the networks are told of `n` samples where nobody chooses: prompts, or classes where there are any, in turn.
+    pub fn told_in_turn(&self, n: usize, device: &Device) -> Result<Condition<Tensor>> {
+        match &self.prompts {
+            Some(prompts) => prompts.told(&(0..n).map(|i| (i % prompts.len()) as u32).collect::<Vec<_>>(), device),
+            None => Ok(Condition::of_classes(labels_in_turn(n, self.real_score.n_classes()), device)?),
+        }
     }
 
     /// The teacher, as the student sees it.

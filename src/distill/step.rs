@@ -64,8 +64,7 @@ impl Networks {
         // Distribution matching stops here: the scores judge the sample, no gradient passes through them.
         let through = matches!(terms.scores, ScoreLoss::ScoreIdentity { .. });
         let x_t = draw.injection.add_to(&if through { x.clone() } else { x.detach() })?;
-        let scale = config.real_score.guidance_scale;
-        let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, cond, scale)?;
+        let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, cond, self.guidance_scale)?;
         let x0_fake = self.fake_score_still.denoise(&self.training, &x_t, sigma, cond)?;
         let Matching { mut loss, real_error, score_gap } = match terms.scores {
             ScoreLoss::DistributionMatching => distribution_matching(&x, &x0_real, &x0_fake, h)?,

@@ -6,6 +6,7 @@ mod legacy;
 use crate::data::Pictures;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
+use dmd_models::encoders::TextEncoder;
 use dmd_models::{ModelFolder, NetworkConfig};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -35,6 +36,42 @@ pub fn teacher(teacher: &ModelFolder) -> Result<Fingerprint> {
         "scheduler": teacher.scheduler.json(),
     });
     Ok(Fingerprint { now: of_json(known), legacy: legacy::teacher(teacher, &weights) })
+}
+
+/// What reads prompts: the configs and weights of a model's text encoders, and their tokenizers.
+pub fn text(model: &ModelFolder) -> Result<String> {
+    let mut known = serde_json::Map::new();
+    for (name, part) in &model.parts {
+        let of_text = name.starts_with("text_encoder") || name.starts_with("tokenizer");
+        let mut files: Vec<_> = match of_text {
+            true => std::fs::read_dir(&part.path)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?,
+            false => Vec::new(),
+        };
+        // How weights are cut into shards says nothing of them.
+        let small = |path: &Path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            [".json", ".txt"].iter().any(|end| name.ends_with(end)) && !name.ends_with(".index.json")
+        };
+        files.retain(|path| small(path));
+        for path in files {
+            known.insert(format!("{name}/{}", path.file_name().unwrap_or_default().display()), json!(file(&path)?));
+        }
+        if name.starts_with("text_encoder") {
+            let weights = TextEncoder::weights(&part.path)?.to(DType::F32, &Device::Cpu)?;
+            known.insert(name.clone(), json!(dmd_export::weights_sha256(&weights)?));
+        }
+    }
+    Ok(of_json(Value::Object(known)))
+}
+
+/// Prompts, in their order.
+pub fn prompts(texts: &[String]) -> String {
+    let mut hash = Sha256::new();
+    for text in texts {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    }
+    hex(hash)
 }
 
 /// What a teacher learns, and what learns it.

@@ -23,6 +23,10 @@ use std::time::Instant;
 
 /// What the loop trains: networks with their optimisers, and what they learn from.
 pub trait Trainee {
+    /// Makes what training needs from the run's folder, after all was found fit to begin and before the first update.
+    fn prepare(&mut self, _run: &Run) -> Result<()> {
+        Ok(())
+    }
     /// One update, counted from 0, and its numbers. A loss or gradient that is not finite is [`NotFinite`] and changes no
     /// weight.
     fn update(&mut self, step: u64) -> Result<Numbers>;
@@ -93,6 +97,7 @@ pub fn train<S: Settings>(
     if !done_already {
         run.check_room(&trainee.parts()?)?;
     }
+    trainee.prepare(&run)?;
     let is_due = |step: u64, every: u64| step.is_multiple_of(every) || step == n_steps;
     // The grid of a checkpoint may be missing where the run was killed.
     let grid = run.sample_path(step);

@@ -2,7 +2,6 @@
 
 use super::clip::{ClipConfig, ClipText};
 use super::tokenizer::Tokenizer;
-use crate::error::printable;
 use crate::folder::{json, weights_file};
 use crate::interpret::Eager;
 use crate::layers::Loader;
@@ -45,12 +44,14 @@ pub struct TextEncoder {
 impl TextEncoders {
     /// What a network is told of each prompt: [`Way::Text`], states `(B, N, C)`; and, where it is told sizes, [`Way::Vector`]
     /// `(B, P + 6)`: the pooled text of the last encoder, then height and width of the picture before it was cropped, what
-    /// was cropped above and left, height and width after; and the guidance scale if it is told. f32. Prompts that are too long are cut, which is said.
+    /// was cropped above and left, height and width after; and the guidance scale if it is told. f32. Prompts that are too long
+    /// are cut ([`TextEncoders::cut`]).
     pub fn encode(&self, prompts: &[&str]) -> Result<Condition<Tensor>> {
         let mut states = Vec::new();
         let mut pooled = None;
         for (i, encoder) in self.encoders.iter().enumerate() {
-            let ids = encoder.ids(prompts, i == 0)?;
+            let ids =
+                prompts.iter().map(|prompt| Ok(encoder.tokenizer.encode(prompt)?.ids)).collect::<Result<Vec<_>>>()?;
             let found = encoder.model.run(&Eager, &encoder.tensor(&ids)?)?;
             let layer = match self.layer {
                 Layer::Last => &found.last,
@@ -76,6 +77,31 @@ impl TextEncoders {
             None => None,
         };
         self.told(zeros(&[1, n, width])?, pooled)
+    }
+
+    /// Which of these prompts are too long, and what the first encoder leaves out of each.
+    pub fn cut(&self, prompts: &[&str]) -> Result<Vec<(usize, String)>> {
+        let Some(first) = self.encoders.first() else { return Ok(Vec::new()) };
+        let cut = prompts.iter().enumerate().map(|(i, prompt)| Ok((i, first.tokenizer.encode(prompt)?.cut)));
+        let cut = cut.collect::<Result<Vec<_>>>()?;
+        Ok(cut.into_iter().filter_map(|(i, cut)| Some((i, cut?))).collect())
+    }
+
+    /// Tokens of a prompt that are read.
+    pub fn room(&self) -> usize {
+        self.encoders.first().map_or(0, |encoder| encoder.tokenizer.length() - 2)
+    }
+
+    /// Guides by this scale, and returns what is left of it for classifier-free guidance: a network that imitates guidance is
+    /// told the scale from now on, which leaves 1, none.
+    pub fn guide(&mut self, scale: f64) -> f64 {
+        match &mut self.guidance {
+            Some(told) => {
+                *told = scale;
+                1.0
+            }
+            None => scale,
+        }
     }
 
     /// States, and the vector of what else there is.
@@ -111,9 +137,14 @@ impl TextEncoder {
         let path = model.join("config.json");
         let config = config::from_value(&json::read(&path)?).map_err(|e| Error::file(&path, e))?;
         let file = weights_file(model, WEIGHTS)?;
-        let weights = Weights::load(&file, &Device::Cpu)?.to(DType::F32, device)?;
+        let weights = Self::weights(model)?.to(DType::F32, device)?;
         let clip = read(&config, &weights).map_err(|e| Error::file(&file, e))?;
         Self::new(Tokenizer::load(tokenizer)?, clip).map_err(|e| Error::file(tokenizer, e))
+    }
+
+    /// The weights of a folder `text_encoder/`, in the file's own dtype.
+    pub fn weights(model: &Path) -> Result<Weights> {
+        Weights::load(&weights_file(model, WEIGHTS)?, &Device::Cpu)
     }
 
     /// A tokenizer and its text encoder, if they fit together.
@@ -137,21 +168,6 @@ impl TextEncoder {
     /// Its transformer.
     pub fn model(&self) -> &ClipText {
         &self.model
-    }
-
-    fn ids(&self, prompts: &[&str], say: bool) -> Result<Vec<Vec<u32>>> {
-        let encode = |prompt: &&str| {
-            let tokens = self.tokenizer.encode(prompt)?;
-            if let Some(cut) = tokens.cut.filter(|_| say) {
-                log::warn!(
-                    "a prompt has more than the {} tokens that the text encoder reads; left out: \"{}\"",
-                    self.tokenizer.length() - 2,
-                    printable(&cut)
-                );
-            }
-            Ok(tokens.ids)
-        };
-        prompts.iter().map(encode).collect()
     }
 
     fn tensor(&self, ids: &[Vec<u32>]) -> Result<Tensor> {

@@ -203,12 +203,12 @@ impl ModelFolder {
     pub fn needs_no_text(&self) -> Result<()> {
         match self.config.takes().told.get(Way::Text) {
             None => Ok(()),
-            Some(_) => Err(Error::Config("is told text, which only `dmd sample` can as yet".into())),
+            Some(_) => Err(Error::Config("is told text, which only `dmd sample` and `dmd distill` can as yet".into())),
         }
     }
 
     /// What reads prompts, if the network is told text; `factor` is that of the decoder.
-    fn text(&self, device: &Device, factor: usize) -> Result<Option<TextEncoders>> {
+    pub fn text(&self, device: &Device, factor: usize) -> Result<Option<TextEncoders>> {
         let takes = self.config.takes();
         let Some(Told::Tokens(expected)) = takes.told.get(Way::Text) else { return Ok(None) };
         let refuse = |message: String| Err(Error::Config(message));
@@ -355,6 +355,10 @@ impl ModelFolder {
         }
         for (name, part) in &self.parts {
             index[name] = serde_json::json!([part.library, part.class]);
+        }
+        // No network says itself that its samples are latents.
+        if self.parts.contains_key("vqvae") {
+            index["_class_name"] = serde_json::json!("LDMPipeline");
         }
         if index["_class_name"] == layout::NAMES_CLASSES && !self.about.classes.is_empty() {
             let names = self.about.classes.iter().enumerate();

@@ -1,7 +1,10 @@
-//! Prompts by the line.
+//! Prompts by the line, and what networks are told of them.
+
+mod states;
+pub use states::Prompts;
 
 use crate::output::say;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::Path;
 
 /// Bytes of a file of prompts: ten million of ten words.
@@ -19,6 +22,9 @@ pub fn read(path: &Path) -> Result<Vec<String>> {
         anyhow::anyhow!("{}: line {line} is not UTF-8: save the file as UTF-8", name())
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    if let Some(line) = text.lines().position(|line| line.contains('\0')) {
+        bail!("{}: line {} holds a NUL, as no text does: save the file as UTF-8", name(), line + 1);
+    }
     let prompts: Vec<String> =
         text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_string).collect();
     ensure!(!prompts.is_empty(), "{}: holds no prompt, expected one a line", name());
@@ -43,5 +49,6 @@ mod tests {
         assert_eq!(read("\u{feff}a cat\r\n\n  naïve 猫 \n".as_bytes()).unwrap(), ["a cat", "naïve 猫"]);
         assert!(read(b"\n \n").unwrap_err().contains("holds no prompt, expected one a line"));
         assert!(read(b"one\ntwo \xff\n").unwrap_err().contains("line 2 is not UTF-8"));
+        assert!(read(b"one\ntwo\0\n").unwrap_err().contains("line 2 holds a NUL"));
     }
 }
