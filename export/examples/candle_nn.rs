@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap, conv2d, layer_norm};
-use dmd_export::{ExportOptions, ExportReport, ModelInfo, Network, export};
+use dmd_export::{ExportOptions, ExportReport, Input, ModelInfo, Module, export};
 use dmd_models::layers::{Conv2d, LayerNorm};
 use dmd_models::{Activation, Backend, Condition, Result};
 use std::path::Path;
@@ -16,14 +16,14 @@ struct Painter {
     last: Conv2d,
 }
 
-impl Network for Painter {
-    fn channels(&self) -> usize {
-        3
+impl Module for Painter {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([3, 16, 16])]
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> Result<B::Value> {
-        let h = b.layer_norm(&b.conv2d(noise, &self.first)?, &self.norm)?;
-        b.conv2d(&b.activation(&h, Activation::GeluTanh)?, &self.last)
+    fn run<B: Backend>(&self, b: &B, inputs: &[B::Value], _: &Condition<B::Value>) -> Result<Vec<B::Value>> {
+        let h = b.layer_norm(&b.conv2d(&inputs[0], &self.first)?, &self.norm)?;
+        Ok(vec![b.conv2d(&b.activation(&h, Activation::GeluTanh)?, &self.last)?])
     }
 }
 
@@ -37,7 +37,7 @@ pub fn write(path: &Path) -> std::result::Result<ExportReport, Box<dyn std::erro
         norm: layer_norm(32, 1e-5, vb.pp("norm"))?.into(),
         last: conv2d(32, 3, 3, config, vb.pp("last"))?.into(),
     };
-    let info = ModelInfo { size: [16, 16], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     Ok(export(&painter, &info, &ExportOptions::default(), path)?)
 }
 

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use dmd_export::lint::{Target, lint, read};
-use dmd_export::{ExportOptions, ExportReport, ModelInfo, Network, export};
+use dmd_export::{ExportOptions, ExportReport, Input, ModelInfo, Module, export};
 use dmd_models::layers::{Conv2d, GroupNorm};
 use dmd_models::{Activation, Backend, Condition, Result};
 use std::path::Path;
@@ -31,21 +31,21 @@ impl Small {
     }
 }
 
-impl Network for Small {
-    fn channels(&self) -> usize {
-        self.last.weight.dims()[0]
+impl Module for Small {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([self.last.weight.dims()[0], 32, 32])]
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> Result<B::Value> {
-        let x = b.conv2d(noise, &self.first)?;
+    fn run<B: Backend>(&self, b: &B, inputs: &[B::Value], _: &Condition<B::Value>) -> Result<Vec<B::Value>> {
+        let x = b.conv2d(&inputs[0], &self.first)?;
         let h = b.conv2d(&b.group_norm(&x, &self.norm, Some(Activation::Silu))?, &self.inner)?;
-        b.conv2d(&b.add(&x, &h)?, &self.last)
+        Ok(vec![b.conv2d(&b.add(&x, &h)?, &self.last)?])
     }
 }
 
 /// Runs the file in every engine present, and leaves it only where all of them agree with candle.
 pub fn write(path: &Path) -> std::result::Result<ExportReport, Box<dyn std::error::Error>> {
-    let info = ModelInfo { size: [32, 32], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     Ok(export(&Small::random(3, 16)?, &info, &ExportOptions::default(), path)?)
 }
 

@@ -186,7 +186,8 @@ mod tests {
         let two = file.scalar(2.0);
         let value = file.node("double", "Mul", &["noise", &two], vec![], &[1, 3, 4, 4]);
         let value = file.node("clamp", "Relu", &[&value], vec![], &[1, 3, 4, 4]);
-        let graph = file.finish(&value, "image", DataType::Float, &[1, 3, 4, 4]).graph;
+        file.output(&value, "image", DataType::Float, &[1, 3, 4, 4]);
+        let graph = file.finish().graph;
         let mut model = onnx::model(graph, Dialect::Portable, &[]);
         spoil(&mut model);
         match check(&model, Dialect::Portable.rules(Precision::Fp32, false)) {

@@ -9,26 +9,26 @@ use dmd_models::ops::{self, Mask, UNSEEN};
 use dmd_models::{Backend, Eager};
 
 impl Graph {
-    /// The picture for unit normal noise `(B, C, H, W)` and, where there are tables, their rows `(B,)`. CPU, f32.
-    pub fn run(&self, noise: &Tensor, row: Option<&Tensor>) -> Result<Tensor> {
+    /// The outputs for the inputs, in order, and where there are tables their rows `(B,)`. CPU; f32, ids i64.
+    pub fn run(&self, inputs: &[&Tensor], row: Option<&Tensor>) -> Result<Vec<Tensor>> {
         let mut values: Vec<Tensor> = Vec::with_capacity(self.nodes().len());
-        for node in self.nodes() {
-            let inputs: Vec<&Tensor> = node.inputs.iter().map(|id| &values[id.index()]).collect();
-            let value = match (&node.op, row) {
-                (Op::Noise, _) => noise.clone(),
-                (Op::Lookup(table), Some(row)) => table.index_select(row, 0)?,
-                _ => evaluate(node, &inputs)?,
+        for (at, node) in self.nodes().iter().enumerate() {
+            let x: Vec<&Tensor> = node.inputs.iter().map(|id| &values[id.index()]).collect();
+            let value = match (&node.op, row, inputs.get(at)) {
+                (Op::Input(_), _, Some(input)) => (*input).clone(),
+                (Op::Lookup(table), Some(row), _) => table.index_select(row, 0)?,
+                _ => evaluate(node, &x)?,
             };
             values.push(value);
         }
-        Ok(values.swap_remove(self.output().index()))
+        Ok(self.outputs().iter().map(|output| values[output.index()].clone()).collect())
     }
 }
 
 fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
     let b = Eager;
     match &node.op {
-        Op::Noise | Op::Lookup(_) => {
+        Op::Input(_) | Op::Lookup(_) => {
             Err(dmd_models::Error::Unsupported(format!("node \"{}\" needs an input that was not given", node.name)))
         }
         Op::Constant(tensor) => Ok(tensor.clone()),

@@ -2,18 +2,19 @@
 //! file which exists is a file that works.
 
 use crate::fold::{Folded, fold, fold_upsampling};
-use crate::graph::{Graph, Op};
+use crate::graph::{Element, Graph, NodeId, Op};
 use crate::limits::Limit;
 use crate::lower::lower;
 use crate::onnx::{ExternalData, Lowered};
 use crate::passes::merge;
 use crate::precision::{activations, half, weights};
+use crate::trace::trace_all;
 use crate::verify::{self, EngineVerdict, Samples, Status, Subject, verify};
-use crate::{Dialect, Error, LayerSensitivity, Network, Precision, Result, Value, check, onnx, trace};
-use candle_core::Device;
+use crate::{Dialect, Error, Form, Input, LayerSensitivity, Module, Precision, Result, Value, check, onnx};
+use candle_core::Tensor;
 use candle_onnx::onnx::ModelProto;
-use dmd_models::{Condition, Weights};
-use dmd_runtime::{EngineChoice, Info, Output};
+use dmd_models::Weights;
+use dmd_runtime::{EngineChoice, Info, ModuleInfo, Output, Port};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -22,11 +23,10 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 /// What a file says of its model beyond the network itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ModelInfo {
-    /// Height and width of a picture.
-    pub size: [usize; 2],
-    /// Names of the classes, by label. Empty for a network whose own count is known: numbers become the names.
+    /// Names of the rows, classes or prompts, by label. Empty for a module whose own count is known: numbers become the
+    /// names.
     pub classes: Vec<String>,
     /// From [`weights_sha256`]; tells which weights a file was made of.
     pub weights_sha256: String,
@@ -141,18 +141,18 @@ pub struct ExportReport {
     pub engines: Vec<EngineVerdict>,
 }
 
-/// Writes a network as an ONNX file, after every engine present has been seen to make candle's pictures from it.
+/// Writes a module as an ONNX file, after every engine present has been seen to give from it what candle does.
 /// On any error, nothing is left under `path` that was not there before.
-pub fn export<N: Network>(network: &N, info: &ModelInfo, options: &ExportOptions, path: &Path) -> Result<ExportReport> {
-    export_passes(std::slice::from_ref(network), info, options, path)
+pub fn export<M: Module>(module: &M, info: &ModelInfo, options: &ExportOptions, path: &Path) -> Result<ExportReport> {
+    export_passes(std::slice::from_ref(module), info, options, path)
 }
 
 /// Writes a generator of several passes as one file, whose graph is one pass: [`export`], with the weights stored once
-/// and a table of what differs between the passes. `passes` is the same network held at one noise level after the
-/// other, descending. The first makes a picture of unit noise; each other one of `x/sigma + eps`, the picture so far
+/// and a table of what differs between the passes. `passes` is the same module held at one noise level after the
+/// other, descending; its first input is the noise, and its first output is shaped as that. The first pass makes a picture of unit noise; each other one of `x/sigma + eps`, the picture so far
 /// noised to its own level and divided by it, which [`dmd_runtime::Generator`] and the checks here do in between.
-pub fn export_passes<N: Network>(
-    passes: &[N],
+pub fn export_passes<M: Module>(
+    passes: &[M],
     info: &ModelInfo,
     options: &ExportOptions,
     path: &Path,
@@ -162,35 +162,35 @@ pub fn export_passes<N: Network>(
 
 /// [`export_passes`] up to the engines. Of passes that are given away, nothing is left in memory once the file's own
 /// spelling of the weights is there.
-pub fn prepare<N: Network>(
-    given: impl AsRef<[N]>,
+pub fn prepare<M: Module>(
+    given: impl AsRef<[M]>,
     info: &ModelInfo,
     options: &ExportOptions,
     path: &Path,
 ) -> Result<Prepared> {
     let passes = given.as_ref();
-    let network = check_passes(passes, options)?;
-    let [height, width] = info.size;
-    let shape = [network.channels(), height, width];
-    let classes = class_names(network.max_classes(), &info.classes)?;
-    check_settings(shape, &classes, options)?;
+    let module = check_passes(passes, options)?;
+    let inputs = module.inputs();
+    let classes = class_names(module.max_classes(), &info.classes)?;
+    check_settings(&inputs, &classes, options)?;
     if path.exists() && !options.force {
         return Err(Error::Exists { path: path.into() });
     }
-    let mut graph = traced(passes, shape, classes.len(), options)?;
+    let mut graph = traced(passes, &inputs, classes.len(), options)?;
     let mut folded = fold(&mut graph)?;
     if options.dialect.transposes_convs(options.precision) {
         folded.extend(fold_upsampling(&mut graph)?);
     }
     let labels = if options.fixed_label.is_some() { 0 } else { classes.len() };
-    let metadata = describe(passes, info, shape, classes, options).to_metadata();
+    let metadata = describe(passes, info, &graph, classes, options).to_metadata();
     let dynamic_batch = options.batch == Batch::Dynamic;
-    let lowered = lower(&graph, options.dialect, dynamic_batch)?;
+    let outputs = module.outputs();
+    let names: Vec<&str> = outputs.iter().map(|gives| gives.name.as_str()).collect();
+    let lowered = lower(&graph, &names, options.dialect, dynamic_batch)?;
     // What follows works on the file's own spelling.
     drop(graph);
-    check_memory(&lowered, &shape, options)?;
-    let fixed = options.fixed_label;
-    let subject = Subject { passes, shape, batch: options.batch.traced(), labels, fixed };
+    check_memory(&lowered, &inputs, options)?;
+    let subject = Subject { passes, batch: options.batch.traced(), labels, fixed: options.fixed_label };
     // The unwritable path is found before the time for what follows is spent.
     let aside = Aside::new(path, options.external_data, options.force)?;
     let samples = subject.samples()?;
@@ -319,40 +319,54 @@ pub fn weights_sha256(weights: &Weights) -> Result<String> {
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn traced<N: Network>(passes: &[N], shape: [usize; 3], classes: usize, options: &ExportOptions) -> Result<Graph> {
-    let [channels, height, width] = shape;
-    let input = [options.batch.traced(), channels, height, width];
-    let one = |network: &N| match options.fixed_label {
-        None => trace(input, classes, |b, noise, cond| network.generate(b, noise, cond)),
-        Some(class) => {
-            let cond = Condition::of_classes([class as i64], &Device::Cpu)?;
-            let cond = cond.try_map(|ids| Ok::<_, Error>(Value::Constant(ids.clone())))?;
-            trace(input, 0, |b, noise, _| network.generate(b, noise, &cond))
-        }
+fn traced<M: Module>(passes: &[M], inputs: &[Input], classes: usize, options: &ExportOptions) -> Result<Graph> {
+    let ports: Vec<(&str, Element, Vec<usize>)> = inputs
+        .iter()
+        .map(|input| {
+            let element = if input.is_ids() { Element::I32 } else { Element::F32 };
+            (input.name.as_str(), element, [&[options.batch.traced()], &input.shape[..]].concat())
+        })
+        .collect();
+    let one = |module: &M| {
+        let (rows, told) = match options.fixed_label {
+            None => (classes, module.told(classes)?.try_map(|rows| Ok::<_, Error>(Value::PerRow(rows.clone())))?),
+            Some(row) => {
+                let row = |rows: &Tensor| Ok::<_, Error>(Value::Constant(rows.narrow(0, row, 1)?));
+                (0, module.told(classes)?.try_map(row)?)
+            }
+        };
+        trace_all(&ports, rows, |b, inputs| module.run(b, inputs, &told))
     };
     let mut graph = match passes {
-        [network] => one(network)?,
+        [module] => one(module)?,
         _ => merge(&passes.iter().map(one).collect::<Result<Vec<_>>>()?)?,
     };
-    let found = graph.node(graph.output()).shape.clone();
-    if found != input {
-        return Err(Error::Setting(format!("the network makes {found:?} of noise {shape:?}, expected the same shape")));
+    let shapes: Vec<Vec<usize>> = graph.outputs().iter().map(|id| graph.node(*id).shape.clone()).collect();
+    if passes[0].sigma().is_some() && shapes.first() != ports.first().map(|port| &port.2) {
+        let noise = inputs.first().map(|input| &input.shape);
+        let found = shapes.first();
+        return Err(Error::Setting(format!("the network makes {found:?} of noise {noise:?}, expected the same shape")));
     }
     if options.output == Output::U8 {
+        let [output] = graph.outputs() else { return Err(Error::Setting("only a picture is given as bytes".into())) };
         // [-1, 1] to 0..256, rounded down at the end: half up.
-        let levels = graph.push("levels", Op::Affine { mul: 127.5, add: 128.0 }, vec![graph.output()])?;
+        let levels = graph.push("levels", Op::Affine { mul: 127.5, add: 128.0 }, vec![*output])?;
         let pixels = graph.push("pixels", Op::ToU8, vec![levels])?;
-        graph.finish(pixels);
+        graph.finish(vec![pixels]);
     }
     Ok(graph)
 }
 
 /// The first pass, of one at least.
-fn check_passes<'a, N: Network>(passes: &'a [N], options: &ExportOptions) -> Result<&'a N> {
-    let sigmas: Vec<f64> = passes.iter().map(Network::sigma).collect();
+fn check_passes<'a, M: Module>(passes: &'a [M], options: &ExportOptions) -> Result<&'a M> {
+    let sigmas: Vec<f64> = passes.iter().filter_map(Module::sigma).collect();
     let first = passes.first().ok_or_else(|| Error::Setting("there is no pass to export".into()))?;
-    if !sigmas.windows(2).all(|pair| pair[0] > pair[1]) {
+    if (passes.len() > 1 && sigmas.len() != passes.len()) || !sigmas.windows(2).all(|pair| pair[0] > pair[1]) {
         return Err(Error::Setting(format!("the passes have the noise levels {sigmas:?}, expected descending ones")));
+    }
+    let is_picture = first.outputs().iter().all(|gives| gives.form == Form::Picture);
+    if options.output == Output::U8 && !is_picture {
+        return Err(Error::Setting("output u8 is for pictures; this file gives none: export f32".into()));
     }
     if passes.len() > 1 && options.output == Output::U8 {
         return Err(Error::Setting(format!(
@@ -364,28 +378,35 @@ fn check_passes<'a, N: Network>(passes: &'a [N], options: &ExportOptions) -> Res
     Ok(first)
 }
 
-fn check_settings([channels, height, width]: [usize; 3], classes: &[String], options: &ExportOptions) -> Result<()> {
+fn check_settings(inputs: &[Input], classes: &[String], options: &ExportOptions) -> Result<()> {
     if let Some(label) = options.fixed_label.filter(|label| *label >= classes.len()) {
         return Err(Error::Setting(match classes.len() {
             0 => format!("fixed label {label}, but the network takes no label"),
             n => format!("fixed label {label}, expected one of the network's {n}: 0 to {}", n - 1),
         }));
     }
-    let named = [("batch", options.batch.traced()), ("height", height), ("width", width), ("channels", channels)];
-    if let Some((name, _)) = named.into_iter().find(|(_, value)| *value == 0) {
-        return Err(Error::Setting(format!("{name} is 0, expected at least 1")));
-    }
-    // Twice the lengths of an upsampled value and their product stay within 64 bits.
-    let too_long = named.into_iter().find(|(_, value)| !Limit::Length.allows(*value));
-    let values = named.iter().try_fold(1u64, |all, (_, n)| all.checked_mul(*n as u64));
-    if let Some((name, value)) =
-        too_long.or(named.first().copied().filter(|_| !values.is_some_and(|n| Limit::Values.allows(n))))
-    {
-        let most = Limit::Values.most();
-        return Err(Error::Setting(format!(
-            "{name} is {value}, with {channels} × {height} × {width} values a picture: expected {most} values in a run at most; \
-             lower --batch, or make runs of any number with --dynamic-batch"
-        )));
+    for Input { name: input, shape, .. } in inputs {
+        let axis = |at: usize| match shape.len() {
+            3 => ["channels", "height", "width"][at].to_string(),
+            _ => format!("axis {} of {input}", at + 1),
+        };
+        let mut named = vec![("batch".to_string(), options.batch.traced())];
+        named.extend(shape.iter().enumerate().map(|(at, side)| (axis(at), *side)));
+        if let Some((name, _)) = named.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::Setting(format!("{name} is 0, expected at least 1")));
+        }
+        // Twice the lengths of an upsampled value and their product stay within 64 bits.
+        let too_long = named.iter().find(|(_, value)| !Limit::Length.allows(*value));
+        let values = named.iter().try_fold(1u64, |all, (_, n)| all.checked_mul(*n as u64));
+        let too_many = named.first().filter(|_| !values.is_some_and(|n| Limit::Values.allows(n)));
+        if let Some((name, value)) = too_long.or(too_many) {
+            let (most, sides) =
+                (Limit::Values.most(), shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" × "));
+            return Err(Error::Setting(format!(
+                "{name} is {value}, with {sides} values a sample of {input}: expected {most} values in a run at most; \
+                 lower --batch, or make runs of any number with --dynamic-batch"
+            )));
+        }
     }
     check_likeness(options)?;
     match options.tolerance > 0.0 {
@@ -396,11 +417,11 @@ fn check_settings([channels, height, width]: [usize; 3], classes: &[String], opt
 
 /// Refuses a run that cannot fit, before its pictures are made. An engine holds the values that are still to be read, and
 /// their copies in its own order; beside them lie noises and pictures, expected and found.
-fn check_memory(lowered: &Lowered, shape: &[usize; 3], options: &ExportOptions) -> Result<()> {
+fn check_memory(lowered: &Lowered, inputs: &[Input], options: &ExportOptions) -> Result<()> {
     let Some(most) = options.max_memory else { return Ok(()) };
-    let picture: usize = shape.iter().product();
-    let pictures = verify::MIN_PICTURES.max(options.batch.traced()) * picture * size_of::<f32>();
-    let needed = 4 * pictures as u64 + 2 * onnx::peak_value_bytes(&lowered.graph);
+    let of_each: usize = inputs.iter().map(|input| input.shape.iter().product::<usize>()).sum();
+    let samples = verify::MIN_SAMPLES.max(options.batch.traced()) * of_each * size_of::<f32>();
+    let needed = 4 * samples as u64 + 2 * onnx::peak_value_bytes(&lowered.graph);
     if needed <= most {
         return Ok(());
     }
@@ -450,28 +471,42 @@ fn class_names(max: usize, names: &[String]) -> Result<Vec<String>> {
 }
 
 /// What the file says of itself.
-fn describe<N: Network>(
-    passes: &[N],
+fn describe<M: Module>(
+    passes: &[M],
     info: &ModelInfo,
-    [channels, height, width]: [usize; 3],
+    graph: &Graph,
     classes: Vec<String>,
     options: &ExportOptions,
-) -> Info {
+) -> ModuleInfo {
     let fixed_class = options.fixed_label.map(|label| classes[label].clone());
-    Info {
+    let batch = (options.batch != Batch::Dynamic).then_some(graph.batch);
+    let port = |name: &str, kind: &str, of_each: &[usize]| {
+        let shape = std::iter::once(batch).chain(of_each.iter().copied().map(Some)).collect();
+        Port { name: name.into(), kind: kind.into(), shape }
+    };
+    let of_node = |name: &str, id: NodeId| {
+        let node = graph.node(id);
+        let kind = match node.op {
+            Op::ToU8 => "u8",
+            Op::Input(Element::I32) => "i32",
+            _ => "f32",
+        };
+        port(name, kind, &node.shape[1..])
+    };
+    let mut inputs: Vec<Port> = graph.inputs().map(|id| of_node(&graph.node(id).name, id)).collect();
+    inputs.extend(graph.index().map(|name| port(name, "i64", &[])));
+    let outputs = passes[0].outputs();
+    let outputs = outputs.iter().zip(graph.outputs()).map(|(gives, id)| of_node(&gives.name, *id)).collect();
+    ModuleInfo {
         dialect: options.dialect.name().into(),
         precision: options.precision.name().into(),
-        sigmas: passes.iter().map(Network::sigma).collect(),
-        batch: options.batch.traced(),
-        dynamic_batch: options.batch == Batch::Dynamic,
-        channels,
-        height,
-        width,
-        output: options.output,
+        sigmas: passes.iter().filter_map(Module::sigma).collect(),
+        inputs,
+        outputs,
         classes: if fixed_class.is_some() { vec![] } else { classes },
         fixed_class,
         weights_sha256: info.weights_sha256.clone(),
-        ..Info::default()
+        ..Info::default().module()
     }
 }
 

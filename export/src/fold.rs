@@ -98,7 +98,7 @@ fn level_of_level(graph: &mut Graph, id: NodeId) -> Result<bool> {
 fn identity(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let Op::Affine { mul: 1.0, add: 0.0 } = graph.node(id).op else { return Ok(false) };
     let source = graph.node(id).inputs[0];
-    if graph.output() == id && graph.node(source).inputs.is_empty() {
+    if graph.is_output(id) && graph.node(source).inputs.is_empty() {
         return Ok(false);
     }
     graph.redirect(id, source);
@@ -219,7 +219,7 @@ fn norm_into_next_conv(graph: &mut Graph, id: NodeId) -> Result<bool> {
     let map = ChannelMap { mul: wide(scale)?, add: wide(shift)? };
     let convs = graph.consumers(id);
     let unpadded = |conv: &NodeId| matches!(&graph.node(*conv).op, Op::Conv2d(conv) if conv.pads == [0; 4]);
-    if graph.output() == id || !convs.iter().all(unpadded) {
+    if graph.is_output(id) || !convs.iter().all(unpadded) {
         return Ok(false);
     }
     for conv in convs {
@@ -448,10 +448,10 @@ mod tests {
     {
         let mut graph = trace(SHAPE, 5, network).unwrap();
         let (noise, label) = (normal(1000, &SHAPE), Tensor::new(&[4i64, 0, 2], &Device::Cpu).unwrap());
-        let before = graph.run(&noise, Some(&label)).unwrap();
+        let before = graph.run(&[&noise], Some(&label)).unwrap().remove(0);
         let mut folded = fold(&mut graph).unwrap();
         folded.extend(fold_upsampling(&mut graph).unwrap());
-        let after = graph.run(&noise, Some(&label)).unwrap();
+        let after = graph.run(&[&noise], Some(&label)).unwrap().remove(0);
         let scale = before.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         let difference = (&before - &after).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(difference <= 4e-6 * scale, "the pictures moved by {difference}, their largest value is {scale}");
@@ -542,7 +542,8 @@ mod tests {
         assert_eq!(kinds, ["lookup", "level", "conv", "lookup", "level", "lookup", "level", "add"]);
         for (row, pass) in passes.iter().enumerate() {
             let rows = Tensor::full(row as i64, SHAPE[0], &Device::Cpu).unwrap();
-            let (expected, found) = (pass.run(&noise, None).unwrap(), graph.run(&noise, Some(&rows)).unwrap());
+            let run = |graph: &Graph, rows| graph.run(&[&noise], rows).unwrap().remove(0);
+            let (expected, found) = (run(pass, None), run(&graph, Some(&rows)));
             let largest = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             let difference = largest(&(&expected - found).unwrap());
             assert!(difference <= 4e-6 * largest(&expected), "pass {row} moved by {difference}");
@@ -627,7 +628,13 @@ mod tests {
         let column = conv.weight.narrow(3, 1, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(column, [100.0, 110.0, 11.0, 1.0]);
         let x = Tensor::new(&[[[[1f32], [2.0]]]], &Device::Cpu).unwrap();
-        let y = graph.run(&x, None).unwrap().narrow(3, 0, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let y = graph.run(&[&x], None).unwrap()[0]
+            .narrow(3, 0, 1)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
         // Rows 1 1 2 2 and a border of zeros.
         assert_eq!(y, [110.0, 211.0, 221.0, 22.0]);
     }

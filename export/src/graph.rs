@@ -7,18 +7,19 @@ use dmd_models::ops::{Mask, Patches, Rotary};
 use dmd_models::{Activation, Axis, shapes};
 use std::collections::{BTreeSet, HashSet};
 
-/// A one-step network as a list of nodes, each after those it reads.
+/// A module as a list of nodes, each after those it reads; the inputs come first.
 #[derive(Clone, Debug)]
 pub struct Graph {
     nodes: Vec<Node>,
-    output: NodeId,
+    n_inputs: usize,
+    outputs: Vec<NodeId>,
     /// Which nodes read each one, once for each time.
     readers: Vec<Vec<NodeId>>,
     /// Nodes that were changed, or are read by others than before, since this was last taken.
     touched: Vec<NodeId>,
-    /// Pictures per run.
+    /// Samples per run.
     pub batch: usize,
-    /// Number of labels; 0 for an unconditional network.
+    /// Number of labels; 0 for a module that is told nothing by row.
     pub classes: usize,
     /// Noise levels that the graph can be held at, one per run.
     pub passes: usize,
@@ -53,8 +54,8 @@ pub struct Node {
 /// Operations of the field. x, y stand for the inputs; parameters are f32 tensors on the CPU.
 #[derive(Clone, Debug)]
 pub enum Op {
-    /// The input: unit normal `(B, C, H, W)`.
-    Noise,
+    /// What the file is given, `(B, ...)`: one of the leading nodes.
+    Input(Element),
     /// A tensor that does not depend on any input.
     Constant(Tensor),
     /// A row of a table `(rows, ...)` for every sample, `(B, ...)`: row `label`, or where there are several passes,
@@ -156,6 +157,15 @@ pub enum Op {
     ToU8,
 }
 
+/// The type of an input's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// Single precision.
+    F32,
+    /// Whole numbers of 32 bits: ids of tokens.
+    I32,
+}
+
 /// The parameters of a convolution.
 #[derive(Clone, Debug)]
 pub struct Conv {
@@ -170,17 +180,42 @@ pub struct Conv {
 }
 
 impl Graph {
-    /// A graph that holds nothing but its input.
-    pub(crate) fn new(noise: [usize; 4], classes: usize) -> Self {
-        let input =
-            Node { name: "noise".into(), op: Op::Noise, inputs: vec![], shape: noise.to_vec(), layer: "noise".into() };
-        let (nodes, readers, touched) = (vec![input], vec![vec![]], vec![]);
-        Graph { nodes, output: NodeId(0), readers, touched, batch: noise[0], classes, passes: 1 }
+    /// A graph that holds nothing but its inputs, by name and with their shapes `(B, ...)`.
+    pub(crate) fn new(inputs: &[(&str, Element, Vec<usize>)], classes: usize) -> Self {
+        let input = |(name, element, shape): &(&str, Element, Vec<usize>)| {
+            let (op, shape) = (Op::Input(*element), shape.clone());
+            Node { name: name.to_string(), op, inputs: vec![], shape, layer: name.to_string() }
+        };
+        let nodes: Vec<Node> = inputs.iter().map(input).collect();
+        let batch = nodes.first().and_then(|node| node.shape.first()).copied().unwrap_or(0);
+        let (readers, n_inputs) = (vec![vec![]; nodes.len()], nodes.len());
+        Graph { nodes, n_inputs, outputs: vec![], readers, touched: vec![], batch, classes, passes: 1 }
+    }
+
+    /// The same inputs, and nothing else.
+    pub(crate) fn of_inputs(&self) -> Self {
+        let nodes = self.nodes[..self.n_inputs].to_vec();
+        Graph { readers: vec![vec![]; nodes.len()], nodes, outputs: vec![], touched: vec![], passes: 1, ..*self }
+    }
+
+    /// The places of the inputs.
+    pub fn inputs(&self) -> impl Iterator<Item = NodeId> + use<> {
+        (0..self.n_inputs).map(NodeId)
     }
 
     /// Rows of its tables; 0 where nothing depends on a label or a pass.
     pub fn rows(&self) -> usize {
         if self.passes > 1 { self.passes * self.classes.max(1) } else { self.classes }
+    }
+
+    /// The input that says which row of the tables each sample is of, where there are any: the `label`, or where there are
+    /// several passes the `row`.
+    pub(crate) fn index(&self) -> Option<&'static str> {
+        match (self.passes > 1, self.classes > 0) {
+            (true, _) => Some("row"),
+            (false, true) => Some("label"),
+            (false, false) => None,
+        }
     }
 
     /// The nodes, each after those it reads.
@@ -193,9 +228,14 @@ impl Graph {
         (0..self.nodes.len()).map(NodeId)
     }
 
-    /// The node that gives the picture.
-    pub fn output(&self) -> NodeId {
-        self.output
+    /// The nodes that give the outputs.
+    pub fn outputs(&self) -> &[NodeId] {
+        &self.outputs
+    }
+
+    /// Whether a node gives an output.
+    pub fn is_output(&self, id: NodeId) -> bool {
+        self.outputs.contains(&id)
     }
 
     /// The node at a place.
@@ -235,7 +275,7 @@ impl Graph {
 
     /// Whether anything reads a node, or asks for it.
     pub(crate) fn is_needed(&self, id: NodeId) -> bool {
-        id.0 == 0 || id == self.output || !self.readers[id.0].is_empty()
+        id.0 < self.n_inputs || self.is_output(id) || !self.readers[id.0].is_empty()
     }
 
     /// The nodes that were changed since this was last asked, and what reads them or is read by them, two steps far.
@@ -280,16 +320,16 @@ impl Graph {
         Ok(())
     }
 
-    /// Declares the picture, drops what it does not need and gives every node its name.
-    pub(crate) fn finish(&mut self, output: NodeId) {
-        self.output = output;
+    /// Declares the outputs, drops what they do not need and gives every node its name.
+    pub(crate) fn finish(&mut self, outputs: Vec<NodeId>) {
+        self.outputs = outputs;
         self.sweep();
         self.name_nodes();
     }
 
-    /// How often the value of a node is read; the picture itself counts as read once.
+    /// How often the value of a node is read; an output counts as read once more.
     pub fn n_uses(&self, id: NodeId) -> usize {
-        self.readers[id.0].len() + usize::from(self.output == id)
+        self.readers[id.0].len() + self.outputs.iter().filter(|output| **output == id).count()
     }
 
     /// The nodes that read a value.
@@ -310,20 +350,18 @@ impl Graph {
         self.touched.extend(&readers);
         self.touched.push(to);
         self.readers[to.0].extend(readers);
-        if self.output == from {
-            self.output = to;
-        }
+        self.outputs.iter_mut().filter(|output| **output == from).for_each(|output| *output = to);
         if !self.is_needed(from) {
             let inputs = std::mem::take(&mut self.nodes[from.0].inputs);
             self.forget(from, inputs);
         }
     }
 
-    /// Removes every node that the picture does not need. The input stays.
+    /// Removes every node that the outputs do not need. The inputs stay.
     pub(crate) fn sweep(&mut self) {
         let mut needed = vec![false; self.nodes.len()];
-        needed[0] = true;
-        needed[self.output.0] = true;
+        needed[..self.n_inputs].fill(true);
+        self.outputs.iter().for_each(|output| needed[output.0] = true);
         for i in (0..self.nodes.len()).rev() {
             if needed[i] {
                 self.nodes[i].inputs.iter().for_each(|input| needed[input.0] = true);
@@ -340,7 +378,7 @@ impl Graph {
         for input in self.nodes.iter_mut().flat_map(|node| &mut node.inputs) {
             *input = place[input.0];
         }
-        self.output = place[self.output.0];
+        self.outputs.iter_mut().for_each(|output| *output = place[output.0]);
         self.touched.clear();
         self.readers = vec![vec![]; self.nodes.len()];
         for (id, node) in self.nodes.iter().enumerate() {
@@ -353,7 +391,8 @@ impl Graph {
     pub(crate) fn name_nodes(&mut self) {
         let names: Vec<String> = (0..self.nodes.len()).map(|i| self.name_of(i)).collect();
         let mut taken: HashSet<String> = RESERVED.iter().map(|name| name.to_string()).collect();
-        for (i, name) in names.into_iter().enumerate().skip(1) {
+        taken.extend(self.nodes[..self.n_inputs].iter().map(|node| node.name.clone()));
+        for (i, name) in names.into_iter().enumerate().skip(self.n_inputs) {
             let mut unique = name.clone();
             for n in 2.. {
                 if taken.insert(unique.clone()) {
@@ -372,7 +411,7 @@ impl Graph {
         }
         let named = |i: &usize| {
             let node = &self.nodes[*i];
-            *i > 0 && !node.layer.is_empty() && !matches!(node.op, Op::Activation(_))
+            *i >= self.n_inputs && !node.layer.is_empty() && !matches!(node.op, Op::Activation(_))
         };
         let (before, after) = ((0..i).rev().find(named), (i..self.nodes.len()).find(named));
         let neighbour = if node.op.prepares() { after.or(before) } else { before.or(after) };
@@ -383,8 +422,8 @@ impl Graph {
     }
 }
 
-/// Names of the file's inputs and outputs.
-const RESERVED: [&str; 4] = ["noise", "label", "row", "image"];
+/// Names of files' inputs and outputs.
+const RESERVED: [&str; 7] = ["noise", "label", "row", "image", "latents", "text", "vector"];
 
 /// The module that a layer belongs to: `a.attentions.0` for `a.attentions.0.to_q` and for `a.attentions.0.to_out.0`.
 fn module_of(layer: &str) -> &str {
@@ -399,7 +438,7 @@ impl Op {
     /// A word for the operation, as it stands in names.
     pub fn kind(&self) -> &'static str {
         match self {
-            Op::Noise => "noise",
+            Op::Input(_) => "input",
             Op::Constant(_) => "constant",
             Op::Lookup(_) => "lookup",
             Op::Conv2d(_) => "conv",
@@ -501,6 +540,10 @@ fn activation_name(act: Activation) -> &'static str {
 mod tests {
     use super::*;
 
+    fn of_noise() -> (Graph, NodeId) {
+        (Graph::new(&[("noise", Element::F32, vec![1, 3, 4, 4])], 0), NodeId(0))
+    }
+
     #[test]
     fn a_layers_module_is_what_holds_it() {
         assert_eq!(module_of("down_blocks.1.resnets.0.conv1"), "down_blocks.1.resnets.0");
@@ -511,19 +554,18 @@ mod tests {
 
     #[test]
     fn a_sum_of_unequal_shapes_is_refused_by_its_name() {
-        let mut graph = Graph::new([1, 3, 4, 4], 0);
-        let up = graph.push("up", Op::Upsample2x, vec![graph.output()]).unwrap();
-        let error = graph.push("sum", Op::Add, vec![graph.output(), up]).unwrap_err();
+        let (mut graph, noise) = of_noise();
+        let up = graph.push("up", Op::Upsample2x, vec![noise]).unwrap();
+        let error = graph.push("sum", Op::Add, vec![noise, up]).unwrap_err();
         assert!(error.to_string().contains("node \"sum\": cannot add [1, 3, 4, 4] and [1, 3, 8, 8]"), "{error}");
     }
 
     #[test]
     fn what_the_picture_does_not_need_is_swept() {
-        let mut graph = Graph::new([1, 3, 4, 4], 0);
-        let noise = graph.output();
+        let (mut graph, noise) = of_noise();
         graph.push("unused", Op::Upsample2x, vec![noise]).unwrap();
         let kept = graph.push("", Op::Affine { mul: 2.0, add: 0.0 }, vec![noise]).unwrap();
-        graph.finish(kept);
+        graph.finish(vec![kept]);
         let names: Vec<&str> = graph.nodes().iter().map(|node| node.name.as_str()).collect();
         assert_eq!(names, ["noise", "affine"]);
     }

@@ -44,11 +44,11 @@ impl<'a> Interpreter<'a> {
         Interpreter { nodes_in_half: nodes, ..self }
     }
 
-    /// The picture of noise `(B, C, H, W)` and, where the graph looks something up, rows `(B,)`; f32, u8 pictures too.
-    pub fn run(&self, noise: &Tensor, row: Option<&Tensor>, see: &mut See) -> Result<Tensor> {
-        let mut values: HashMap<&str, Tensor> = HashMap::from([("noise", noise.clone())]);
-        let index = self.graph.input.iter().map(|input| input.name.as_str()).find(|name| *name != "noise");
-        values.extend(index.zip(row.cloned()));
+    /// The outputs for feeds by name: f32, whole numbers i64; u8 pictures come as f32 too.
+    pub fn run(&self, feeds: &[(String, Tensor)], see: &mut See) -> Result<Vec<Tensor>> {
+        let mut values: HashMap<&str, Tensor> =
+            feeds.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+        let asked: Vec<&str> = self.graph.output.iter().map(|output| output.name.as_str()).collect();
         for (at, node) in self.graph.node.iter().enumerate() {
             let in_half = self.nodes_in_half.contains(node.name.as_str());
             let read = |(i, name): (usize, &String)| match self.value(&values, name)? {
@@ -65,9 +65,14 @@ impl<'a> Interpreter<'a> {
                 given.push((name.as_str(), if rounded { through_half(&output)? } else { output }));
             }
             values.extend(given);
-            values.retain(|name, _| *name == "image" || self.last_use.get(name).is_some_and(|last| *last > at));
+            values.retain(|name, _| asked.contains(name) || self.last_use.get(name).is_some_and(|last| *last > at));
         }
-        values.remove("image").ok_or_else(|| Error::Malformed(vec!["the graph gives no image".into()]))
+        asked.into_iter().map(|name| self.value(&values, name)).collect()
+    }
+
+    /// Whether its output is bytes.
+    pub fn ends_in_bytes(&self) -> bool {
+        self.graph.output.iter().any(|output| element_type(output) == Some(DataType::Uint8 as i32))
     }
 
     fn value(&self, values: &HashMap<&str, Tensor>, name: &str) -> Result<Tensor> {

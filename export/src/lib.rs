@@ -1,4 +1,4 @@
-//! One-step generators as ONNX files that edge accelerators take whole.
+//! One-step generators, and what stands around them, as ONNX files that edge accelerators take whole.
 //!
 //! A network written over [`dmd_models::Backend`] is [traced](trace()) by partial evaluation, the graph is
 //! [folded](fold) by exact rewrites, spelled in a dialect, checked, and the file is run by every engine
@@ -6,32 +6,32 @@
 //!
 //! # A network of your own
 //!
-//! Nothing here is bound to the networks of `dmd-models`: implement [`Network`] over the operations of `Backend`, and
+//! Nothing here is bound to the networks of `dmd-models`: implement [`Module`] over the operations of `Backend`, and
 //! [`export`] does the rest, or take the graph from [`trace`](trace()) alone. `examples/your_network.rs` is a whole
 //! program.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
-//! use dmd_export::{Network, trace};
+//! use dmd_export::{Input, Module, trace};
 //! use dmd_models::{Activation, Backend, Condition, Result, layers::Conv2d};
 //!
 //! /// One convolution and one activation, and a way up and down again.
 //! struct Detour(Conv2d);
 //!
-//! impl Network for Detour {
-//!     fn channels(&self) -> usize {
-//!         3
+//! impl Module for Detour {
+//!     fn inputs(&self) -> Vec<Input> {
+//!         vec![Input::noise([3, 8, 8])]
 //!     }
 //!
-//!     fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> Result<B::Value> {
-//!         let x = b.activation(&b.conv2d(noise, &self.0)?, Activation::Silu)?;
-//!         b.avg_pool_2x(&b.upsample_2x(&x)?)
+//!     fn run<B: Backend>(&self, b: &B, x: &[B::Value], _: &Condition<B::Value>) -> Result<Vec<B::Value>> {
+//!         let x = b.activation(&b.conv2d(&x[0], &self.0)?, Activation::Silu)?;
+//!         Ok(vec![b.avg_pool_2x(&b.upsample_2x(&x)?)?])
 //!     }
 //! }
 //!
 //! let weight = Tensor::ones((3, 3, 3, 3), DType::F32, &Device::Cpu)?;
 //! let network = Detour(Conv2d { name: "paint".into(), weight, bias: None, stride: 1, padding: 1 });
-//! let graph = trace([1, 3, 8, 8], 0, |b, noise, cond| network.generate(b, noise, cond))?;
+//! let graph = trace([1, 3, 8, 8], 0, |b, noise, told| Ok(network.run(b, &[noise.clone()], told)?.remove(0)))?;
 //! let nodes: Vec<String> = graph.nodes().iter().map(|node| format!("{} {:?}", node.name, node.shape)).collect();
 //! assert_eq!(nodes, ["noise [1, 3, 8, 8]", "paint [1, 3, 8, 8]", "silu [1, 3, 8, 8]",
 //!     "upsample [1, 3, 16, 16]", "pool [1, 3, 8, 8]"]);
@@ -60,14 +60,14 @@ pub use precision::Precision;
 pub use precision::activations::LayerSensitivity;
 
 mod file;
-mod network;
+mod module;
 mod verify;
 pub use dmd_runtime::{EngineChoice, Output};
 pub use file::{
     Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, Prepared, export, export_passes, prepare,
     weights_sha256,
 };
-pub use network::Network;
+pub use module::{Form, Gives, Input, Like, Module, OneStep};
 pub use verify::{EngineVerdict, Status, missing_operator};
 
 mod limits;

@@ -1,7 +1,7 @@
 //! From a graph to ONNX: the spelling that all dialects share, static shapes of rank 4 at most, every constant an
 //! initializer. Where dialects differ, the one in use is asked.
 
-use crate::graph::{Conv, Graph, Node, NodeId, Op};
+use crate::graph::{Conv, Element, Graph, Node, NodeId, Op};
 use crate::onnx::{Builder, Lowered, int, ints, string};
 use crate::{Dialect, Error, Result};
 use candle_core::{Device, Tensor};
@@ -10,26 +10,29 @@ use dmd_models::Activation;
 use dmd_models::ops::{Mask, Pairs, Patches, Rotary, causal_bias};
 use std::collections::HashMap;
 
-/// Spells a graph in a dialect. With `dynamic_batch` the graph, traced for one picture, takes any number of them: the
-/// first axis of every value is then the only one that is not fixed.
-pub(crate) fn lower(graph: &Graph, dialect: Dialect, dynamic_batch: bool) -> Result<Lowered> {
+/// Spells a graph in a dialect, its outputs under these names. With `dynamic_batch` the graph, traced for one sample, takes
+/// any number of them: the first axis of every value is then the only one that is not fixed.
+pub(crate) fn lower(graph: &Graph, outputs: &[&str], dialect: Dialect, dynamic_batch: bool) -> Result<Lowered> {
     let file = Builder::new("generator", dynamic_batch);
     let mut lowering = Lowering { graph, dialect, dynamic_batch, file, values: HashMap::new() };
     for id in graph.ids() {
         if let Some(value) = lowering.node(graph.node(id))? {
             lowering.values.insert((id, Form::Whole), value);
         }
-        if id.index() == 0 && graph.rows() > 0 {
+        if Some(id) == graph.inputs().last() {
             lowering.tables()?;
         }
     }
-    let output = graph.node(graph.output());
-    if output.inputs.is_empty() {
-        return Err(refuse(output, "the picture does not depend on the noise"));
+    for (name, id) in outputs.iter().zip(graph.outputs()) {
+        let output = graph.node(*id);
+        if output.inputs.is_empty() {
+            return Err(refuse(output, "an output does not depend on the inputs"));
+        }
+        let value = lowering.value(*id)?;
+        let kind = if matches!(output.op, Op::ToU8) { DataType::Uint8 } else { DataType::Float };
+        lowering.file.output(&value, name, kind, &output.shape);
     }
-    let value = lowering.value(graph.output())?;
-    let kind = if matches!(output.op, Op::ToU8) { DataType::Uint8 } else { DataType::Float };
-    Ok(lowering.file.finish(&value, "image", kind, &output.shape))
+    Ok(lowering.file.finish())
 }
 
 /// A graph on its way into a file.
@@ -74,7 +77,8 @@ impl Lowering<'_> {
         let x = x.as_str();
         Ok(Some(match &node.op {
             Op::Constant(_) | Op::Lookup(_) => return Ok(None),
-            Op::Noise => self.file.input(name, DataType::Float, shape),
+            Op::Input(Element::F32) => self.file.input(name, DataType::Float, shape),
+            Op::Input(Element::I32) => self.file.input(name, DataType::Int32, shape),
             Op::Conv2d(conv) => self.conv(node, "Conv", conv, x)?,
             Op::ConvTranspose2d(_) if self.dialect == Dialect::Nnapi => {
                 return Err(refuse(node, "NNAPI has no transposed convolution; export with --dialect portable"));
@@ -148,7 +152,8 @@ impl Lowering<'_> {
     /// whole picture loses.
     fn tables(&mut self) -> Result<()> {
         let (graph, batch) = (self.graph, self.graph.batch);
-        let (index, table_name) = if graph.passes > 1 { ("row", "pass_table") } else { ("label", "class_table") };
+        let Some(index) = graph.index() else { return Ok(()) };
+        let table_name = if index == "row" { "pass_table" } else { "class_table" };
         let index = self.file.input(index, DataType::Int64, &[batch]);
         let (mut ids, mut tables, mut outputs) = (vec![], vec![], vec![]);
         let scales_pictures = |id: &NodeId| {

@@ -303,12 +303,16 @@ impl Builder {
         self.node(name, operator, inputs, attributes, shape)
     }
 
-    /// The finished graph, whose output `name` is `value` under a new name.
-    pub fn finish(mut self, value: &str, name: &str, kind: DataType, shape: &[usize]) -> Lowered {
+    /// Makes an output of a value, under a new name.
+    pub fn output(&mut self, value: &str, name: &str, kind: DataType, shape: &[usize]) {
         let values = self.graph.node.iter_mut().flat_map(|node| node.input.iter_mut().chain(&mut node.output));
         values.filter(|found| *found == value).for_each(|found| *found = name.into());
         self.graph.value_info.retain(|info| info.name != value);
         self.graph.output.push(value_info(name, kind, &self.dims(shape)));
+    }
+
+    /// The finished graph.
+    pub fn finish(self) -> Lowered {
         Lowered { graph: self.graph, islands: self.islands }
     }
 }

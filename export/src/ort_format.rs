@@ -2,7 +2,7 @@
 //! contain. ONNX Runtime itself writes the format, with its optimisations done; the list is read off the optimised graph.
 
 use crate::file::partial_folder;
-use crate::verify::{Comparison, Demand};
+use crate::verify::{Comparison, Demand, peak};
 use crate::{Error, Precision, Result, lint};
 use candle_onnx::onnx::{GraphProto, ModelProto};
 use dmd_runtime::{EngineChoice, Generator, Images, Info, Options, Output, Request, Rewrite, rewrite};
@@ -141,7 +141,7 @@ fn compare(onnx: &Path, ort: &Path, info: &Info, library: Option<&Path>) -> Resu
     let (expected, found) = (values(onnx)?, values(ort)?);
     let largest = expected.iter().fold(0f64, |max, x| max.max(x.abs()));
     let limit = Demand::of(precision, TOLERANCE, None).limit(info.output, largest);
-    let comparison = Comparison::of(expected.into_iter().zip(found), info.output);
+    let comparison = Comparison::of(expected.into_iter().zip(found), peak(info.output));
     match limit.refusal(&comparison) {
         None => Ok(comparison),
         Some(refusal) => Err(Error::Verification(vec![format!("ONNX Runtime: the .ort file {refusal}")])),

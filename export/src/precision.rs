@@ -1,8 +1,9 @@
 //! Precisions: how the numbers of a file are stored and computed. Each is a rewrite of a lowered graph, whatever its
 //! dialect, in a file of its own; fp32 is the graph as it is.
 
-use crate::{Error, Result};
+use crate::{Error, Result, onnx};
 use candle_onnx::onnx::GraphProto;
+use candle_onnx::onnx::tensor_proto::DataType;
 use std::collections::{HashMap, HashSet};
 
 pub(crate) mod activations;
@@ -99,17 +100,25 @@ fn sweep_constants(graph: &mut GraphProto) {
     graph.initializer.retain(|_| kept.next().unwrap_or(true));
 }
 
+/// The names of what the graph is given that is no index.
+fn float_inputs(graph: &GraphProto) -> HashSet<&str> {
+    let floats = graph.input.iter().filter(|input| onnx::element_type(input) == Some(DataType::Float as i32));
+    floats.map(|input| input.name.as_str()).collect()
+}
+
 /// The convolutions behind which no other follows on the way to the picture, and the first ones: kept in single
 /// precision, because their errors are seen at once, or by everything.
 fn outermost_convs(graph: &GraphProto) -> Vec<&str> {
     let convs = || graph.node.iter().filter(|node| node.op_type == "Conv");
-    let mut from_noise = vec!["noise"];
+    let mut from_inputs = float_inputs(graph);
     let mut first = Vec::new();
     for node in &graph.node {
-        let reads_noise = node.input.iter().any(|input| from_noise.contains(&input.as_str()));
+        let reads_inputs = node.input.iter().any(|input| from_inputs.contains(input.as_str()));
         match node.op_type.as_str() {
-            "Conv" if reads_noise => first.push(node.name.as_str()),
-            "Add" | "Mul" | "Cast" | "Pad" if reads_noise => from_noise.extend(node.output.iter().map(String::as_str)),
+            "Conv" if reads_inputs => first.push(node.name.as_str()),
+            "Add" | "Mul" | "Cast" | "Pad" if reads_inputs => {
+                from_inputs.extend(node.output.iter().map(String::as_str))
+            }
             _ => {}
         }
     }

@@ -3,7 +3,7 @@
 //! the classes as the batch; only the third leaves a node. So the time embedding, the class embedding and everything
 //! computed from them is gone from the graph, and what remains of a class is one row of a table.
 
-use crate::graph::{Conv, Graph, NodeId, Op};
+use crate::graph::{Conv, Element, Graph, NodeId, Op};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use dmd_models::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
@@ -28,15 +28,24 @@ pub fn trace<F>(noise: [usize; 4], classes: usize, network: F) -> Result<Graph>
 where
     F: FnOnce(&Trace, &Value, &Condition<Value>) -> dmd_models::Result<Value>,
 {
-    let graph = Graph::new(noise, classes);
-    let input = Value::Node(graph.output());
+    let told = Condition::of_classes(0..classes as i64, &Device::Cpu)?;
+    let told = told.try_map(|rows| Ok::<_, Error>(Value::PerRow(rows.clone())))?;
+    trace_all(&[("noise", Element::F32, noise.to_vec())], classes, |b, inputs| Ok(vec![network(b, &inputs[0], &told)?]))
+}
+
+/// Traces a function of a backend and these inputs, given with their shapes `(B, ...)`, to outputs. Tables have so many
+/// rows.
+pub(crate) fn trace_all<F>(inputs: &[(&str, Element, Vec<usize>)], rows: usize, module: F) -> Result<Graph>
+where
+    F: FnOnce(&Trace, &[Value]) -> dmd_models::Result<Vec<Value>>,
+{
+    let graph = Graph::new(inputs, rows);
+    let inputs: Vec<Value> = graph.inputs().map(Value::Node).collect();
     let trace = Trace { graph: RefCell::new(graph) };
-    let cond = Condition::of_classes(0..classes as i64, &Device::Cpu)?;
-    let cond = cond.try_map(|rows| Ok::<_, Error>(Value::PerRow(rows.clone())))?;
-    let image = network(&trace, &input, &cond)?;
-    let output = trace.lift(&image)?;
+    let given = module(&trace, &inputs)?;
+    let outputs = given.iter().map(|value| trace.lift(value)).collect::<Traced<_>>()?;
     let mut graph = trace.graph.into_inner();
-    graph.finish(output);
+    graph.finish(outputs);
     Ok(graph)
 }
 
@@ -348,7 +357,7 @@ mod tests {
         });
         let graph = graph.unwrap();
         let kinds: Vec<_> = graph.nodes().iter().map(|node| node.op.kind()).collect();
-        assert_eq!(kinds, ["noise", "constant", "shift"]);
+        assert_eq!(kinds, ["input", "constant", "shift"]);
         let Op::Constant(time) = &graph.nodes()[1].op else { panic!("a constant") };
         assert_eq!(time.to_vec2::<f32>().unwrap(), [[3.0, 8.0]]);
     }

@@ -1,13 +1,15 @@
-//! The proof of an exported file: fixed noises and every label go through each engine that is present, and the
-//! pictures are compared with candle's.
+//! The proof of an exported file: fixed feeds and every label go through each engine that is present, and what comes out
+//! is compared with candle's.
 
-use crate::{Error, ExportOptions, Network, Precision, Result};
-use candle_core::Tensor;
+use crate::module::{Form, Input, Like, Module};
+use crate::{Error, ExportOptions, Precision, Result};
+use candle_core::{DType, Tensor};
 use candle_onnx::onnx::ModelProto;
 use dmd_models::{Condition, Eager};
 use dmd_runtime::noise::refine;
-use dmd_runtime::{EngineChoice, EngineKind, Options, Output, engines, picture_noise, quantize};
-use ndarray::{Array4, ArrayView4, Axis, s};
+use dmd_runtime::{
+    EngineChoice, EngineKind, Feed, Given, Info, Options, Output, Values, engines, picture_noise, quantize,
+};
 use serde::Serialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,8 +17,8 @@ use std::path::{Path, PathBuf};
 /// Seeds of the noises.
 const SEEDS: [u64; 3] = [0, 1, 2];
 
-/// Pictures, at the least.
-pub(crate) const MIN_PICTURES: usize = 6;
+/// Samples, at the least.
+pub(crate) const MIN_SAMPLES: usize = 6;
 
 /// Up to so many labels, each meets every seed; of more labels, each has one picture, and they take the seeds in turn.
 const MAX_CROSSED: usize = 32;
@@ -72,20 +74,18 @@ impl std::fmt::Display for EngineVerdict {
 }
 
 /// What is exported, as calibration and checks run it.
-pub(crate) struct Subject<'a, N> {
-    /// The network at the noise level of each pass.
-    pub passes: &'a [N],
-    /// `[C, H, W]` of a picture.
-    pub shape: [usize; 3],
-    /// Pictures per run.
+pub(crate) struct Subject<'a, M> {
+    /// The module at the noise level of each pass.
+    pub passes: &'a [M],
+    /// Samples per run.
     pub batch: usize,
     /// Labels that the file takes; 0 for none.
     pub labels: usize,
-    /// The class that every picture is of, where the file takes no label for that reason.
+    /// The row that every sample is of, where the file takes no label for that reason.
     pub fixed: Option<usize>,
 }
 
-/// Pictures that precisions are calibrated on, or more where there are more labels; their noise is none of the
+/// Samples that precisions are calibrated on, or more where there are more labels; their noise is none of the
 /// verification's.
 const CALIBRATION: usize = 32;
 const CALIBRATION_SEED: u64 = 1 << 32;
@@ -93,134 +93,235 @@ const CALIBRATION_SEED: u64 = 1 << 32;
 /// Of them, how many each layer is measured on, or one of each label: that runs the network once per layer.
 const MEASURED: usize = 12;
 
-impl<N: Network> Subject<'_, N> {
-    /// What every pass reads for some pictures of every label, pass by pass for one picture after the other.
+impl<M: Module> Subject<'_, M> {
+    /// What every pass reads for some samples of every label, pass by pass for one sample after the other.
     pub fn calibration(&self) -> Result<Inputs> {
-        let first = self.first_pass(&[CALIBRATION_SEED], CALIBRATION, 1);
+        let first = self.first_pass(&[CALIBRATION_SEED], CALIBRATION, 1)?;
         if self.passes.len() == 1 {
             return Ok(first);
         }
-        let (mut inputs, mut rows) = (Vec::new(), Vec::new());
-        for i in 0..first.noise.dim().0 {
-            self.picture(&first, i, |_, input| inputs.push(input.clone()))?;
+        let (mut noises, mut rows, mut samples) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 0..first.n_samples() {
+            self.sample(&first, i, |_, input| noises.push(input.clone()))?;
             rows.extend((0..self.passes.len()).flat_map(|pass| first.rows(pass, i..i + 1, self.labels)));
+            samples.extend(vec![i as u32; self.passes.len()]);
         }
-        let inputs = inputs.iter().map(array).collect::<Result<Vec<_>>>()?;
-        Ok(Inputs { noise: stack(&inputs), labels: rows, n_measured: first.n_measured * self.passes.len(), ..first })
+        let samples = Tensor::new(samples, &CPU)?;
+        let again = |(name, feed): &(String, Tensor)| Ok((name.clone(), feed.index_select(&samples, 0)?));
+        let mut feeds = first.feeds.iter().map(again).collect::<Result<Vec<_>>>()?;
+        feeds[0].1 = Tensor::cat(&noises, 0)?.to_device(&CPU)?;
+        Ok(Inputs { feeds, labels: rows, n_measured: first.n_measured * self.passes.len(), ..first })
     }
 
-    /// Fixed noises and the pictures that candle makes of them. Every label occurs, where there are few with every seed.
+    /// Fixed feeds and what candle makes of them. Every label occurs, where there are few with every seed.
     pub fn samples(&self) -> Result<Samples> {
         let per_label = if self.labels <= MAX_CROSSED { SEEDS.len() } else { 1 };
-        let inputs = self.first_pass(&SEEDS, MIN_PICTURES, per_label);
-        let picture = |i: usize| array(&self.picture(&inputs, i, |_, _| {})?);
-        let pictures = (0..inputs.noise.dim().0).map(picture).collect::<Result<Vec<_>>>()?;
-        if pictures.iter().flatten().any(|value| !value.is_finite()) {
-            let message = "the network itself makes pictures that are not finite; there is nothing to compare with";
-            return Err(Error::Setting(message.into()));
+        let inputs = self.first_pass(&SEEDS, MIN_SAMPLES, per_label)?;
+        let of_each =
+            (0..inputs.n_samples()).map(|i| self.sample(&inputs, i, |_, _| {})).collect::<Result<Vec<_>>>()?;
+        let mut expected = Vec::new();
+        for (at, gives) in self.passes[0].outputs().into_iter().enumerate() {
+            let values =
+                of_each.iter().map(|outputs| outputs[at].to_device(&CPU)).collect::<candle_core::Result<Vec<_>>>()?;
+            let values = Tensor::cat(&values, 0)?;
+            if values.flatten_all()?.to_vec1::<f32>()?.iter().any(|value| !value.is_finite()) {
+                let message = "the network itself makes values that are not finite; there is nothing to compare with";
+                return Err(Error::Setting(message.into()));
+            }
+            expected.push(Expected { form: gives.form, values });
         }
-        let sigmas = self.passes.iter().map(Network::sigma).collect();
-        Ok(Samples { sigmas, n_labels: self.labels, pictures: stack(&pictures), inputs })
+        Ok(Samples { sigmas: self.sigmas(), n_labels: self.labels, expected, inputs })
     }
 
-    /// `n` noises, or as many more as it takes to be a multiple of the batch and to meet each label `per_label` times in
-    /// a row; `seeds` in turn.
-    fn first_pass(&self, seeds: &[u64], n: usize, per_label: usize) -> Inputs {
+    fn sigmas(&self) -> Vec<f64> {
+        self.passes.iter().filter_map(Module::sigma).collect()
+    }
+
+    /// Feeds of `n` samples, or of as many more as it takes to be a multiple of the batch and to meet each label
+    /// `per_label` times in a row; `seeds` in turn.
+    fn first_pass(&self, seeds: &[u64], n: usize, per_label: usize) -> Result<Inputs> {
         let whole = |n: usize| n.max(per_label * self.labels).next_multiple_of(self.batch);
         let n = whole(n);
-        let one = |i: usize| picture_noise(seeds[i % seeds.len()], (i / seeds.len()) as u64, 1, self.shape);
-        let noises: Vec<Array4<f32>> = (0..n).map(one).collect();
+        let feed = |input: &Input| -> Result<(String, Tensor)> {
+            let values = match &input.like {
+                Like::Normal => {
+                    let all = [input.shape.iter().product(), 1, 1];
+                    let draw = |i: usize| picture_noise(seeds[i % seeds.len()], (i / seeds.len()) as u64, 1, all);
+                    Tensor::from_iter((0..n).flat_map(draw), &CPU)?.reshape([&[n], &input.shape[..]].concat())?
+                }
+                Like::Features(rows) | Like::Ids(rows) => {
+                    let turns = (0..n).map(|i| (i % rows.dims()[0]) as u32);
+                    rows.to_device(&CPU)?.index_select(&Tensor::from_iter(turns, &CPU)?, 0)?
+                }
+            };
+            Ok((input.name.clone(), values))
+        };
+        let feeds = self.passes[0].inputs().iter().map(feed).collect::<Result<_>>()?;
         let labels = (0..n).filter(|_| self.labels > 0).map(|i| (i / per_label % self.labels) as i64).collect();
-        Inputs { batch: self.batch, noise: stack(&noises), labels, n_measured: whole(MEASURED) }
+        let index = if self.passes.len() > 1 { "row" } else { "label" };
+        Ok(Inputs { batch: self.batch, feeds, index, labels, n_measured: whole(MEASURED) })
     }
 
-    /// Picture `i` by every pass in turn, in candle; `see` is shown what each pass reads.
-    fn picture(&self, inputs: &Inputs, i: usize, mut see: impl FnMut(usize, &Tensor)) -> Result<Tensor> {
+    /// Sample `i` by every pass in turn, in candle; `see` is shown the noise that each pass reads.
+    fn sample(&self, inputs: &Inputs, i: usize, mut see: impl FnMut(usize, &Tensor)) -> Result<Vec<Tensor>> {
         let device = self.passes[0].device();
-        let noise = tensor(inputs.noise.slice(s![i..=i, .., .., ..]))?.to_device(&device)?;
-        let label = self.fixed.map(|label| label as i64).or_else(|| inputs.labels.get(i).copied());
-        let cond = Condition::of_classes(label, &device)?;
-        let sigmas: Vec<f64> = self.passes.iter().map(Network::sigma).collect();
-        through_passes(&sigmas, i, &noise, |pass, input| {
-            see(pass, input);
-            Ok::<_, Error>(self.passes[pass].generate(&Eager, input, &cond)?)
+        let one = |(_, feed): &(String, Tensor)| feed.narrow(0, i, 1)?.to_device(&device);
+        let mut feeds = inputs.feeds.iter().map(one).collect::<candle_core::Result<Vec<_>>>()?;
+        let told = match self.fixed.or_else(|| inputs.labels.get(i).map(|label| *label as usize)) {
+            Some(row) => {
+                let rows = self.passes[0].told(row + 1)?;
+                rows.try_map(|rows| Ok::<_, Error>(rows.narrow(0, row, 1)?.to_device(&device)?))?
+            }
+            None => Condition::none(),
+        };
+        through_passes(&self.sigmas(), i, &feeds[0].clone(), |pass, noise| {
+            see(pass, noise);
+            feeds[0] = noise.clone();
+            Ok::<_, Error>(self.passes[pass].run(&Eager, &feeds, &told)?)
         })
     }
 }
 
-/// The pictures of noise `(B, C, H, W)` by every pass in turn, as [`dmd_runtime::Generator::run`] makes them: they are
-/// the pictures `first ..` of a call.
+/// What every pass in turn makes of noise `(B, C, H, W)`, as [`dmd_runtime::Generator::run`] does it: samples `first ..` of
+/// a call.
 fn through_passes<E: From<candle_core::Error>>(
     sigmas: &[f64],
     first: usize,
     noise: &Tensor,
-    mut pass: impl FnMut(usize, &Tensor) -> std::result::Result<Tensor, E>,
-) -> std::result::Result<Tensor, E> {
-    let mut x = pass(0, noise)?;
+    mut pass: impl FnMut(usize, &Tensor) -> std::result::Result<Vec<Tensor>, E>,
+) -> std::result::Result<Vec<Tensor>, E> {
+    let mut outputs = pass(0, noise)?;
     for (number, sigma) in sigmas.iter().enumerate().skip(1) {
+        let x = &outputs[0];
         let mut values = Vec::with_capacity(x.elem_count());
-        for (i, picture) in x.flatten_from(1)?.to_vec2::<f32>()?.iter().enumerate() {
+        for (i, sample) in x.flatten_from(1)?.to_vec2::<f32>()?.iter().enumerate() {
             let at = values.len();
-            values.resize(at + picture.len(), 0.0);
-            refine(0, number, (first + i) as u64, picture, *sigma, &mut values[at..]);
+            values.resize(at + sample.len(), 0.0);
+            refine(0, number, (first + i) as u64, sample, *sigma, &mut values[at..]);
         }
-        x = pass(number, &Tensor::from_vec(values, x.shape(), x.device())?)?;
+        outputs = pass(number, &Tensor::from_vec(values, x.shape(), x.device())?)?;
     }
-    Ok(x)
+    Ok(outputs)
 }
 
-/// What a graph is fed: noise and, where it takes them, labels or rows.
+/// What a graph is fed: each input by its name and, where it takes them, labels or rows. f32, and whole numbers as i64.
 pub(crate) struct Inputs {
     batch: usize,
-    noise: Array4<f32>,
+    /// `(n, …)`.
+    feeds: Vec<(String, Tensor)>,
+    /// The name of the input that takes the labels.
+    index: &'static str,
     labels: Vec<i64>,
-    /// How many of them, from the first on, are enough where the network runs once per layer.
+    /// How many samples, from the first on, are enough where the network runs once per layer.
     n_measured: usize,
 }
 
+/// What one run takes.
+pub(crate) type Feeds = Vec<(String, Tensor)>;
+
 impl Inputs {
+    fn n_samples(&self) -> usize {
+        self.feeds.first().map_or(0, |(_, feed)| feed.dims()[0])
+    }
+
     /// The first of [`runs`](Self::runs) that are enough to measure one layer after the other on.
     pub fn n_measured_runs(&self) -> usize {
         self.n_measured / self.batch
     }
 
     /// What one run after the other takes.
-    pub fn runs(&self) -> candle_core::Result<Vec<(Tensor, Option<Tensor>)>> {
-        let run = |(i, noise): (usize, ArrayView4<f32>)| {
-            let labels = self.labels.get(i * self.batch..(i + 1) * self.batch);
-            Ok((tensor(noise)?, labels.map(|labels| Tensor::new(labels, &CPU)).transpose()?))
-        };
-        self.noise.axis_chunks_iter(Axis(0), self.batch).enumerate().map(run).collect()
+    pub fn runs(&self) -> candle_core::Result<Vec<Feeds>> {
+        self.runs_of(self.batch)
     }
 
-    /// The rows of a pass for some pictures, where the file takes `n_labels`.
-    fn rows(&self, pass: usize, pictures: Range<usize>, n_labels: usize) -> Vec<i64> {
+    fn runs_of(&self, batch: usize) -> candle_core::Result<Vec<Feeds>> {
+        let run = |first: usize| {
+            let n = batch.min(self.n_samples() - first);
+            let one = |(name, feed): &(String, Tensor)| Ok((name.clone(), feed.narrow(0, first, n)?.contiguous()?));
+            let mut feeds = self.feeds.iter().map(one).collect::<candle_core::Result<Feeds>>()?;
+            if let Some(labels) = self.labels.get(first..first + n) {
+                feeds.push((self.index.into(), Tensor::new(labels, &CPU)?));
+            }
+            Ok(feeds)
+        };
+        (0..self.n_samples()).step_by(batch).map(run).collect()
+    }
+
+    /// The rows of a pass for some samples, where the file takes `n_labels`.
+    fn rows(&self, pass: usize, samples: Range<usize>, n_labels: usize) -> Vec<i64> {
         let label = |i: usize| self.labels.get(i).copied().unwrap_or(0);
-        pictures.map(|i| (pass * n_labels.max(1)) as i64 + label(i)).collect()
+        samples.map(|i| (pass * n_labels.max(1)) as i64 + label(i)).collect()
     }
 }
 
-/// Inputs of the first pass, and the pictures that candle makes of them by all.
+/// Inputs of the first pass, and what candle makes of them by all.
 pub(crate) struct Samples {
     sigmas: Vec<f64>,
     n_labels: usize,
     inputs: Inputs,
-    pictures: Array4<f32>,
+    expected: Vec<Expected>,
+}
+
+/// An output of all samples, by candle.
+struct Expected {
+    form: Form,
+    values: Tensor,
 }
 
 impl Samples {
-    /// How far `found` is from candle's pictures, in the unit of the output.
-    fn compare(&self, found: &Found) -> Comparison {
-        match found {
-            Found::F32(found) => {
-                let pairs = self.pictures.iter().zip(found);
-                Comparison::of(pairs.map(|(a, b)| (f64::from(*a), f64::from(*b))), Output::F32)
-            }
-            Found::U8(found) => {
-                let pairs = self.pictures.view().permuted_axes([0, 2, 3, 1]).into_iter().zip(found);
-                Comparison::of(pairs.map(|(a, b)| (f64::from(quantize(*a)), f64::from(*b))), Output::U8)
-            }
+    /// What `run` makes of the samples, `batch` at a time, output by output.
+    fn through<E: From<candle_core::Error>>(
+        &self,
+        batch: usize,
+        mut run: impl FnMut(&Feeds) -> std::result::Result<Vec<Tensor>, E>,
+    ) -> std::result::Result<Vec<Tensor>, E> {
+        let mut found: Vec<Vec<Tensor>> = self.expected.iter().map(|_| vec![]).collect();
+        let mut first = 0;
+        for mut feeds in self.inputs.runs_of(batch)? {
+            let noise = feeds[0].1.clone();
+            let samples = first..first + noise.dims()[0];
+            first = samples.end;
+            let outputs = through_passes(&self.sigmas, samples.start, &noise, |pass, noise| {
+                feeds[0].1 = noise.clone();
+                if self.sigmas.len() > 1 {
+                    feeds.retain(|(name, _)| name != self.inputs.index);
+                    let rows = self.inputs.rows(pass, samples.clone(), self.n_labels);
+                    feeds.push((self.inputs.index.into(), Tensor::new(rows, &CPU)?));
+                }
+                run(&feeds)
+            })?;
+            found.iter_mut().zip(outputs).for_each(|(all, output)| all.push(output));
         }
+        Ok(found.iter().map(|all| Tensor::cat(all, 0)).collect::<candle_core::Result<_>>()?)
+    }
+
+    /// How far what was found is from candle's, output by output, and what is allowed.
+    fn compare(&self, found: &[Tensor], demand: Demand) -> candle_core::Result<Vec<(Comparison, Limit)>> {
+        let one = |(Expected { form, values }, found): (&Expected, &Tensor)| {
+            let is_u8 = found.dtype() == DType::U8;
+            let expected = values.flatten_all()?.to_vec1::<f32>()?;
+            let [low, high] = expected.iter().fold([f32::MAX, f32::MIN], |[low, high], x| [low.min(*x), high.max(*x)]);
+            let output = if is_u8 { Output::U8 } else { Output::F32 };
+            let largest = f64::from(low.abs().max(high.abs()));
+            let span = if *form == Form::Picture { peak(output) } else { f64::from(high - low) };
+            let expected = match is_u8 {
+                true => values
+                    .permute((0, 2, 3, 1))?
+                    .flatten_all()?
+                    .to_vec1::<f32>()?
+                    .into_iter()
+                    .map(|x| f32::from(quantize(x)))
+                    .collect(),
+                false => expected,
+            };
+            let found = found.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            // Values that are not there are as far away as can be.
+            let missing = expected.len().saturating_sub(found.len());
+            let found = found.into_iter().chain(std::iter::repeat_n(f32::NAN, missing));
+            let pairs = expected.into_iter().zip(found).map(|(a, b)| (f64::from(a), f64::from(b)));
+            Ok((Comparison::of(pairs, span), demand.limit(output, largest)))
+        };
+        self.expected.iter().zip(found).map(one).collect()
     }
 }
 
@@ -281,15 +382,15 @@ pub(crate) struct Comparison {
 }
 
 impl Comparison {
-    /// Compares what was expected with what was found.
-    pub fn of(pairs: impl Iterator<Item = (f64, f64)>, output: Output) -> Self {
+    /// Compares what was expected with what was found, of values that span so much.
+    pub fn of(pairs: impl Iterator<Item = (f64, f64)>, span: f64) -> Self {
         let (mut max, mut sum, mut n) = (0f64, 0f64, 0usize);
         for (expected, found) in pairs {
             // A NaN is as far away as can be; `max` alone would pass over it.
             let difference = if (expected - found).is_nan() { f64::INFINITY } else { (expected - found).abs() };
             (max, sum, n) = (max.max(difference), sum + difference.powi(2), n + 1);
         }
-        Comparison { max, psnr_db: psnr_db(sum / n as f64, peak(output)) }
+        Comparison { max, psnr_db: psnr_db(sum / n as f64, span) }
     }
 }
 
@@ -306,33 +407,25 @@ pub(crate) fn psnr_db(mean_square: f64, peak: f64) -> f64 {
     10.0 * (peak * peak / mean_square).log10()
 }
 
-/// Pictures as an engine gives them: `(N, C, H, W)` or `(N, H, W, C)`, in that order.
-enum Found {
-    F32(Vec<f32>),
-    U8(Vec<u8>),
-}
-
 /// Runs the file through every engine that is asked for, one after the other. The model is the file's; it is given up
 /// before an engine loads the weights once more.
 pub(crate) fn verify(path: &Path, model: ModelProto, samples: &Samples, options: &ExportOptions) -> Vec<EngineVerdict> {
-    let (output, library) = (options.output, &options.library);
+    let library = &options.library;
     let demand = Demand::of(options.precision, options.tolerance, options.min_psnr_db);
-    let largest = samples.pictures.iter().fold(0f64, |max, x| max.max(f64::from(x.abs())));
-    let limit = &demand.limit(output, largest);
     let is_asked_for = |kind: EngineKind| match options.engines {
         EngineChoice::Auto => true,
         EngineChoice::OnnxRuntime => kind == EngineKind::OnnxRuntime,
         EngineChoice::Tract => kind == EngineKind::Tract,
     };
     let by_candle = (options.engines == EngineChoice::Auto)
-        .then(|| verdict("candle-onnx", None, run_candle_onnx(&model, samples, output), samples, limit));
+        .then(|| verdict("candle-onnx", None, run_candle_onnx(&model, samples), samples, demand));
     drop(model);
     let verdicts = engines(library.as_deref()).into_iter().filter(|report| is_asked_for(report.kind)).map(|report| {
         let found = match report.reason {
             Some(reason) => Err(Status::Skipped(reason)),
             None => run_engine(path, samples, report.kind, library.clone()).map_err(Status::Failed),
         };
-        verdict(&report.kind.to_string(), report.version, found, samples, limit)
+        verdict(&report.kind.to_string(), report.version, found, samples, demand)
     });
     verdicts.chain(by_candle).collect()
 }
@@ -340,28 +433,32 @@ pub(crate) fn verify(path: &Path, model: ModelProto, samples: &Samples, options:
 fn verdict(
     engine: &str,
     version: Option<String>,
-    found: std::result::Result<Found, Status>,
+    found: std::result::Result<Vec<Tensor>, Status>,
     samples: &Samples,
-    limit: &Limit,
+    demand: Demand,
 ) -> EngineVerdict {
-    let compared = found.map(|found| samples.compare(&found));
+    let failed = |error: candle_core::Error| Status::Failed(error.to_string());
+    let compared = found.and_then(|found| samples.compare(&found, demand).map_err(failed));
     let status = match &compared {
         Err(status) => status.clone(),
-        Ok(comparison) => match (limit.refusal(comparison), limit) {
-            (None, _) => Status::Passed,
-            (Some(refusal), Limit::Difference(_)) => Status::Failed(refusal),
-            (Some(refusal), Limit::Psnr(_)) => {
+        Ok(outputs) => match outputs.iter().find_map(|(found, limit)| Some((limit.refusal(found)?, limit))) {
+            None => Status::Passed,
+            Some((refusal, Limit::Difference(_))) => Status::Failed(refusal),
+            Some((refusal, Limit::Psnr(_))) => {
                 Status::Failed(format!("{refusal}; allow less with --min-psnr, or take a higher --precision"))
             }
         },
     };
-    let compared = compared.ok();
+    let outputs = compared.unwrap_or_default();
+    let worst = |of: fn(&Comparison) -> f64, worse: fn(f64, f64) -> f64| {
+        outputs.iter().map(|(comparison, _)| of(comparison)).reduce(worse)
+    };
     EngineVerdict {
         engine: engine.into(),
         version,
         status,
-        max_abs_difference: compared.as_ref().map(|comparison| comparison.max),
-        psnr_db: compared.as_ref().map(|comparison| comparison.psnr_db),
+        max_abs_difference: worst(|found| found.max, f64::max),
+        psnr_db: worst(|found| found.psnr_db, f64::min),
     }
 }
 
@@ -370,25 +467,82 @@ fn run_engine(
     samples: &Samples,
     kind: EngineKind,
     library: Option<PathBuf>,
-) -> std::result::Result<Found, String> {
+) -> std::result::Result<Vec<Tensor>, String> {
     let engine = match kind {
         EngineKind::OnnxRuntime => EngineChoice::OnnxRuntime,
         EngineKind::Tract => EngineChoice::Tract,
     };
-    let run = || {
-        let generator = dmd_runtime::Generator::load(path, Options { engine, library, ..Options::default() })?;
-        generator.run(samples.inputs.noise.view(), &samples.inputs.labels)
+    let module = dmd_runtime::Module::load(path, Options { engine, library, ..Options::default() });
+    let module = module.map_err(|error| error.to_string())?;
+    if !samples.sigmas.is_empty() && samples.expected[0].form == Form::Picture {
+        // What apps open.
+        Info::read(path).map_err(|error| error.to_string())?;
+    }
+    let info = module.info();
+    // Where their number is free, several at a time, within reason.
+    let batch =
+        info.batch().unwrap_or_else(|| (MAX_FREE_VALUES / info.file.largest_value.max(1)).clamp(1, MIN_SAMPLES));
+    let run = |feeds: &Feeds| -> Result<Vec<Tensor>> {
+        let lent = feeds.iter().map(|(name, value)| Lent::of(name, value, info)).collect::<Result<Vec<_>>>()?;
+        let given = module.run(&lent.iter().map(Lent::feed).collect::<Vec<_>>())?;
+        let tensor = |(given, port): (Given, &dmd_runtime::Port)| {
+            let n = feeds[0].1.dims()[0];
+            let shape: Vec<usize> = port.shape.iter().map(|side| side.unwrap_or(n)).collect();
+            match given {
+                Given::F32(values) => Ok(Tensor::from_vec(values, shape, &CPU)?),
+                Given::U8(values) => Ok(Tensor::from_vec(values, shape, &CPU)?),
+            }
+        };
+        given.into_iter().zip(&info.outputs).map(tensor).collect()
     };
-    let images = run().map_err(|error| error.to_string())?;
-    Ok(match images.output() {
-        Output::F32 => Found::F32(images.to_f32().iter().copied().collect()),
-        Output::U8 => Found::U8(images.to_u8().iter().copied().collect()),
-    })
+    samples.through(batch, run).map_err(|error| error.to_string())
+}
+
+/// The most values that anything has in a run of more than one sample where their number is free.
+const MAX_FREE_VALUES: usize = 1 << 28;
+
+/// A feed of an engine, in the file's own type.
+struct Lent<'a> {
+    name: &'a str,
+    shape: &'a [usize],
+    floats: Vec<f32>,
+    ids: Vec<i32>,
+    index: Vec<i64>,
+}
+
+impl<'a> Lent<'a> {
+    fn of(name: &'a str, value: &'a Tensor, info: &dmd_runtime::ModuleInfo) -> Result<Self> {
+        let kind = info.inputs.iter().find(|port| port.name == name).map_or("f32", |port| port.kind.as_str());
+        let mut lent = Lent { name, shape: value.dims(), floats: vec![], ids: vec![], index: vec![] };
+        let flat = value.flatten_all()?;
+        match kind {
+            "f32" => lent.floats = flat.to_vec1()?,
+            "i32" => lent.ids = flat.to_vec1::<i64>()?.into_iter().map(|id| id as i32).collect(),
+            _ => lent.index = flat.to_vec1()?,
+        }
+        Ok(lent)
+    }
+
+    fn feed(&self) -> Feed<'_> {
+        let values = match (self.ids.is_empty(), self.index.is_empty()) {
+            (false, _) => Values::I32(&self.ids),
+            (_, false) => Values::I64(&self.index),
+            _ => Values::F32(&self.floats),
+        };
+        Feed { name: self.name, shape: self.shape, values }
+    }
 }
 
 /// candle's own evaluator knows few operators; what it cannot run is no fault of the file.
-fn run_candle_onnx(model: &ModelProto, samples: &Samples, output: Output) -> std::result::Result<Found, Status> {
-    candle_onnx_pictures(model, samples, output).map_err(|error| {
+fn run_candle_onnx(model: &ModelProto, samples: &Samples) -> std::result::Result<Vec<Tensor>, Status> {
+    let names: Vec<&str> =
+        model.graph.iter().flat_map(|graph| &graph.output).map(|output| output.name.as_str()).collect();
+    let run = |feeds: &Feeds| -> candle_core::Result<Vec<Tensor>> {
+        let mut outputs = candle_onnx::simple_eval(model, feeds.iter().cloned().collect())?;
+        let missing = || candle_core::Error::Msg("it gave no output".into());
+        names.iter().map(|name| outputs.remove(*name).ok_or_else(missing)).collect()
+    };
+    samples.through(samples.inputs.batch, run).map_err(|error| {
         let text = error.to_string();
         Status::Skipped(match missing_operator(&text) {
             Some(operator) => format!("it lacks the operator {operator}"),
@@ -402,46 +556,7 @@ pub fn missing_operator(error: &str) -> Option<&str> {
     error.split("unsupported op_type ").nth(1)?.split(' ').next()
 }
 
-fn candle_onnx_pictures(model: &ModelProto, samples: &Samples, output: Output) -> candle_core::Result<Found> {
-    let mut found = match output {
-        Output::F32 => Found::F32(vec![]),
-        Output::U8 => Found::U8(vec![]),
-    };
-    let Samples { sigmas, n_labels, inputs, .. } = samples;
-    for (run, (noise, label)) in inputs.runs()?.into_iter().enumerate() {
-        let pictures = run * inputs.batch..(run + 1) * inputs.batch;
-        let image = through_passes(sigmas, pictures.start, &noise, |pass, noise| {
-            let index = match sigmas.len() {
-                1 => label.clone().map(|label| ("label", label)),
-                _ => Some(("row", Tensor::new(inputs.rows(pass, pictures.clone(), *n_labels), &CPU)?)),
-            };
-            let given = [("noise", noise.clone())].into_iter().chain(index);
-            let mut outputs = candle_onnx::simple_eval(model, given.map(|(name, x)| (name.into(), x)).collect())?;
-            outputs.remove("image").ok_or_else(|| candle_core::Error::Msg("it gave no image".into()))
-        })?;
-        match &mut found {
-            Found::F32(all) => all.extend(image.flatten_all()?.to_vec1::<f32>()?),
-            Found::U8(all) => all.extend(image.flatten_all()?.to_vec1::<u8>()?),
-        }
-    }
-    Ok(found)
-}
-
 const CPU: candle_core::Device = candle_core::Device::Cpu;
-
-fn tensor(pictures: ArrayView4<f32>) -> candle_core::Result<Tensor> {
-    Tensor::from_vec(pictures.iter().copied().collect::<Vec<f32>>(), pictures.shape(), &CPU)
-}
-
-fn array(pictures: &Tensor) -> Result<Array4<f32>> {
-    let values = pictures.flatten_all()?.to_vec1::<f32>()?;
-    Array4::from_shape_vec(pictures.dims4()?, values).map_err(|error| Error::Setting(error.to_string()))
-}
-
-fn stack(pictures: &[Array4<f32>]) -> Array4<f32> {
-    let views: Vec<_> = pictures.iter().map(|picture| picture.view()).collect();
-    ndarray::concatenate(Axis(0), &views).expect("all pictures have one shape, and there are some")
-}
 
 #[cfg(test)]
 mod tests {
@@ -452,22 +567,26 @@ mod tests {
     /// A picture that is the noise.
     struct Same(f64);
 
-    impl Network for Same {
-        fn channels(&self) -> usize {
-            1
+    impl Module for Same {
+        fn inputs(&self) -> Vec<Input> {
+            vec![Input::noise([1, 1, 1])]
         }
 
-        fn sigma(&self) -> f64 {
-            self.0
+        fn sigma(&self) -> Option<f64> {
+            Some(self.0)
         }
 
-        fn generate<B: Backend>(&self, b: &B, x: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
-            b.affine(x, &[1.0], 0.0)
+        fn run<B: Backend>(&self, b: &B, x: &[B::Value], _: &Condition<B::Value>) -> dmd_models::Result<Vec<B::Value>> {
+            Ok(vec![b.affine(&x[0], &[1.0], 0.0)?])
         }
     }
 
     fn subject(passes: &[Same], batch: usize, labels: usize) -> Subject<'_, Same> {
-        Subject { passes, shape: [1, 1, 1], batch, labels, fixed: None }
+        Subject { passes, batch, labels, fixed: None }
+    }
+
+    fn noise(inputs: &Inputs) -> Vec<f32> {
+        inputs.feeds[0].1.flatten_all().unwrap().to_vec1().unwrap()
     }
 
     #[test]
@@ -477,32 +596,33 @@ mod tests {
             SEEDS.into_iter().find(is_of).unwrap()
         };
         for (labels, batch, pictures) in [(1, 1, 6), (7, 1, 21), (7, 4, 24), (32, 1, 96), (33, 1, 33), (100, 1, 100)] {
-            let Inputs { noise, labels: found, .. } = subject(&[Same(1.0)], batch, labels).samples().unwrap().inputs;
+            let inputs = subject(&[Same(1.0)], batch, labels).samples().unwrap().inputs;
+            let (noise, found) = (noise(&inputs), inputs.labels);
             assert_eq!((noise.len(), found.len()), (pictures, pictures));
             let pairs: BTreeSet<(i64, u64)> = found.iter().zip(&noise).map(|(l, x)| (*l, seed_of(*x))).collect();
             let seeds = if labels <= MAX_CROSSED { SEEDS.len() } else { 1 };
             assert_eq!(pairs.len(), labels * seeds, "{labels} labels");
             assert_eq!(pairs.iter().map(|pair| pair.1).collect::<BTreeSet<_>>().len(), SEEDS.len());
         }
-        assert_eq!(subject(&[Same(1.0)], 1, 0).samples().unwrap().inputs.noise.len(), MIN_PICTURES);
+        assert_eq!(noise(&subject(&[Same(1.0)], 1, 0).samples().unwrap().inputs).len(), MIN_SAMPLES);
     }
 
     #[test]
     fn calibration_sees_many_pictures_and_measures_layers_on_few() {
         for (labels, batch, pictures, measured) in [(0, 1, 32, 12), (7, 5, 35, 3), (40, 1, 40, 40)] {
             let inputs = subject(&[Same(1.0)], batch, labels).calibration().unwrap();
-            assert_eq!((inputs.noise.len(), inputs.n_measured_runs()), (pictures, measured));
+            assert_eq!((noise(&inputs).len(), inputs.n_measured_runs()), (pictures, measured));
         }
         // All passes of a picture, then those of the next one, each with its own row.
         let passes = [Same(3.0), Same(1.0)];
         let inputs = subject(&passes, 1, 3).calibration().unwrap();
-        assert_eq!((inputs.noise.len(), inputs.n_measured_runs()), (64, 24));
+        assert_eq!((noise(&inputs).len(), inputs.n_measured_runs()), (64, 24));
         assert_eq!(inputs.labels[..6], [0, 3, 1, 4, 2, 5]);
     }
 
     #[test]
     fn values_that_are_no_numbers_are_as_far_away_as_can_be() {
-        let compare = |found: f64| Comparison::of([(0.5, 0.5), (0.0, found)].into_iter(), Output::F32);
+        let compare = |found: f64| Comparison::of([(0.5, 0.5), (0.0, found)].into_iter(), peak(Output::F32));
         assert_eq!(compare(0.0).psnr_db, f64::INFINITY);
         // 20 log₁₀ 2/√(0.02²/2) is 43.01 dB.
         assert!((compare(0.02).psnr_db - 43.0103).abs() < 1e-3);

@@ -1,7 +1,7 @@
 //! A class-conditional transformer as a file, in every dialect, run by every engine present.
 
 use candle_core::{DType, Device};
-use dmd_export::{Dialect, ExportOptions, ModelInfo, Status, export};
+use dmd_export::{Dialect, ExportOptions, ModelInfo, OneStep, Status, export};
 use dmd_models::networks::dit::{DiT, DiTConfig};
 use dmd_models::noise_levels::Betas;
 use dmd_models::{Architecture, Denoiser, Generator, Network, NoiseLevels, Prediction, Weights};
@@ -16,9 +16,9 @@ fn a_transformer_is_exported_in_every_dialect() {
     let network = Network::DiT(DiT::new(&config, &weights.to(DType::F32, &Device::Cpu).unwrap()).unwrap());
     let levels = NoiseLevels::variance_preserving(&Betas::Linear, 1000, [1e-4, 0.02], false).unwrap();
     let denoiser = Denoiser { network, prediction: Prediction::Epsilon, levels, clip: None, unconditional: None };
-    let generator = Generator { denoiser, sigma: 2.5 };
+    let generator = OneStep { generator: Generator { denoiser, sigma: 2.5 }, size: [8, 8] };
     let classes = ["a", "b", "c"].map(String::from).to_vec();
-    let info = ModelInfo { size: [8, 8], classes, weights_sha256: "0".repeat(64) };
+    let info = ModelInfo { classes, weights_sha256: "0".repeat(64) };
     for dialect in Dialect::ALL {
         let written = tempfile::tempdir().unwrap();
         let options = ExportOptions { dialect, ..ExportOptions::default() };

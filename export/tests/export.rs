@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use dmd_export::{
-    Batch, Dialect, EngineChoice, Error, ExportOptions, ExportReport, ModelInfo, Network, Output, Precision, Status,
-    export, export_passes, weights_sha256,
+    Batch, Dialect, EngineChoice, Error, ExportOptions, ExportReport, Input, ModelInfo, Module, OneStep, Output,
+    Precision, Status, export, export_passes, weights_sha256,
 };
 use dmd_models::layers::{Conv2d, Embedding};
 use dmd_models::networks::unet2d::ClassEmbedding;
@@ -21,11 +21,12 @@ use std::path::Path;
 struct AtTime {
     unet: UNet,
     t: f64,
+    size: [usize; 2],
 }
 
-impl Network for AtTime {
-    fn channels(&self) -> usize {
-        self.unet.config().in_channels
+impl Module for AtTime {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([self.unet.config().in_channels, self.size[0], self.size[1]])]
     }
 
     fn max_classes(&self) -> usize {
@@ -36,13 +37,13 @@ impl Network for AtTime {
         }
     }
 
-    fn generate<B: Backend>(
+    fn run<B: Backend>(
         &self,
         b: &B,
-        noise: &B::Value,
+        inputs: &[B::Value],
         cond: &Condition<B::Value>,
-    ) -> dmd_models::Result<B::Value> {
-        self.unet.forward(b, noise, &[self.t], cond)
+    ) -> dmd_models::Result<Vec<B::Value>> {
+        Ok(vec![self.unet.forward(b, &inputs[0], &[self.t], cond)?])
     }
 }
 
@@ -69,7 +70,7 @@ fn random_weights(config: &UNetConfig) -> Weights {
     weights
 }
 
-fn edm(config: &UNetConfig, weights: &Weights, sigma: f64) -> Generator {
+fn edm(config: &UNetConfig, weights: &Weights, sigma: f64) -> OneStep {
     let denoiser = Denoiser {
         network: dmd_models::Network::UNet2D(UNet::new(config, weights).unwrap()),
         prediction: Prediction::Edm { sigma_data: 0.5, negative: false },
@@ -77,7 +78,7 @@ fn edm(config: &UNetConfig, weights: &Weights, sigma: f64) -> Generator {
         clip: None,
         unconditional: None,
     };
-    Generator { denoiser, sigma }
+    OneStep { generator: Generator { denoiser, sigma }, size: config.size().unwrap_or([8, 8]) }
 }
 
 fn info(config: &UNetConfig) -> ModelInfo {
@@ -85,13 +86,13 @@ fn info(config: &UNetConfig) -> ModelInfo {
         ClassEmbedding::Timestep => ["a", "b", "c"].map(String::from).to_vec(),
         _ => vec![],
     };
-    ModelInfo { size: config.size().unwrap_or([8, 8]), classes, weights_sha256: "0".repeat(64) }
+    ModelInfo { classes, weights_sha256: "0".repeat(64) }
 }
 
 /// Exports into a fresh folder, expects that engines ran the file, and gives the report and the model.
-fn export_and_read<N: Network>(
+fn export_and_read<M: Module>(
     what: &str,
-    network: &N,
+    network: &M,
     info: &ModelInfo,
     options: &ExportOptions,
 ) -> (ExportReport, candle_onnx::onnx::GraphProto) {
@@ -142,8 +143,8 @@ fn every_fixture_network_runs_from_its_file_as_in_candle() {
         let io = Weights::load(&folder.join("io.safetensors"), &Device::Cpu).unwrap();
         let t = io.get("timestep").unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()[0];
         let size = [2, 3].map(|axis| io.get("sample").unwrap().dims()[axis]);
-        let network = AtTime { unet: UNet::new(&config, &weights).unwrap(), t };
-        let info = ModelInfo { size, weights_sha256: weights_sha256(&weights).unwrap(), ..info(&config) };
+        let network = AtTime { unet: UNet::new(&config, &weights).unwrap(), t, size };
+        let info = ModelInfo { weights_sha256: weights_sha256(&weights).unwrap(), ..info(&config) };
         if config.in_channels != config.out_channels || config.class_embedding() == ClassEmbedding::Identity {
             let error = export(&network, &info, &ExportOptions::default(), Path::new("never.onnx")).unwrap_err();
             eprintln!("{name}: refused, {error}");
@@ -295,19 +296,19 @@ fn a_dynamic_batch_is_the_only_free_axis_and_takes_any_number() {
 const STEPS: [f64; 3] = [80.0, 2.5, 0.4];
 
 /// One network at each of its levels.
-fn at_steps(config: &UNetConfig, steps: &[f64]) -> Vec<Generator> {
+fn at_steps(config: &UNetConfig, steps: &[f64]) -> Vec<OneStep> {
     let weights = random_weights(config);
     steps.iter().map(|sigma| edm(config, &weights, *sigma)).collect()
 }
 
 /// What `dmd sample` makes in candle: x + sigma·eps between the passes, nothing divided (Yin et al. 2024, DMD2, 4.5).
-fn in_candle(passes: &[Generator], seed: u64, labels: Option<&[i64]>, n: usize) -> ndarray::Array4<f32> {
+fn in_candle(passes: &[OneStep], seed: u64, labels: Option<&[i64]>, n: usize) -> ndarray::Array4<f32> {
     let tensor = |noise: ndarray::Array4<f32>| {
         Tensor::from_vec(noise.iter().copied().collect(), noise.dim(), &Device::Cpu).unwrap()
     };
     let cond = Condition::of_classes(labels.unwrap_or_default().iter().copied(), &Device::Cpu).unwrap();
-    let mut input = (tensor(dmd_runtime::picture_noise(seed, 0, n, [3, 8, 8])) * passes[0].sigma).unwrap();
-    for (pass, Generator { denoiser, sigma }) in passes.iter().enumerate() {
+    let mut input = (tensor(dmd_runtime::picture_noise(seed, 0, n, [3, 8, 8])) * passes[0].generator.sigma).unwrap();
+    for (pass, OneStep { generator: Generator { denoiser, sigma }, .. }) in passes.iter().enumerate() {
         if pass > 0 {
             let eps = tensor(dmd_runtime::noise::refining_noise(seed, pass, 0, n, [3, 8, 8]));
             input = (input + (eps * *sigma).unwrap()).unwrap();
@@ -414,7 +415,7 @@ fn one_class_and_outside_weights_go_with_several_passes() {
 fn passes_that_make_no_list_are_refused() {
     let config = small(&[]);
     let folder = tempfile::tempdir().unwrap();
-    let refuse = |passes: &[Generator], options: &ExportOptions| {
+    let refuse = |passes: &[OneStep], options: &ExportOptions| {
         export_passes(passes, &info(&config), options, &folder.path().join("a.onnx")).unwrap_err().to_string()
     };
     let plain = ExportOptions::default();
@@ -473,30 +474,31 @@ struct Collage {
     padded: bool,
 }
 
-impl Network for Collage {
-    fn channels(&self) -> usize {
-        2
+impl Module for Collage {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([2, 8, 8])]
     }
 
     fn max_classes(&self) -> usize {
         3
     }
 
-    fn generate<B: Backend>(
+    fn run<B: Backend>(
         &self,
         b: &B,
-        noise: &B::Value,
+        inputs: &[B::Value],
         cond: &Condition<B::Value>,
-    ) -> dmd_models::Result<B::Value> {
+    ) -> dmd_models::Result<Vec<B::Value>> {
         let label = cond.get(Way::Label).ok_or_else(|| dmd_models::Error::Config("a label is needed".into()))?;
         let canvas = b.constant(&self.canvas)?;
         // A picture for every label, known before the file runs.
         let picture = b.conv2d(&b.add_per_channel(&canvas, &b.embedding(label, &self.table)?)?, &self.conv)?;
+        let noise = &inputs[0];
         let padded = if self.padded { b.pad_right_bottom(noise)? } else { noise.clone() };
         let coarse = b.upsample_2x(&b.avg_pool_2x(&padded)?)?;
         let both =
             b.conv2d(&b.concat(&b.activation(noise, Activation::Relu)?, &b.add(&coarse, &picture)?)?, &self.mix())?;
-        b.add(&b.affine(&b.activation(&both, Activation::Gelu)?, &[0.5], 0.25)?, &canvas)
+        Ok(vec![b.add(&b.affine(&b.activation(&both, Activation::Gelu)?, &[0.5], 0.25)?, &canvas)?])
     }
 }
 
@@ -519,7 +521,7 @@ impl Collage {
 
 #[test]
 fn a_users_own_network_exports_the_same_way() {
-    let info = ModelInfo { size: [8, 8], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     for (batch, padded) in [(1, true), (2, false)] {
         let options = ExportOptions { batch: Batch::Fixed(batch), ..Default::default() };
         let (report, graph) = export_and_read("collage", &Collage::new(padded), &info, &options);
@@ -557,7 +559,7 @@ fn a_file_says_what_it_is_and_has_the_same_bytes_every_time() {
     let weights = random_weights(&config);
     let generator = edm(&config, &weights, 2.5);
     let names = ["cat", "dog \"x\"", "ant"].map(String::from).to_vec();
-    let info = ModelInfo { size: [8, 8], classes: names.clone(), weights_sha256: weights_sha256(&weights).unwrap() };
+    let info = ModelInfo { classes: names.clone(), weights_sha256: weights_sha256(&weights).unwrap() };
     let folder = tempfile::tempdir().unwrap();
     let [first, second] = ["a.onnx", "b.onnx"].map(|name| folder.path().join(name));
     let options = ExportOptions { batch: Batch::Fixed(2), output: Output::U8, ..Default::default() };
@@ -585,8 +587,16 @@ fn a_weight_of_another_value_or_name_changes_the_hash() {
 
 /// Exports the small generator as `options` and `info` say, expects an error, and that the folder is as before.
 fn refused(change: impl FnOnce(&mut ModelInfo, &mut ExportOptions), file: &str) -> (Error, usize) {
+    refused_of_size([8, 8], change, file)
+}
+
+fn refused_of_size(
+    size: [usize; 2],
+    change: impl FnOnce(&mut ModelInfo, &mut ExportOptions),
+    file: &str,
+) -> (Error, usize) {
     let config = small(&[]);
-    let generator = edm(&config, &random_weights(&config), 2.5);
+    let generator = OneStep { size, ..edm(&config, &random_weights(&config), 2.5) };
     let (mut info, mut options) = (info(&config), ExportOptions::default());
     change(&mut info, &mut options);
     let folder = tempfile::tempdir().unwrap();
@@ -634,7 +644,7 @@ fn a_prepared_file_needs_no_network_and_has_no_name_until_it_is_verified() {
 #[test]
 fn bad_settings_and_paths_are_refused_by_name() {
     type Change = fn(&mut ModelInfo, &mut ExportOptions);
-    let cases: [(&str, &str, Change); 14] = [
+    let cases: [(&str, &str, Change); 13] = [
         ("new.onnx", "fixed label 3, expected one of the network's 3: 0 to 2", |_, options| {
             options.fixed_label = Some(3)
         }),
@@ -642,7 +652,6 @@ fn bad_settings_and_paths_are_refused_by_name() {
         ("no/such/folder.onnx", "cannot write", |_, _| {}),
         (".", "it is a folder", |_, options| options.force = true),
         ("new.onnx", "batch is 0", |_, options| options.batch = Batch::Fixed(0)),
-        ("new.onnx", "height is 0", |info, _| info.size = [0, 8]),
         ("new.onnx", "4 classes are named, the network has 3", |info, _| info.classes = vec![String::new(); 4]),
         ("new.onnx", "tolerance is 0", |_, options| options.tolerance = 0.0),
         ("new.onnx", "min_psnr_db is 30, which says nothing of a file in fp32: leave it out, or", |_, options| {
@@ -664,6 +673,8 @@ fn bad_settings_and_paths_are_refused_by_name() {
             (options.max_drop_db, options.precision) = (Some(f64::NAN), Precision::W8a8)
         }),
     ];
+    let (error, _) = refused_of_size([0, 8], |_, _| {}, "new.onnx");
+    assert!(error.to_string().contains("height is 0"), "{error}");
     for (file, expected, change) in cases {
         let (error, files) = refused(change, file);
         assert!(error.to_string().contains(expected), "expected {expected:?} in {error}");
@@ -879,22 +890,27 @@ impl Attentive {
     }
 }
 
-impl Network for Attentive {
-    fn channels(&self) -> usize {
-        3
+impl Module for Attentive {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([3, 16, 16])]
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
-        let x = b.conv2d(noise, &self.first)?;
+    fn run<B: Backend>(
+        &self,
+        b: &B,
+        inputs: &[B::Value],
+        _: &Condition<B::Value>,
+    ) -> dmd_models::Result<Vec<B::Value>> {
+        let x = b.conv2d(&inputs[0], &self.first)?;
         let [q, k, v] = [0, 1, 2].map(|i| b.conv2d(&x, &self.projections[i]));
-        b.conv2d(&b.add(&x, &b.attention(&q?, &k?, &v?, 1)?)?, &self.last)
+        Ok(vec![b.conv2d(&b.add(&x, &b.attention(&q?, &k?, &v?, 1)?)?, &self.last)?])
     }
 }
 
 /// Of attention's two products, one sums over 256 keys, the other over 16 channels.
 #[test]
 fn a_product_of_two_values_is_quantised_where_its_sums_are_long() {
-    let info = ModelInfo { size: [16, 16], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     let options = ExportOptions { precision: Precision::W8a8, max_drop_db: Some(60.0), ..Default::default() };
     let (report, graph) = export_and_read("attention in w8a8", &Attentive::new(), &info, &options);
     assert_eq!(report.layers.iter().map(|layer| layer.node.as_str()).collect::<Vec<_>>(), ["attention.mix"]);
@@ -929,19 +945,24 @@ fn a_value_that_half_precision_cannot_hold_stays_in_single_precision() {
 /// Large negative numbers, and zeros behind them.
 struct Hidden;
 
-impl Network for Hidden {
-    fn channels(&self) -> usize {
-        3
+impl Module for Hidden {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([3, 8, 8])]
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
+    fn run<B: Backend>(
+        &self,
+        b: &B,
+        inputs: &[B::Value],
+        _: &Condition<B::Value>,
+    ) -> dmd_models::Result<Vec<B::Value>> {
         let conv = |name: &str, value: f32| {
             let weight = Tensor::full(value, (3, 3, 3, 3), &Device::Cpu).unwrap();
             Conv2d { name: name.into(), weight, bias: None, stride: 1, padding: 1 }
         };
-        let x = b.conv2d(noise, &conv("first", 0.2))?;
+        let x = b.conv2d(&inputs[0], &conv("first", 0.2))?;
         let large = b.conv2d(&b.activation(&x, Activation::Relu)?, &conv("hidden", -6e4))?;
-        b.conv2d(&b.add(&x, &b.activation(&large, Activation::Relu)?)?, &conv("last", 0.1))
+        Ok(vec![b.conv2d(&b.add(&x, &b.activation(&large, Activation::Relu)?)?, &conv("last", 0.1))?])
     }
 }
 
@@ -949,7 +970,7 @@ impl Network for Hidden {
 #[test]
 fn a_value_that_half_precision_cannot_hold_is_refused_where_the_picture_hides_it() {
     let folder = tempfile::tempdir().unwrap();
-    let info = ModelInfo { size: [8, 8], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     let options = ExportOptions { precision: Precision::Fp16, ..Default::default() };
     let error = export(&Hidden, &info, &options, &folder.path().join("a.onnx")).unwrap_err();
     let Error::Overflow { node, value } = &error else { panic!("{error}") };
@@ -1001,7 +1022,7 @@ fn a_batch_that_cannot_fit_is_refused_before_memory_is_taken() {
     };
     for batch in [100_000_000, 1 << 40, usize::MAX] {
         let error = refused(batch, None);
-        assert!(error.starts_with(&format!("batch is {batch}, with 3 × 8 × 8 values a picture")), "{error}");
+        assert!(error.starts_with(&format!("batch is {batch}, with 3 × 8 × 8 values a sample of noise")), "{error}");
     }
     let error = refused(100_000, Some(1 << 30));
     assert!(
@@ -1107,20 +1128,25 @@ fn every_dialect_and_precision_has_the_same_bytes_every_time() {
 /// A picture that is the noise: what comes out of a u8 file is then all that its tail does.
 struct Same;
 
-impl Network for Same {
-    fn channels(&self) -> usize {
-        3
+impl Module for Same {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([3, 16, 16])]
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
-        b.affine(noise, &[1.0], 0.0)
+    fn run<B: Backend>(
+        &self,
+        b: &B,
+        inputs: &[B::Value],
+        _: &Condition<B::Value>,
+    ) -> dmd_models::Result<Vec<B::Value>> {
+        Ok(vec![b.affine(&inputs[0], &[1.0], 0.0)?])
     }
 }
 
 /// floor(127.5·x + 128), clipped: at every byte's value, at the edges between bytes, and outside of the range.
 #[test]
 fn bytes_are_rounded_exactly() {
-    let info = ModelInfo { size: [16, 16], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("same.onnx");
     export(&Same, &info, &ExportOptions { output: Output::U8, ..Default::default() }, &path).unwrap();
@@ -1145,13 +1171,18 @@ fn bytes_are_rounded_exactly() {
 /// A convolution that ends in steps of bytes around 0: the range of the output, folded in, leaves the factor 1.
 struct Steps(Conv2d);
 
-impl Network for Steps {
-    fn channels(&self) -> usize {
-        3
+impl Module for Steps {
+    fn inputs(&self) -> Vec<Input> {
+        vec![Input::noise([3, 16, 16])]
     }
 
-    fn generate<B: Backend>(&self, b: &B, noise: &B::Value, _: &Condition<B::Value>) -> dmd_models::Result<B::Value> {
-        b.conv2d(noise, &self.0)
+    fn run<B: Backend>(
+        &self,
+        b: &B,
+        inputs: &[B::Value],
+        _: &Condition<B::Value>,
+    ) -> dmd_models::Result<Vec<B::Value>> {
+        Ok(vec![b.conv2d(&inputs[0], &self.0)?])
     }
 }
 
@@ -1161,7 +1192,7 @@ fn halves_are_rounded_up_where_the_range_is_part_of_the_last_convolution() {
     let diagonal = |i: usize| if i.is_multiple_of(4) { 1.0 / 127.5 } else { 0f32 };
     let weight = Tensor::from_vec((0..9).map(diagonal).collect(), (3, 3, 1, 1), &Device::Cpu).unwrap();
     let network = Steps(Conv2d { name: "last".into(), weight, bias: None, stride: 1, padding: 0 });
-    let info = ModelInfo { size: [16, 16], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("steps.onnx");
     let options = ExportOptions { output: Output::U8, ..Default::default() };

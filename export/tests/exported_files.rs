@@ -4,7 +4,7 @@
 //! A change that is meant changes fixtures/golden.json: the failing test prints it as it would be.
 
 use candle_core::Device;
-use dmd_export::{Dialect, EngineChoice, ExportOptions, ModelInfo, Precision, export};
+use dmd_export::{Dialect, EngineChoice, ExportOptions, ModelInfo, OneStep, Precision, export};
 use dmd_models::{Generator, ModelFolder};
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -29,7 +29,8 @@ fn exported_files_are_what_they_were() {
         let folder = ModelFolder::load(&models.join(name), &Device::Cpu).unwrap();
         let generator = Generator { denoiser: folder.denoiser(&Device::Cpu).unwrap(), sigma: 2.5 };
         let [_, height, width] = folder.sample_shape().unwrap();
-        let info = ModelInfo { size: [height, width], classes: folder.classes(), weights_sha256: String::new() };
+        let generator = OneStep { generator, size: [height, width] };
+        let info = ModelInfo { classes: folder.classes(), weights_sha256: String::new() };
         for dialect in Dialect::ALL {
             for precision in Precision::ALL {
                 let path = target.path().join("a.onnx");

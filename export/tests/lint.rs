@@ -146,7 +146,7 @@ fn an_opset_or_a_value_of_an_attribute_may_be_what_is_refused() {
 fn exported(dialect: Dialect, precision: Precision, output: Output) -> ModelProto {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("network.onnx");
-    let info = ModelInfo { size: [32, 32], classes: vec![], weights_sha256: String::new() };
+    let info = ModelInfo { classes: vec![], weights_sha256: String::new() };
     // Weights are random: whatever the pictures lose, the layers are to be in integers.
     let min_psnr_db = (precision != Precision::Fp32).then_some(5.0);
     let max_drop_db = (precision == Precision::W8a8).then_some(100.0);

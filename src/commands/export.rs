@@ -10,7 +10,7 @@ use crate::sample::Model;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use dmd_export::lint::{Target, lint, read};
-use dmd_export::{Batch, ExportOptions, ExportReport, ModelInfo, Output, Precision, Status, weights_sha256};
+use dmd_export::{Batch, ExportOptions, ExportReport, ModelInfo, OneStep, Output, Precision, Status, weights_sha256};
 use dmd_models::{Generator, ModelFolder};
 use serde_json::Value;
 use std::path::Path;
@@ -26,6 +26,7 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     let folder = ModelFolder::load(&generator, &Device::Cpu)?;
     folder.needs_no_text().with_context(|| generator.display().to_string())?;
     let passes = passes(&folder, &generator, args.sigma)?;
+    let [_, height, width] = folder.sample_shape()?;
     let info = info(&folder)?;
     let output = match args.output {
         OutputKind::F32 => Output::F32,
@@ -59,7 +60,9 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     make_parent(&args.onnx)?;
     // The report looks at the network once more; else its memory is the file's and the engines'.
     let kept = args.report.then(|| passes.clone());
-    let prepared = dmd_export::prepare(passes, &info, &options, &args.onnx)?;
+    let modules = OneStep::passes(&passes, [height, width]);
+    drop(passes);
+    let prepared = dmd_export::prepare(modules, &info, &options, &args.onnx)?;
     let exported = prepared.verify()?;
     let peak = memory::peak_bytes(&Device::Cpu);
     for verdict in &exported.engines {
@@ -127,12 +130,8 @@ fn write_report(
 
 /// What goes into a file beside the network.
 pub fn info(folder: &ModelFolder) -> Result<ModelInfo> {
-    let [_, height, width] = folder.sample_shape()?;
-    Ok(ModelInfo {
-        size: [height, width],
-        classes: folder.classes(),
-        weights_sha256: weights_sha256(&folder.weights.to(DType::F32, &Device::Cpu)?)?,
-    })
+    let weights_sha256 = weights_sha256(&folder.weights.to(DType::F32, &Device::Cpu)?)?;
+    Ok(ModelInfo { classes: folder.classes(), weights_sha256 })
 }
 
 /// Pictures of the network itself.

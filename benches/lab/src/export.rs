@@ -8,7 +8,7 @@ use dmd::commands::export::{info, passes, reference};
 use dmd::commands::{engine_options, model_path};
 use dmd::output::result;
 use dmd_export::lint::{Target, lint, read};
-use dmd_export::{Dialect, ExportOptions, Precision};
+use dmd_export::{Dialect, ExportOptions, OneStep, Precision};
 use dmd_models::ModelFolder;
 use std::path::{Path, PathBuf};
 
@@ -31,6 +31,8 @@ pub fn run(args: &ExportTableArgs, threads: Option<usize>) -> Result<()> {
     let folder = ModelFolder::load(&model, &Device::Cpu)?;
     let passes = passes(&folder, &model, args.sigma)?;
     let info = info(&folder)?;
+    let [_, height, width] = folder.sample_shape()?;
+    let modules = OneStep::passes(&passes, [height, width]);
     let reference = reference(&passes, None)?;
     let scratch = tempfile::tempdir()?;
     let mut body = format!("{HEAD}\n");
@@ -40,7 +42,7 @@ pub fn run(args: &ExportTableArgs, threads: Option<usize>) -> Result<()> {
         for precision in Precision::ALL {
             let path = scratch.path().join(format!("{dialect}-{precision}.onnx"));
             let options = ExportOptions { dialect, precision, force: true, ..ExportOptions::default() };
-            let report = dmd_export::export_passes(&passes, &info, &options, &path)?;
+            let report = dmd_export::export_passes(&modules, &info, &options, &path)?;
             let measured = reference.measure(&path, engine_options(Engine::Auto, threads))?.measured;
             let part = report.bytes as f64 / *fp32_bytes.get_or_insert(report.bytes) as f64;
             let whole = taken_whole(&path)?;

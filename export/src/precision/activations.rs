@@ -10,7 +10,7 @@ use crate::onnx::{
     Dim, constants, dims, element_type, initializer, int as int_attribute, little_endian, tensor_type, value_info,
     value_info_like, values_f32,
 };
-use crate::verify::{self, Inputs};
+use crate::verify::{self, Feeds, Inputs};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_onnx::onnx::tensor_proto::DataType;
@@ -39,10 +39,9 @@ pub(crate) fn rewrite(
     max_drop_db: f64,
 ) -> Result<(GraphProto, Vec<LayerSensitivity>)> {
     let calibration = calibrate(graph, inputs)?;
-    let expected = &calibration.pictures[..inputs.n_measured_runs()];
-    let psnr = |graph: &GraphProto| {
-        psnr_db(expected, &pictures(&Interpreter::new(graph), inputs, expected.len())?, output(graph))
-    };
+    let expected = &calibration.outputs[..inputs.n_measured_runs()];
+    let psnr =
+        |graph: &GraphProto| psnr_db(expected, &outputs(&Interpreter::new(graph), inputs, expected.len())?, graph);
     let wanted = psnr(&weights::rewrite(graph.clone())?)? - max_drop_db;
     let with = |layers: &HashSet<&str>| quantize(graph, layers, &calibration.ranges);
     let mut layers = Vec::new();
@@ -99,7 +98,7 @@ const MAX_SEEN: usize = 1 << 15;
 
 struct Calibration {
     ranges: HashMap<String, Range>,
-    pictures: Vec<Tensor>,
+    outputs: Vec<Vec<Tensor>>,
 }
 
 /// Runs the graph and chooses a range for whatever a layer reads or a convolution gives.
@@ -108,7 +107,7 @@ fn calibrate(graph: &GraphProto, inputs: &Inputs) -> Result<Calibration> {
     let mut seen: HashMap<String, Vec<f32>> = HashMap::new();
     let interpreter = Interpreter::new(graph);
     let runs = inputs.runs()?;
-    let mut pictures = Vec::with_capacity(runs.len());
+    let mut outputs = Vec::with_capacity(runs.len());
     let mut keep = |name: &str, tensor: &Tensor| -> Result<()> {
         let values = tensor.flatten_all()?.to_vec1::<f32>()?;
         let step = (values.len() * runs.len()).div_ceil(MAX_SEEN).max(1);
@@ -118,7 +117,7 @@ fn calibrate(graph: &GraphProto, inputs: &Inputs) -> Result<Calibration> {
         kept.extend([values.iter().copied().fold(0.0, f32::min), values.iter().copied().fold(0.0, f32::max)]);
         Ok(())
     };
-    for (noise, label) in &runs {
+    for feeds in &runs {
         let mut see = |node: &NodeProto, x: &[&Tensor], y: Tensor| -> Result<Tensor> {
             match node.op_type.as_str() {
                 _ if !layers.contains(node.name.as_str()) => {}
@@ -127,10 +126,10 @@ fn calibrate(graph: &GraphProto, inputs: &Inputs) -> Result<Calibration> {
             }
             Ok(y)
         };
-        pictures.push(picture(&interpreter, noise, label.as_ref(), &mut see)?);
+        outputs.push(output(&interpreter, feeds, &mut see)?);
     }
     let ranges = seen.into_iter().map(|(name, values)| (name, Range::of(&values))).collect();
-    Ok(Calibration { ranges, pictures })
+    Ok(Calibration { ranges, outputs })
 }
 
 /// An affine map from −128..=127 to numbers: `(q − zero)·scale`.
@@ -313,43 +312,47 @@ fn no_constant(node: &NodeProto, at: usize) -> Error {
 }
 
 /// What the graph makes in the first runs.
-pub(super) fn pictures(interpreter: &Interpreter, inputs: &Inputs, n_runs: usize) -> Result<Vec<Tensor>> {
+pub(super) fn outputs(interpreter: &Interpreter, inputs: &Inputs, n_runs: usize) -> Result<Vec<Vec<Tensor>>> {
     let runs = inputs.runs()?.into_iter().take(n_runs);
-    runs.map(|(noise, label)| picture(interpreter, &noise, label.as_ref(), &mut |_, _, y| Ok(y))).collect()
+    runs.map(|feeds| output(interpreter, &feeds, &mut |_, _, y| Ok(y))).collect()
 }
 
-/// A picture; where the graph ends in bytes, what is clipped and rounded to them. The bytes would hide what a layer costs:
-/// nothing is left of a difference where the picture is white, and most of a small one rounds away.
-pub(super) fn picture(
-    interpreter: &Interpreter,
-    noise: &Tensor,
-    label: Option<&Tensor>,
-    see: &mut See,
-) -> Result<Tensor> {
+/// What it makes in one run; where it ends in bytes, what is clipped and rounded to them. The bytes would hide what a layer
+/// costs: nothing is left of a difference where the picture is white, and most of a small one rounds away.
+pub(super) fn output(interpreter: &Interpreter, feeds: &Feeds, see: &mut See) -> Result<Vec<Tensor>> {
     let mut unclipped = None;
-    let image = interpreter.run(noise, label, &mut |node, x, y| {
-        if node.op_type == "Clip" {
+    let outputs = interpreter.run(feeds, &mut |node, x, y| {
+        if node.op_type == "Clip" && interpreter.ends_in_bytes() {
             unclipped = Some(x[0].clone());
         }
         see(node, x, y)
     })?;
-    Ok(unclipped.unwrap_or(image))
+    Ok(unclipped.map_or(outputs, |picture| vec![picture]))
 }
 
-pub(super) fn output(graph: &GraphProto) -> Output {
-    match graph.output.first().and_then(element_type) {
-        Some(kind) if kind == DataType::Uint8 as i32 => Output::U8,
-        _ => Output::F32,
+/// Peak signal to noise ratio of outputs, the worst of them; of pictures that span what they may, of anything else what it
+/// does here.
+pub(super) fn psnr_db(expected: &[Vec<Tensor>], found: &[Vec<Tensor>], graph: &GraphProto) -> Result<f64> {
+    let mut worst = f64::INFINITY;
+    for (at, port) in graph.output.iter().enumerate() {
+        let (mut sum, mut low, mut high) = (0f64, f64::INFINITY, f64::NEG_INFINITY);
+        for (a, b) in expected.iter().zip(found) {
+            let number = |x: Tensor| -> candle_core::Result<f64> { Ok(f64::from(x.to_scalar::<f32>()?)) };
+            sum += number((&a[at] - &b[at])?.sqr()?.mean_all()?)?;
+            (low, high) = (low.min(number(a[at].min_all()?)?), high.max(number(a[at].max_all()?)?));
+        }
+        let span = match (port.name.as_str(), element_type(port)) {
+            (_, Some(kind)) if kind == DataType::Uint8 as i32 => verify::peak(Output::U8),
+            ("image", _) => verify::peak(Output::F32),
+            _ => high - low,
+        };
+        match verify::psnr_db(sum / expected.len() as f64, span) {
+            // Values that are no numbers are as far away as can be.
+            psnr if psnr.is_nan() => return Ok(f64::NEG_INFINITY),
+            psnr => worst = worst.min(psnr),
+        }
     }
-}
-
-/// Peak signal to noise ratio of pictures that span what the output does.
-pub(super) fn psnr_db(expected: &[Tensor], found: &[Tensor], output: Output) -> Result<f64> {
-    let square = |(a, b): (&Tensor, &Tensor)| -> candle_core::Result<f64> {
-        Ok(f64::from((a - b)?.sqr()?.mean_all()?.to_scalar::<f32>()?))
-    };
-    let sum: f64 = expected.iter().zip(found).map(square).sum::<candle_core::Result<_>>()?;
-    Ok(verify::psnr_db(sum / expected.len() as f64, verify::peak(output)))
+    Ok(worst)
 }
 
 #[cfg(test)]

@@ -4,16 +4,15 @@
 //! input is a node that CoreML leaves to the CPU. Where the picture is not like enough then, the nodes that lose most
 //! become islands, too.
 
-use super::activations::{output, picture, pictures, psnr_db};
-use super::{frame, places};
+use super::activations::{output, outputs, psnr_db};
+use super::{float_inputs, frame, places};
 use crate::interpret::{Interpreter, reads_half, through_half};
 use crate::onnx::{Attributes, Lowered, dims, element_type, initializer, int, value_info_like, values_f32};
 use crate::verify::{Inputs, ONE_LEVEL_DB};
 use crate::{Error, Result};
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_onnx::onnx::tensor_proto::DataType;
 use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
-use dmd_runtime::Output;
 use dmd_runtime::noise::Stream;
 use half::f16;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -47,15 +46,15 @@ fn lossy_nodes(
     inputs: &Inputs,
     min_psnr_db: f64,
 ) -> Result<Vec<String>> {
-    let is_u8 = output(graph) == Output::U8;
+    let is_u8 = Interpreter::new(graph).ends_in_bytes();
     // Of bytes no more is asked than that rounding them leaves.
     let wanted = MARGIN_DB + if is_u8 { min_psnr_db.min(ONE_LEVEL_DB) } else { min_psnr_db };
     let nodes = half_nodes(graph, islands);
-    let expected = pictures(&Interpreter::new(graph), inputs, inputs.n_measured_runs())?;
+    let expected = outputs(&Interpreter::new(graph), inputs, inputs.n_measured_runs())?;
     let likeness = |single: &[&str]| -> Result<f64> {
         let half = nodes.iter().copied().filter(|node| !single.contains(node)).collect();
-        let found = pictures(&Interpreter::new(graph).in_half(half), inputs, expected.len())?;
-        psnr_db(&expected, &found, output(graph))
+        let found = outputs(&Interpreter::new(graph).in_half(half), inputs, expected.len())?;
+        psnr_db(&expected, &found, graph)
     };
     if likeness(&[])? >= wanted {
         return Ok(vec![]);
@@ -76,7 +75,7 @@ fn lossy_nodes(
 fn losses<'a>(graph: &GraphProto, nodes: &[&'a str], inputs: &Inputs) -> Result<HashMap<&'a str, f64>> {
     let mut losses: HashMap<&str, f64> = nodes.iter().map(|node| (*node, 0.0)).collect();
     let interpreter = Interpreter::new(graph);
-    for (run, (noise, label)) in inputs.runs()?.into_iter().take(inputs.n_measured_runs()).enumerate() {
+    for (run, feeds) in inputs.runs()?.into_iter().take(inputs.n_measured_runs()).enumerate() {
         let mut probes = Vec::new();
         let mut see = |node: &NodeProto, _: &[&Tensor], y: Tensor| {
             if !y.dtype().is_float() || !losses.contains_key(node.name.as_str()) {
@@ -88,10 +87,13 @@ fn losses<'a>(graph: &GraphProto, nodes: &[&'a str], inputs: &Inputs) -> Result<
             probes.push((node.name.clone(), lost, probe));
             Ok(probed)
         };
-        let image = picture(&interpreter, &noise, label.as_ref(), &mut see)?;
-        let direction = Stream::new(0, 0, run as u64).normal(image.elem_count());
-        let direction = Tensor::from_vec(direction, image.shape(), image.device())?;
-        let gradients = (image * direction)?.sum_all()?.backward()?;
+        let mut sum = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        for (at, given) in output(&interpreter, &feeds, &mut see)?.into_iter().enumerate() {
+            let direction = Stream::new(0, at as u32, run as u64).normal(given.elem_count());
+            let direction = Tensor::from_vec(direction, given.shape(), given.device())?;
+            sum = (sum + (given * direction)?.sum_all()?)?;
+        }
+        let gradients = sum.backward()?;
         for (node, lost, probe) in &probes {
             let (Some(effect), Some(loss)) = (gradients.get(probe), losses.get_mut(node.as_str())) else { continue };
             let all = f64::from((effect.sqr()? * lost)?.sum_all()?.to_scalar::<f32>()?);
@@ -104,9 +106,9 @@ fn losses<'a>(graph: &GraphProto, nodes: &[&'a str], inputs: &Inputs) -> Result<
 
 /// The nodes that are in half precision unless they are islands.
 fn half_nodes<'a>(graph: &'a GraphProto, islands: &BTreeSet<String>) -> Vec<&'a str> {
-    let tail = tail(graph);
+    let (tail, inputs) = (tail(graph), float_inputs(graph));
     let single = |node: &NodeProto| {
-        node.input.iter().any(|name| name == "noise")
+        node.input.iter().any(|name| inputs.contains(name.as_str()))
             || tail.contains(node.name.as_str())
             || islands.contains(&node.name)
     };
@@ -142,8 +144,8 @@ pub(crate) fn check_finite(graph: &GraphProto, inputs: &Inputs) -> Result<()> {
         .map(|info| info.name.as_str())
         .collect();
     let interpreter = Interpreter::new(graph);
-    for (noise, label) in inputs.runs()? {
-        interpreter.run(&noise, label.as_ref(), &mut |node, _, output| {
+    for feeds in inputs.runs()? {
+        interpreter.run(&feeds, &mut |node, _, output| {
             if !output.dtype().is_float() {
                 return Ok(output);
             }
@@ -165,7 +167,7 @@ pub(super) fn tail(graph: &GraphProto) -> HashSet<&str> {
     let makers: HashMap<&str, &NodeProto> =
         graph.node.iter().flat_map(|node| node.output.iter().map(move |name| (name.as_str(), node))).collect();
     let mut found = HashSet::new();
-    let mut open = vec!["image"];
+    let mut open: Vec<&str> = graph.output.iter().map(|output| output.name.as_str()).collect();
     while let Some(node) = open.pop().and_then(|name| makers.get(name)) {
         if found.insert(node.name.as_str())
             && matches!(node.op_type.as_str(), "Add" | "Mul" | "Clip" | "Transpose" | "Cast")
@@ -202,7 +204,7 @@ impl<'a> Rewrite<'a> {
                 info = value_info_like(&info, name, DataType::Float16);
                 self.half_values.insert(name);
             }
-            if *name != "image" {
+            if !self.source.output.iter().any(|output| output.name == *name) {
                 self.result.value_info.push(info);
             }
         }
@@ -239,7 +241,8 @@ impl<'a> Rewrite<'a> {
     }
 
     fn is_index(&self, name: &str) -> bool {
-        self.infos.get(name).and_then(|info| element_type(info)) == Some(DataType::Int64 as i32)
+        let whole = [DataType::Int64 as i32, DataType::Int32 as i32];
+        self.infos.get(name).and_then(|info| element_type(info)).is_some_and(|kind| whole.contains(&kind))
     }
 }
 
