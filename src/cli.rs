@@ -170,7 +170,7 @@ pub struct SettingsArgs {
     ///
     /// `dmd config show` prints every key below its meaning, the values it takes and the paper it is from. The groups:
     /// the run (steps, batch, accumulate, grad_checkpoint, precision, seed, ratio, samples fresh or shared, data, prompts,
-    /// log_every, sample_every, checkpoint_every); generator (sigma or steps, start, rate, warmup, decay, ema,
+    /// log_every, sample_every, checkpoint_every); generator (sigma, steps or timestep, start, rate, warmup, decay, ema,
     /// t_range); real_score (guidance_scale, negative); fake_score (rate, warmup, decay, weight, t_range); loss (scores,
     /// divergence, ratio_memory, regression: weight, distance, pairs; gan: weight, critic_weight, r1, start_step,
     /// resolutions, t_range); guards (skip, returns); optimizer (betas, weight_decay, eps, clip).
@@ -228,7 +228,13 @@ pub struct PairsArgs {
     /// Guidance, as the distillation's will be; 1 is none.
     #[arg(long, default_value_t = 1.0, value_name = "SCALE")]
     pub guidance: f64,
-    /// Seed of the noise and the labels.
+    /// Prompts for a teacher of text, one a line: those that the distillation will have.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// What a teacher of text is guided away from [default: nothing].
+    #[arg(long, value_name = "TEXT")]
+    pub negative: Option<String>,
+    /// Seed of the noise, and of the labels or prompts.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub seed: u64,
     /// Pictures per pass.
@@ -445,6 +451,9 @@ pub struct ScoreArgs {
     /// Guidance of the teachers among the models [default: 1, none].
     #[arg(long, value_name = "SCALE")]
     pub guidance: Option<f64>,
+    /// Prompts for models of text, one a line, in turn.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
     /// Seed of the noise. The model and a reference that is a model get each their own, which neither `sample` nor `pairs`
     /// nor training draws from any seed.
     #[arg(long, default_value_t = 0, value_name = "N")]
@@ -549,6 +558,9 @@ pub struct AblateArgs {
     /// A distillation's run, whose last checkpoint has the fake score [default: the teacher, as a run begins].
     #[arg(long, value_name = "RUN")]
     pub run: Option<PathBuf>,
+    /// Prompts for a teacher of text, one a line, of which the first are shown [default: those of --run].
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
     /// Where the picture goes.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,

@@ -75,6 +75,9 @@ pub struct GeneratorSettings {
     /// Noise levels of a generator of a few steps, descending, in the place of sigma; [] for one step. Trained by
     /// backward simulation (DMD2, section 4.5).
     pub steps: Vec<f64>,
+    /// The same by their places in the teacher's table, in the place of both: one, or several, descending; [] for none.
+    /// 999 in DMD2 for Stable Diffusion 1.5, 399 for SDXL in one step, [999, 749, 499, 249] in four; 625 in SiD-LSG.
+    pub timestep: Timestep,
     /// Another run, or its generator's folder, to go on from, as in a second stage; "" for the teacher. It should be
     /// held at the same sigma.
     pub start: String,
@@ -218,6 +221,26 @@ pub enum Ema {
     Several(Vec<f64>),
 }
 
+/// Places in the teacher's table of noise levels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Timestep {
+    /// Of a generator of one step.
+    One(usize),
+    /// Of each step, or none.
+    Several(Vec<usize>),
+}
+
+impl Timestep {
+    /// All of them.
+    pub fn all(&self) -> &[usize] {
+        match self {
+            Timestep::One(timestep) => std::slice::from_ref(timestep),
+            Timestep::Several(timesteps) => timesteps,
+        }
+    }
+}
+
 impl Ema {
     /// All decays.
     pub fn decays(&self) -> &[f64] {
@@ -346,6 +369,7 @@ impl Default for GeneratorSettings {
         GeneratorSettings {
             sigma: Sigma::Value(2.5),
             steps: Vec::new(),
+            timestep: Timestep::Several(Vec::new()),
             start: String::new(),
             rate: 1e-4,
             warmup: 10,
@@ -447,7 +471,17 @@ impl GeneratorSettings {
         }
         let descending = self.steps.windows(2).all(|pair| pair[0] > pair[1]);
         ensure!(descending, "generator.steps is {:?}, expected descending noise levels", self.steps);
-        self.steps.iter().try_for_each(|sigma| positive("generator.steps", *sigma))
+        self.steps.iter().try_for_each(|sigma| positive("generator.steps", *sigma))?;
+        let timesteps = self.timestep.all();
+        let descending = timesteps.windows(2).all(|pair| pair[0] > pair[1]);
+        ensure!(descending, "generator.timestep is {timesteps:?}, expected descending");
+        ensure!(
+            timesteps.is_empty() || (self.steps.is_empty() && self.sigma == GeneratorSettings::default().sigma),
+            "generator.timestep is {timesteps:?} and generator.{} is given too: one of them says where the generator is held; \
+             --set generator.timestep=[] takes the other",
+            if self.steps.is_empty() { "sigma" } else { "steps" }
+        );
+        Ok(())
     }
 }
 
@@ -538,6 +572,10 @@ pub enum Recipe {
     Dmd2,
     /// The same for the Jensen-Shannon divergence (Xu et al. 2025, f-distill).
     FJs,
+    /// Distribution matching for Stable Diffusion 1.5: the first stage of DMD2 there, without pictures. Needs --prompts.
+    Sd15,
+    /// Distribution matching for a small teacher of text. Needs --prompts.
+    TextSmall,
 }
 
 impl Recipe {
@@ -551,6 +589,8 @@ impl Recipe {
             Recipe::Dmd => include_str!("recipes/dmd.toml"),
             Recipe::Dmd2 => include_str!("recipes/dmd2.toml"),
             Recipe::FJs => include_str!("recipes/f-js.toml"),
+            Recipe::Sd15 => include_str!("recipes/sd15.toml"),
+            Recipe::TextSmall => include_str!("recipes/text-small.toml"),
         }
     }
 }

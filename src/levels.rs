@@ -1,10 +1,11 @@
 //! One training step of a picture model, noise level by noise level: the generator's sample, the same with noise, what
 //! each score makes of it, and the gradient that follows.
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, RealScoreSettings, check_prompts};
 use crate::loss::distribution_matching;
 use crate::output::say;
 use crate::picture::{grid, labelled_table};
+use crate::prompts;
 use crate::random::picture_noise;
 use crate::sample::{Model, Sampler, labels_in_turn};
 use crate::train::Run;
@@ -29,18 +30,20 @@ pub struct Players {
     teacher: ModelFolder,
     generator: Model,
     fake_score: Denoiser,
-    /// Scale of the run's guidance of the real score; 1 without.
-    guidance_scale: f64,
+    /// The run's guidance of the real score; none without.
+    guidance: RealScoreSettings,
+    /// What a teacher of text is told.
+    prompts: Vec<String>,
     /// What the fake score is, in words.
     pub fake_score_is: String,
 }
 
 impl Players {
     /// `generator`: a generator's folder; else that of the run; else the teacher's own samples stand in for it. The fake
-    /// score is that of the run's last checkpoint; without a run it is the teacher, as when a run begins.
-    pub fn load(teacher: &Path, generator: Option<&Path>, run: Option<&Path>) -> Result<Self> {
+    /// score is that of the run's last checkpoint; without a run it is the teacher, as when a run begins. `prompts`: a file
+    /// for a teacher of text; else that of the run.
+    pub fn load(teacher: &Path, generator: Option<&Path>, run: Option<&Path>, prompts: Option<&Path>) -> Result<Self> {
         let teacher = ModelFolder::load(teacher, &Device::Cpu).context("the teacher")?;
-        teacher.needs_no_text().context("the teacher")?;
         let folder = generator.map(Path::to_path_buf).or_else(|| run.map(|run| run.join("generator")));
         let generator = match &folder {
             None => Model::teacher(teacher.denoiser(&Device::Cpu)?, Sampler::Heun, STEPS, 1.0),
@@ -56,29 +59,49 @@ impl Players {
                 Model::of_steps(generator.denoiser, loaded.about.sigmas(), 0)
             }
         };
-        let (fake_score, fake_score_is, guidance_scale) = match run {
-            None => (teacher.denoiser(&Device::Cpu)?, "the teacher".into(), 1.0),
+        let mut config = Config::default();
+        let (fake_score, fake_score_is) = match run {
+            None => (teacher.denoiser(&Device::Cpu)?, "the teacher".into()),
             Some(run) => {
                 let checkpoint = Run::last_checkpoint_in(run)?
                     .with_context(|| format!("{}: holds no checkpoint yet", run.display()))?;
                 let weights = checkpoint.part("fake_score")?;
                 let is = format!("that of {} at step {}", run.display(), checkpoint.step);
-                let config: Config = config::read(&run.join("config.toml"))?;
+                config = config::read(&run.join("config.toml"))?;
                 let fake_score = teacher.denoiser_on(&weights).context("the run's fake score")?;
-                (fake_score, is, config.real_score.guidance_scale)
+                (fake_score, is)
             }
         };
-        Ok(Players { teacher, generator, fake_score, fake_score_is, guidance_scale })
+        config.prompts = prompts.map_or(config.prompts, |path| path.display().to_string());
+        check_prompts(&config, &teacher.config.takes())?;
+        let prompts = match config.prompts.is_empty() {
+            true => Vec::new(),
+            false => prompts::read(Path::new(&config.prompts))?,
+        };
+        Ok(Players { teacher, generator, fake_score, fake_score_is, guidance: config.real_score, prompts })
     }
 
     /// The picture, and its numbers by noise level.
     pub fn panel(&self, seed: u64) -> Result<(RgbImage, Value)> {
-        let pipeline = self.teacher.pipeline(&Device::Cpu)?;
+        let mut pipeline = self.teacher.pipeline(&Device::Cpu)?;
+        let RealScoreSettings { mut guidance_scale, ref negative } = self.guidance;
+        if let Some(text) = &mut pipeline.text {
+            guidance_scale = text.guide(guidance_scale);
+        }
+        if !negative.is_empty() {
+            pipeline.guide_away_from(negative)?;
+        }
         let real_score = &pipeline.denoiser;
         let shape = self.teacher.sample_shape()?;
-        let labels = labels_in_turn(PICTURES, real_score.n_classes());
-        let cond = Condition::of_classes(labels.iter().copied(), &Device::Cpu)?;
-        let x = self.generator.pictures(&picture_noise(seed, 0, PICTURES, shape, &Device::Cpu)?, &labels, PICTURES)?;
+        let cond = match self.prompts.is_empty() {
+            true => Condition::of_classes(labels_in_turn(PICTURES, real_score.n_classes()), &Device::Cpu)?,
+            false => {
+                let in_turn = self.prompts.iter().cycle().take(PICTURES).map(String::as_str);
+                pipeline.condition(&in_turn.collect::<Vec<_>>())?
+            }
+        };
+        let noise = picture_noise(seed, 0, PICTURES, shape, &Device::Cpu)?;
+        let x = self.generator.make(&noise, &cond, PICTURES, &|_| {})?.pictures;
         let x = Tensor::from_vec(x.iter().copied().collect::<Vec<f32>>(), x.dim(), &Device::Cpu)?;
         let eps = picture_noise(seed, PICTURES as u64, PICTURES, shape, &Device::Cpu)?;
 
@@ -95,7 +118,7 @@ impl Players {
         let known = real_score.levels.sigma_min()..=real_score.levels.sigma_max();
         for sigma in SIGMAS.into_iter().filter(|sigma| known.contains(sigma)) {
             let x_t = (&x + (&eps * sigma)?)?;
-            let x0_real = real_score.denoise_guided(&Eager, &x_t, &[sigma], &cond, self.guidance_scale)?;
+            let x0_real = real_score.denoise_guided(&Eager, &x_t, &[sigma], &cond, guidance_scale)?;
             let x0_fake = self.fake_score.denoise(&Eager, &x_t, &[sigma], &cond)?;
             let (grad, step) = gradient(&x, &x0_real, &x0_fake)?;
             // Noise would drive x_t out of what a picture can show.

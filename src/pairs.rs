@@ -1,16 +1,18 @@
 //! Noise–picture pairs for the regression term (Yin et al. 2024, DMD, section 3.3): what the teacher's deterministic
 //! sampler makes of a noise. A folder with `pairs.json` and safetensors shards, each with `noise` and `image` (f32
-//! `(n, C, H, W)`) and, for a teacher with classes, `label` (i64 `(n,)`). Made once, checked against the run's teacher.
+//! `(n, C, H, W)`, of latents where the network works on them) and, for a teacher with classes, `label` (i64 `(n,)`), for
+//! one of text `prompt`, the numbers of prompts in their list. Made once, checked against the run's teacher and prompts.
 
 use crate::config::{self, Difference};
 use crate::fingerprint;
 use crate::lock::{self, Lock};
+use crate::prompts::{Known, Prompts};
 use crate::random::{Purpose, Random, picture_noise};
 use crate::sample::{Model, Sampler};
 use crate::train;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use dmd_models::{Condition, ModelFolder, Way, Weights, write_whole};
+use dmd_models::{Condition, ModelFolder, Weights, write_whole};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -34,19 +36,33 @@ pub struct Manifest {
     pub per_shard: usize,
     /// Pairs in all.
     pub n: usize,
+    /// Whose prompts, where the teacher is told text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<Known>,
+}
+
+/// What makes pairs.
+pub struct Maker<'a> {
+    /// The teacher.
+    pub teacher: &'a ModelFolder,
+    /// Its prompts, where it is told text.
+    pub prompts: Option<&'a Prompts>,
+    /// Pictures per pass.
+    pub batch: usize,
+    /// Where it runs.
+    pub device: &'a Device,
 }
 
 /// Makes `manifest.n` pairs in `out`, which no other process may hold, going on where an earlier call stopped, or anew
 /// with `force`; returns how many were there already. `step` is told how many are done.
 pub fn make(
-    teacher: &ModelFolder,
+    maker: &Maker,
     mut manifest: Manifest,
     out: &Path,
     force: bool,
-    batch: usize,
-    device: &Device,
     mut step: impl FnMut(usize),
 ) -> Result<usize> {
+    let Maker { teacher, prompts, batch, device } = *maker;
     let path = out.join(MANIFEST);
     ensure!(
         force || path.exists() || lock::is_free(out)?,
@@ -76,8 +92,12 @@ pub fn make(
     }
     let denoiser = teacher.denoiser(device)?;
     let n_classes = denoiser.n_classes();
+    let (denoiser, guidance_scale) = match prompts {
+        Some(prompts) => (prompts.guide(denoiser), prompts.guidance_scale),
+        None => (denoiser, manifest.guidance_scale),
+    };
     // A denoiser alone: pairs are of samples, as networks see them.
-    let model = Model::teacher(denoiser, Sampler::Heun, manifest.sampler_steps, manifest.guidance_scale);
+    let model = Model::teacher(denoiser, Sampler::Heun, manifest.sampler_steps, guidance_scale);
     let [_, height, width] = manifest.shape;
     model.check_memory(manifest.n.min(manifest.per_shard), [height, width], batch)?;
     let random = Random { seed: manifest.seed, device: Device::Cpu };
@@ -91,16 +111,22 @@ pub fn make(
             continue;
         }
         let noise = picture_noise(manifest.seed, first as u64, len, manifest.shape, &Device::Cpu)?;
-        let cond = random.condition(Purpose::PairLabel, i as u64, len, n_classes)?;
-        let labels: Vec<i64> = cond.get(Way::Label).map_or(Ok(Vec::new()), |label| label.to_vec1())?;
-        let images = model.pictures(&noise, &labels, batch)?;
+        // Numbers of prompts or of classes, and what they stand for.
+        let kinds = prompts.map(Prompts::len).or(n_classes);
+        let drawn = match kinds {
+            Some(kinds) => random.stream(Purpose::PairLabel, i as u64).below(len, u32::try_from(kinds)?),
+            None => Vec::new(),
+        };
+        let cond = told(&drawn, prompts, &Device::Cpu)?;
+        let images = model.make(&noise, &cond, batch, &|_| {})?.pictures;
         let finite = images.iter().all(|value| value.is_finite());
         ensure!(finite, "the teacher makes values that are not finite, among pictures {first} to {}", first + len - 1);
         let mut shard = Weights::default();
         shard.insert("image", Tensor::from_vec(images.into_raw_vec_and_offset().0, noise.dims(), &Device::Cpu)?);
         shard.insert("noise", noise);
-        if let Some(label) = cond.get(Way::Label) {
-            shard.insert("label", label.clone());
+        if !drawn.is_empty() {
+            let drawn: Vec<i64> = drawn.into_iter().map(i64::from).collect();
+            shard.insert(manifest.drawn(), Tensor::from_vec(drawn, len, &Device::Cpu)?);
         }
         shard.save(&path, &BTreeMap::new())?;
         step(first + len);
@@ -116,7 +142,8 @@ pub struct Pairs {
     shape: [usize; 3],
     noise: Vec<f32>,
     image: Vec<f32>,
-    labels: Vec<i64>,
+    /// Of each pair the class, or the prompt.
+    drawn: Vec<u32>,
 }
 
 /// Some of them as tensors.
@@ -130,38 +157,53 @@ pub struct PairBatch {
 }
 
 impl Pairs {
-    /// Reads a folder that `make` wrote, and refuses pairs of another teacher, size or guidance before reading shards.
-    pub fn load(folder: &Path, teacher: &ModelFolder, guidance_scale: f64) -> Result<Self> {
+    /// Reads a folder that `make` wrote, and refuses pairs of another teacher, size, guidance or other prompts before reading
+    /// shards.
+    pub fn load(folder: &Path, teacher: &ModelFolder, prompts: Option<&Prompts>, guidance_scale: f64) -> Result<Self> {
         let shape = teacher.sample_shape()?;
         let manifest = manifest_for(folder, shape, guidance_scale)?;
         ensure!(
             fingerprint::teacher(teacher)?.is(&manifest.teacher_sha256),
             refusal(folder, "pairs were made by another teacher (its weights or its configuration differ)")
         );
-        let n_classes = teacher.n_classes().unwrap_or(0);
-        let mut pairs = Pairs { shape, noise: Vec::new(), image: Vec::new(), labels: Vec::new() };
+        if let Some((was, is)) = manifest.text.as_ref().zip(prompts.map(|prompts| &prompts.known)) {
+            let what = match () {
+                () if was.text_sha256 != is.text_sha256 => "by another text encoder or tokenizer",
+                () if was.prompts_sha256 != is.prompts_sha256 => "of other prompts (the lines under --prompts differ)",
+                () => "away from another negative prompt",
+            };
+            ensure!(was == is, refusal(folder, format!("pairs were made {what}")));
+        }
+        let kinds = prompts.map(Prompts::len).or(teacher.n_classes()).unwrap_or(0);
+        let mut pairs = Pairs { shape, noise: Vec::new(), image: Vec::new(), drawn: Vec::new() };
         for (i, first) in (0..manifest.n).step_by(manifest.per_shard).enumerate() {
             let path = shard_path(folder, i);
             let shard = read_shard(&path, &manifest, manifest.per_shard.min(manifest.n - first))?;
-            let labels: Vec<i64> = shard.get("label").map_or(Ok(Vec::new()), |label| label.to_vec1())?;
+            let drawn: Vec<i64> = shard.get(manifest.drawn()).map_or(Ok(Vec::new()), |drawn| drawn.to_vec1())?;
             ensure!(
-                labels.is_empty() == (n_classes == 0)
-                    && labels.iter().all(|label| (0..n_classes as i64).contains(label)),
-                refusal(&path, format!("labels are not those of the teacher's {n_classes} classes"))
+                drawn.is_empty() == (kinds == 0) && drawn.iter().all(|drawn| (0..kinds as i64).contains(drawn)),
+                refusal(
+                    &path,
+                    match prompts {
+                        Some(_) => format!("prompts are not those of the {kinds}"),
+                        None => format!("labels are not those of the teacher's {kinds} classes"),
+                    }
+                )
             );
             let values = |name: &str| -> Result<Vec<f32>> {
                 Ok(shard.get(name).context("checked when it was read")?.flatten_all()?.to_vec1()?)
             };
             pairs.noise.extend(values("noise")?);
             pairs.image.extend(values("image")?);
-            pairs.labels.extend(labels);
+            pairs.drawn.extend(drawn.into_iter().map(|drawn| drawn as u32));
         }
         Ok(pairs)
     }
 
     /// By what they are known again, wherever they lie.
     pub fn sha256(&self) -> String {
-        fingerprint::numbers(&[&self.noise, &self.image], &self.labels)
+        let drawn: Vec<i64> = self.drawn.iter().map(|drawn| i64::from(*drawn)).collect();
+        fingerprint::numbers(&[&self.noise, &self.image], &drawn)
     }
 
     /// How many there are.
@@ -170,17 +212,32 @@ impl Pairs {
         self.image.len() / self.shape.iter().product::<usize>()
     }
 
-    /// The pairs of these numbers.
-    pub fn batch(&self, picks: &[u32], device: &Device) -> Result<PairBatch> {
+    /// The pairs of these numbers, made of these prompts.
+    pub fn batch(&self, picks: &[u32], prompts: Option<&Prompts>, device: &Device) -> Result<PairBatch> {
         let size: usize = self.shape.iter().product();
         let [c, h, w] = self.shape;
         let rows = |all: &[f32]| -> Result<Tensor> {
             let rows = picks.iter().flat_map(|&i| &all[i as usize * size..(i as usize + 1) * size]);
             Ok(Tensor::from_vec(rows.copied().collect(), (picks.len(), c, h, w), device)?)
         };
-        let classes = picks.iter().filter_map(|&i| self.labels.get(i as usize).copied());
-        let cond = Condition::of_classes(classes, device)?;
+        let drawn: Vec<u32> = picks.iter().filter_map(|&i| self.drawn.get(i as usize).copied()).collect();
+        let cond = told(&drawn, prompts, device)?;
         Ok(PairBatch { noise: rows(&self.noise)?, image: rows(&self.image)?, cond })
+    }
+}
+
+impl Manifest {
+    /// What the numbers in a shard are called that say what the teacher was told.
+    fn drawn(&self) -> &'static str {
+        if self.text.is_some() { "prompt" } else { "label" }
+    }
+}
+
+/// What a network is told by these numbers, of prompts or of classes.
+fn told(drawn: &[u32], prompts: Option<&Prompts>, device: &Device) -> Result<Condition<Tensor>> {
+    match prompts {
+        Some(prompts) => prompts.told(drawn, device),
+        None => Ok(Condition::of_classes(drawn.iter().copied(), device)?),
     }
 }
 
@@ -254,13 +311,14 @@ fn read_shard(path: &Path, manifest: &Manifest, len: usize) -> Result<Weights> {
             path.display()
         );
     }
-    if let Some(label) = shard.get("label") {
+    let name = manifest.drawn();
+    if let Some(drawn) = shard.get(name) {
         ensure!(
-            label.dims() == [len] && label.dtype() == DType::I64,
-            "{}: tensor \"label\" is {:?} {:?}, expected [{len}] I64",
+            drawn.dims() == [len] && drawn.dtype() == DType::I64,
+            "{}: tensor \"{name}\" is {:?} {:?}, expected [{len}] I64",
             path.display(),
-            label.dims(),
-            label.dtype()
+            drawn.dims(),
+            drawn.dtype()
         );
     }
     Ok(shard)

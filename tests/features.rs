@@ -68,6 +68,7 @@ fn comparison(path: &Path) -> anyhow::Result<Comparison> {
         &teacher.denoiser(&Device::Cpu)?,
         &Training::default(),
         1,
+        || Ok(None),
     )
 }
 
@@ -106,7 +107,7 @@ fn equal_pictures_are_not_apart_and_no_gradient_reaches_the_target() {
     let x = Var::from_tensor(&tensor(&pictures(0.37, f64::sin))).unwrap();
     let maps = network.features(x.as_tensor()).unwrap();
     assert_eq!(maps.iter().map(|map| map.dims().to_vec()).collect::<Vec<_>>(), [[2, 4, 8, 8], [2, 6, 4, 4]]);
-    let comparison = Comparison::Onnx(Box::new(network));
+    let comparison = Comparison::Onnx(Box::new(network), None);
     let same = comparison.distance(x.as_tensor(), x.as_tensor(), &Condition::none()).unwrap();
     assert_eq!(same.to_scalar::<f32>().unwrap(), 0.0);
     let target = Var::from_tensor(&tensor(&pictures(0.11, f64::cos))).unwrap();

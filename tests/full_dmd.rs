@@ -7,7 +7,7 @@ use dmd::data::Pictures;
 use dmd::distill::{Beginning, Health, Networks, Reality};
 use dmd::loss::distribution_matching;
 use dmd::optim::Optimizer;
-use dmd::pairs::{Manifest, Pairs, make};
+use dmd::pairs::{Maker, Manifest, Pairs, make};
 use dmd::random::{Purpose, Random};
 use dmd_models::{Condition, Denoiser, Eager, ModelFolder, Weights};
 use std::collections::BTreeMap;
@@ -49,15 +49,13 @@ fn pairs(teacher: &ModelFolder, guidance_scale: f64) -> Pairs {
         seed: 3,
         per_shard: 4,
         n: 6,
+        text: None,
     };
     let out = folder.path().join("pairs");
-    assert_eq!(make(teacher, manifest.clone(), &out, false, 3, &CPU, |_| ()).unwrap(), 0);
-    assert_eq!(
-        make(teacher, manifest.clone(), &out, false, 3, &CPU, |_| ()).unwrap(),
-        6,
-        "all are found the second time"
-    );
-    Pairs::load(&out, teacher, guidance_scale).unwrap()
+    let maker = Maker { teacher, prompts: None, batch: 3, device: &CPU };
+    assert_eq!(make(&maker, manifest.clone(), &out, false, |_| ()).unwrap(), 0);
+    assert_eq!(make(&maker, manifest.clone(), &out, false, |_| ()).unwrap(), 6, "all are found the second time");
+    Pairs::load(&out, teacher, None, guidance_scale).unwrap()
 }
 
 fn config(text: &str) -> Config {
@@ -343,9 +341,14 @@ fn a_student_that_is_the_teacher_has_nothing_to_regress() {
     let x = denoiser.denoise(&Eager, &(noise * 2.5).unwrap(), &[2.5], &cond).unwrap();
     for distance in ["\"l2\"", "\"pseudo-huber\"", "\"teacher-features\""] {
         let config = config(&format!("[loss.regression]\nweight = 1.0\ndistance = {distance}\n"));
-        let comparison =
-            dmd::regression::Comparison::new(&config.loss.regression.distance, &denoiser, &Default::default(), 2)
-                .unwrap();
+        let comparison = dmd::regression::Comparison::new(
+            &config.loss.regression.distance,
+            &denoiser,
+            &Default::default(),
+            2,
+            || Ok(None),
+        )
+        .unwrap();
         let number = |a: &Tensor, b: &Tensor| -> f32 { comparison.distance(a, b, &cond).unwrap().to_scalar().unwrap() };
         assert!(number(&x, &x).abs() < 1e-9, "{distance}");
         assert!(number(&x, &x.flip(&[3]).unwrap()) > 1e-6, "{distance}");

@@ -316,22 +316,104 @@ fn a_run_of_text_goes_on_as_if_it_had_not_stopped() {
     w.refuses(&other, 1, &["the run was started with other text encoders or tokenizers"]);
 }
 
+/// Stable Diffusion's table: sigma of 999, 749, 499, 249 and 399 by the formula of its betas, in f64 (numpy).
+#[test]
+fn a_generator_is_held_at_places_of_the_teacher_s_table() {
+    let (w, told) = with_latent_teacher("sd");
+    for (timestep, expected) in
+        [("399", &[1.160_578][..]), ("[999,749,499,249]", &[14.614_641, 4.081_729, 1.612_886, 0.693_205])]
+    {
+        let run = format!("run{}", expected.len());
+        w.ok(&format!("{} --steps 1 {told} --set generator.timestep={timestep}", SHORT.replace("run", &run)));
+        let about: serde_json::Value = serde_json::from_str(&w.text(&format!("{run}/generator/dmd.json"))).unwrap();
+        let steps = if expected.len() > 1 { about["steps"].clone() } else { json!([about["sigma"]]) };
+        let found: Vec<f64> = serde_json::from_value(steps).unwrap();
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found / expected - 1.0).abs() < 1e-5, "{found}, expected {expected}");
+        }
+        let output = w.command(&format!("sample {run} -n 2 --npy a.npy --force")).args(CAT).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    for (more, said) in [
+        ("1000", "generator.timestep is 1000, expected below 1000"),
+        ("[249,499]", "expected descending"),
+        ("999 --set generator.sigma=1", "generator.sigma is given too"),
+    ] {
+        let line = format!("{SHORT} {told} --set generator.timestep={more}").replace("--out run", "--out other");
+        let message = stderr(&w.run(&line));
+        assert!(message.contains(said) && !w.path("other").exists(), "{message}");
+    }
+}
+
+#[test]
+fn pairs_of_a_text_teacher_are_made_compared_and_known_again() {
+    let (w, _) = with_latent_teacher("sd");
+    let with = "--prompts prompts.txt --guidance 2";
+    w.refuses("pairs teacher --out pairs -n 6 --steps 2", 2, &["the teacher is told text: give --prompts FILE"]);
+    w.ok(&format!("pairs teacher {with} --negative hat --out pairs -n 6 --steps 2 --per-shard 4"));
+    w.ok(&format!("pairs teacher {with} --negative hat --out again -n 6 --steps 2 --per-shard 4 --batch 1"));
+    let shard =
+        |folder: &str| Weights::load(&w.path(&format!("{folder}/shard-00001.safetensors")), &Device::Cpu).unwrap();
+    let (shard, again) = (shard("pairs"), shard("again"));
+    assert_eq!(shard.get("image").unwrap().dims(), [2, 4, 8, 8]);
+    let prompts = |shard: &Weights| shard.get("prompt").unwrap().to_vec1::<i64>().unwrap();
+    assert!(prompts(&shard).iter().all(|i| (0..4).contains(i)) && prompts(&shard) == prompts(&again));
+    std::fs::copy("tests/fixtures/features.onnx", w.path("features.onnx")).unwrap();
+    for (distance, setting) in [("l2", "=l2"), ("features", "=teacher-features"), ("decoded", ".onnx=features.onnx")] {
+        let line = format!("{} --recipe dmd --pairs pairs --steps 2 {with}", SHORT.replace("run", distance));
+        w.ok(&format!("{line} --negative hat --set loss.regression.distance{setting}"));
+        assert!(metric(&w, distance, "loss_regression").iter().all(|loss| *loss > 0.0), "{distance}");
+    }
+    let refused = |options: &str, said: &str| {
+        w.refuses(&format!("{SHORT} --recipe dmd --pairs pairs {options}"), 1, &[said, "make pairs for this run"])
+    };
+    refused(with, "pairs were made away from another negative prompt");
+    refused("--prompts prompts.txt --guidance 3 --negative hat", "made with guidance 2");
+    w.write("other.txt", "hello\n");
+    refused("--prompts other.txt --guidance 2 --negative hat", "of other prompts");
+}
+
+#[test]
+fn models_of_text_are_scored_and_looked_into() {
+    let (w, told) = with_latent_teacher("sd");
+    w.ok(&format!("{SHORT} --steps 2 {told}"));
+    w.refuses("score run --against teacher -n 4", 2, &["this model is told text: give --prompts FILE"]);
+    let line = "score run --against teacher -n 4 --prompts prompts.txt --guidance 3 --features teacher";
+    let score = &w.ok(line)["scores"][0];
+    assert!(score["sliced_wasserstein"].as_f64().unwrap() > 0.0, "{score}");
+    assert!(score["features"]["dimension"].as_u64().unwrap() > 0, "{score}");
+    let levels = w.ok("ablate --teacher teacher --run run --out levels")["levels"].clone();
+    assert!(levels.as_array().unwrap().iter().all(|l| l["gradient"].as_f64().unwrap() > 0.0), "{levels}");
+    w.refuses("ablate --teacher teacher --out alone", 2, &["the teacher is told text: give --prompts FILE"]);
+    w.ok("ablate --teacher teacher --out alone --prompts prompts.txt");
+}
+
+#[test]
+fn recipes_of_text_begin_as_they_are() {
+    let (w, _) = with_latent_teacher("sd");
+    for recipe in ["sd15", "text-small"] {
+        w.ok(&format!("distill --teacher teacher --recipe {recipe} --prompts prompts.txt --out {recipe} --steps 2 --batch 2 --set ratio=2"));
+    }
+}
+
 /// States read from shards, whatever the number of prompts, are those that the encoders make.
 #[test]
 fn text_states_are_kept_and_known_again() {
     let w = with_pipeline("sdxl");
     let teacher = dmd_models::ModelFolder::load(&w.path("teacher"), &Device::Cpu).unwrap();
     let texts: Vec<String> = (0..300).map(|i| format!("a photo of {i} cats")).collect();
-    let prompts = |texts: &[String]| {
+    let read_by = |texts: &[String], encoder: &str| {
         let encoders = teacher.text(&Device::Cpu, 2).unwrap().unwrap();
-        dmd::prompts::Prompts::new(texts.to_vec(), encoders, "", 5.0).unwrap()
+        dmd::prompts::Prompts::new(texts.to_vec(), encoders, encoder.into(), "", 5.0).unwrap()
     };
+    let prompts = |texts: &[String]| read_by(texts, "encoder");
     let (made, mut kept) = (prompts(&texts), prompts(&texts));
     let folder = w.path("text");
     // Too many to keep are made as they are asked for.
-    kept.keep(&folder, "encoder", 300 * 4 * 100).unwrap();
+    kept.keep(&folder, 300 * 4 * 100).unwrap();
     assert!(!folder.exists());
-    kept.keep(&folder, "encoder", u64::MAX).unwrap();
+    kept.keep(&folder, u64::MAX).unwrap();
     let picks = [299, 0, 255, 256, 0];
     let [made, kept] = [made, kept].map(|prompts| prompts.told(&picks, &Device::Cpu).unwrap());
     assert_eq!(kept.iter().map(|(way, _)| way).collect::<Vec<_>>(), [dmd_models::Way::Text, dmd_models::Way::Vector]);
@@ -341,10 +423,10 @@ fn text_states_are_kept_and_known_again() {
         assert!(kept.dim(0).unwrap() == 5 && gap < 1e-5, "{way:?}: {gap}");
     }
     let before = w.snapshot("text");
-    prompts(&texts).keep(&folder, "encoder", u64::MAX).unwrap();
+    prompts(&texts).keep(&folder, u64::MAX).unwrap();
     assert!(w.snapshot("text") == before);
     let refused =
-        |texts: &[String], encoder: &str| prompts(texts).keep(&folder, encoder, u64::MAX).unwrap_err().to_string();
+        |texts: &[String], encoder: &str| read_by(texts, encoder).keep(&folder, u64::MAX).unwrap_err().to_string();
     let of_other = refused(&texts, "other");
     assert!(of_other.contains("holds the text states of another text encoder or tokenizer"), "{of_other}");
     assert!(refused(&texts[1..], "encoder").contains("of other prompts"));

@@ -15,7 +15,8 @@ pub fn run(args: &AblateArgs) -> Result<Value> {
     let path = args.out.join("levels.png");
     check_free(&path, args.force)?;
     let generator = args.generator.as_deref().map(model_path).transpose()?;
-    let players = Players::load(&model_path(&args.teacher)?, generator.as_deref(), args.run.as_deref())?;
+    let players =
+        Players::load(&model_path(&args.teacher)?, generator.as_deref(), args.run.as_deref(), args.prompts.as_deref())?;
     make_parent(&path)?;
     let (picture, levels) = players.panel(args.seed)?;
     save(&path, &picture)?;

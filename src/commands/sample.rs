@@ -32,7 +32,7 @@ pub fn run(args: &SampleArgs, threads: Option<usize>) -> Result<Value> {
         None => args.prompt.clone(),
     };
     let mut source = Source::open(&model_path(&args.model)?, &sampling(args, threads))?;
-    without_effect("--prompt", !prompts.is_empty() && !source.is_told_text(), "this model takes no text")?;
+    source.check_prompts(&prompts, "--prompt TEXT or --prompts FILE")?;
     without_effect(
         "--latents",
         args.latents.is_some() && !source.is_latent(),
@@ -212,6 +212,15 @@ impl Source {
         matches!(self, Source::Folder { model, .. } if model.pipeline.text.is_some())
     }
 
+    /// Refuses prompts for a model that takes none, and one of text without; `remedy` are the options that give them.
+    pub fn check_prompts(&self, prompts: &[String], remedy: &str) -> Result<()> {
+        without_effect("--prompt", !prompts.is_empty() && !self.is_told_text(), "this model takes no text")?;
+        match prompts.is_empty() && self.is_told_text() {
+            true => Err(WrongUsage(format!("this model is told text: give {remedy}")).into()),
+            false => Ok(()),
+        }
+    }
+
     /// Whether what it makes is decoded.
     pub fn is_latent(&self) -> bool {
         matches!(self, Source::Folder { model, .. } if model.pipeline.decoder.is_some())
@@ -291,20 +300,8 @@ impl Source {
         }
     }
 
-    /// Pictures of this noise, `batch` at a time on candle; `done` hears how many are made. One that is not finite is an
-    /// error.
-    pub fn pictures(
-        &mut self,
-        noise: &Array4<f32>,
-        labels: &[i64],
-        batch: usize,
-        done: &dyn Fn(usize),
-    ) -> Result<Array4<f32>> {
-        ensure!(!self.is_told_text(), "this model is told text, which only `dmd sample` and `dmd distill` can as yet");
-        Ok(self.make(noise, labels, &[], batch, done)?.pictures)
-    }
-
-    /// The same, and what was decoded, by a model that may be told text: prompts in turn.
+    /// Pictures of this noise, and what was decoded, `batch` at a time on candle; prompts in turn where it is told text. `done`
+    /// hears how many are made. One that is not finite is an error.
     pub fn make(
         &mut self,
         noise: &Array4<f32>,
@@ -343,10 +340,6 @@ impl Source {
 
 /// What a network of text is told of `n` pictures: prompts in turn, each read once.
 fn told(pipeline: &Pipeline, prompts: &[String], n: usize, batch: usize) -> Result<Condition<Tensor>> {
-    if prompts.is_empty() {
-        let text = "this model is told text: give --prompt TEXT or --prompts FILE";
-        return Err(WrongUsage(text.into()).into());
-    }
     let prompts: Vec<&str> = prompts.iter().take(n).map(String::as_str).collect();
     let parts: Vec<_> = prompts.chunks(batch).map(|part| pipeline.condition(part)).collect::<Result<_, _>>()?;
     let rows = Tensor::from_iter((0..n).map(|i| (i % prompts.len()) as u32), pipeline.denoiser.network.device())?;

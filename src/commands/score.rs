@@ -11,9 +11,10 @@ use crate::eval::{
 use crate::features::Features;
 use crate::limits;
 use crate::output::{self, say, warn};
+use crate::prompts;
 use crate::random::Purpose;
 use crate::sample::labels_in_turn;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use dmd_models::ModelFolder;
 use ndarray::{Array2, Array4};
 use serde_json::{Value, json};
@@ -24,9 +25,10 @@ pub fn run(args: &ScoreArgs, threads: Option<usize>) -> Result<Value> {
     let path = model_path(&args.model)?;
     let against: Vec<PathBuf> = args.against.iter().map(|path| model_path(path)).collect::<Result<_>>()?;
     check_usage(args, &path, &against)?;
-    let mut source = open(&path, args, threads)?;
+    let prompts = args.prompts.as_deref().map_or(Ok(Vec::new()), prompts::read)?;
+    let mut source = open(&path, args, &prompts, threads)?;
     // All of them before the first is scored: what is missing is found at once.
-    let references = against.iter().map(|path| Reference::open(path, &source, args, threads));
+    let references = against.iter().map(|path| Reference::open(path, &source, args, &prompts, threads));
     let references = references.collect::<Result<Vec<_>>>()?;
     let mut features = args.features.as_ref().map(|path| Features::load("--features", path, threads)).transpose()?;
     let guided = source.is_teacher()
@@ -35,7 +37,7 @@ pub fn run(args: &ScoreArgs, threads: Option<usize>) -> Result<Value> {
     let mut results = Vec::new();
     let mut drawn: Option<(Vec<i64>, Seen)> = None;
     for (path, reference) in against.iter().zip(references) {
-        let (labels, images) = reference.pictures(args)?;
+        let (labels, images) = reference.pictures(args, &prompts)?;
         let n = labels.len();
         if n < FEW {
             warn(&format!("{n} pictures: fewer than {FEW} say little, and compare with no other number's scores"));
@@ -44,7 +46,7 @@ pub fn run(args: &ScoreArgs, threads: Option<usize>) -> Result<Value> {
         // A data set decides how often each class comes; a model's pictures are drawn in the same proportion.
         if drawn.as_ref().is_none_or(|(of, _)| *of != labels) {
             let model_labels = if source.classes().is_empty() { &[][..] } else { &labels };
-            let images = draw(&mut source, Purpose::Scored, args.seed, n, model_labels)?;
+            let images = draw(&mut source, Purpose::Scored, args.seed, n, (model_labels, &prompts))?;
             drawn = Some((labels.clone(), Seen::new(images, features.as_mut())?));
         }
         let (_, found) = drawn.as_ref().expect("the model's pictures were just drawn");
@@ -73,23 +75,30 @@ fn check_usage(args: &ScoreArgs, model: &Path, against: &[PathBuf]) -> Result<()
     without_effect("--device", for_none, "it is for the models of folders")
 }
 
-fn open(path: &Path, args: &ScoreArgs, threads: Option<usize>) -> Result<Source> {
+fn open(path: &Path, args: &ScoreArgs, prompts: &[String], threads: Option<usize>) -> Result<Source> {
     let device = args.device.filter(|_| !is_exported(path));
     let mut source = Source::open(path, &Sampling { device, seed: args.seed, threads, ..Sampling::default() })?;
+    source.check_prompts(prompts, "--prompts FILE").with_context(|| path.display().to_string())?;
     source.guide(args.guidance.unwrap_or(1.0))?;
     Ok(source)
 }
 
-/// Pictures of a seed that no other command draws, `labels` where the model has classes.
-fn draw(source: &mut Source, purpose: Purpose, seed: u64, n: usize, labels: &[i64]) -> Result<Array4<f32>> {
+/// Pictures of a seed that no other command draws, of labels where the model has classes, of prompts where it is told text.
+fn draw(
+    source: &mut Source,
+    purpose: Purpose,
+    seed: u64,
+    n: usize,
+    (labels, prompts): (&[i64], &[String]),
+) -> Result<Array4<f32>> {
     limits::pictures("-n", n as u64, source.shape())?;
     let [c, h, w] = source.noise_shape();
     let picture = |i: usize| dmd_runtime::noise::Stream::new(seed, purpose as u32, i as u64).normal(c * h * w);
     let noise = Array4::from_shape_vec((n, c, h, w), (0..n).flat_map(picture).collect())?;
     let bar = output::progress(n as u64, 0)?;
-    let images = source.pictures(&noise, labels, BATCH, &|done| bar.set_position(done as u64));
+    let made = source.make(&noise, labels, prompts, BATCH, &|done| bar.set_position(done as u64));
     bar.finish_and_clear();
-    images
+    Ok(made?.pictures)
 }
 
 /// What a model's pictures are compared with.
@@ -101,13 +110,19 @@ enum Reference {
 }
 
 impl Reference {
-    fn open(path: &Path, source: &Source, args: &ScoreArgs, threads: Option<usize>) -> Result<Self> {
+    fn open(
+        path: &Path,
+        source: &Source,
+        args: &ScoreArgs,
+        prompts: &[String],
+        threads: Option<usize>,
+    ) -> Result<Self> {
         let (shape, classes) = (source.shape(), source.classes());
         if !(is_exported(path) || ModelFolder::is_at(path)) {
             let (images, labels) = pictures(path, shape, args.n, classes)?;
             return Ok(Reference::Pictures(images, labels));
         }
-        let other = open(path, args, threads)?;
+        let other = open(path, args, prompts, threads)?;
         ensure!(
             other.shape() == shape,
             "{}: makes pictures of {:?}, {} of {shape:?}",
@@ -126,11 +141,11 @@ impl Reference {
     }
 
     /// The labels of the pictures, all 0 where there are no classes, and the pictures.
-    fn pictures(self, args: &ScoreArgs) -> Result<(Vec<i64>, Array4<f32>)> {
+    fn pictures(self, args: &ScoreArgs, prompts: &[String]) -> Result<(Vec<i64>, Array4<f32>)> {
         let (labels, images) = match self {
             Reference::Pictures(images, labels) => (labels, images),
             Reference::Model(mut source, labels) => {
-                let images = draw(&mut source, Purpose::Reference, args.seed, args.n, &labels)?;
+                let images = draw(&mut source, Purpose::Reference, args.seed, args.n, (&labels, prompts))?;
                 (labels, images)
             }
         };

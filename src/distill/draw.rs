@@ -152,7 +152,7 @@ impl Networks {
         let pair = match &self.regression {
             Some((pairs, _)) => {
                 let picks = random.stream(Purpose::PairBatch, step).below(n, u32::try_from(pairs.len())?);
-                Some(pairs.batch(&picks, &random.device)?)
+                Some(pairs.batch(&picks, self.prompts.as_ref(), &random.device)?)
             }
             None => None,
         };

@@ -12,20 +12,19 @@ pub use health::Health;
 mod monitor;
 use monitor::Monitor;
 
-use crate::config::{Config, Distance, RealScoreSettings, ScoreLoss, Sigma, SigmaName, check_guidance, check_prompts};
+use crate::config::{Config, Distance, ScoreLoss, Sigma, SigmaName, check_guidance, check_prompts};
 use crate::data::{self, DataOptions};
 use crate::device::check_precision;
 use crate::fingerprint::{self, Fingerprint};
 use crate::memory::{self, Needs, Work};
 use crate::pairs::Pairs;
-use crate::prompts::{self, Prompts};
+use crate::prompts::{Known, Prompts};
 use crate::random::{Random, picture_noise};
 use crate::sample::Model;
 use crate::train::{self, Checkpoint, Numbers, Parts, Run, Schedule, Trainee, restore_vars, vars_as_weights};
 use crate::{output, picture};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use dmd_models::Autoencoder;
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind};
 use dmd_models::{ModelFolder, Pipeline, Weights};
@@ -129,7 +128,7 @@ impl<'a> Distillation<'a> {
         check_memory(config, &teacher, device)?;
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher, &sigmas, begins, device)?;
-        let known = known(config, &teacher, &beginning)?;
+        let known = known(config, &beginning)?;
         let networks = Networks::new(&teacher, &sigmas, config, beginning, &random)?;
         let about = About {
             kind: Kind::Generator,
@@ -158,9 +157,7 @@ impl Trainee for Distillation<'_> {
     /// Text states of all prompts.
     fn prepare(&mut self, run: &Run) -> Result<()> {
         let Some(prompts) = &mut self.networks.prompts else { return Ok(()) };
-        let text =
-            self.known.iter().find(|(name, ..)| *name == TEXT).context("prompts are known with what reads them")?;
-        prompts.keep(&run.path("text"), &text.2, KEPT_BYTES)
+        prompts.keep(&run.path("text"), KEPT_BYTES)
     }
 
     /// One update of the generator, then `ratio` of the fake score.
@@ -279,23 +276,14 @@ impl Trainee for Distillation<'_> {
 
 /// Text states of so many bytes are kept on the disk, at most: of 72,000 prompts for Stable Diffusion 1.5.
 const KEPT_BYTES: u64 = 16 << 30;
-/// By this name a checkpoint says what reads prompts.
-const TEXT: &str = "text_sha256";
 
 /// What a run learns from besides the teacher, as [`Distillation::known`] has it.
-fn known(
-    config: &Config,
-    teacher: &ModelFolder,
-    beginning: &Beginning,
-) -> Result<Vec<(&'static str, &'static str, String)>> {
+fn known(config: &Config, beginning: &Beginning) -> Result<Vec<(&'static str, &'static str, String)>> {
     let mut known = Vec::new();
-    if let Some(prompts) = &beginning.prompts {
-        known.push((
-            "prompts_sha256",
-            "prompts (the lines under --prompts differ)",
-            fingerprint::prompts(&prompts.texts),
-        ));
-        known.push((TEXT, "text encoders or tokenizers (those of the teacher differ)", fingerprint::text(teacher)?));
+    if let Some(Known { text_sha256, prompts_sha256, .. }) = beginning.prompts.as_ref().map(|prompts| &prompts.known) {
+        known.push(("prompts_sha256", "prompts (the lines under --prompts differ)", prompts_sha256.clone()));
+        let what = "text encoders or tokenizers (those of the teacher differ)";
+        known.push(("text_sha256", what, text_sha256.clone()));
     }
     if let Some(reality) = &beginning.reality {
         known.push((
@@ -324,10 +312,18 @@ fn average_part(i: usize) -> String {
 /// The generator's noise levels, one per pass.
 fn noise_levels(config: &Config, teacher: &ModelFolder) -> Result<Vec<f64>> {
     let levels = teacher.scheduler.levels()?;
-    let (name, sigmas) = match (&config.generator.steps[..], config.generator.sigma) {
-        ([], Sigma::Value(sigma)) => ("sigma", vec![sigma]),
-        ([], Sigma::Named(SigmaName::Max)) => ("sigma", vec![levels.sigma_max()]),
-        (steps, _) => ("steps", steps.to_vec()),
+    let timesteps = config.generator.timestep.all();
+    if let Some(timestep) = timesteps.iter().find(|timestep| **timestep >= levels.len()) {
+        bail!(
+            "generator.timestep is {timestep}, expected below {}, the number of the teacher's noise levels",
+            levels.len()
+        );
+    }
+    let (name, sigmas) = match (timesteps, &config.generator.steps[..], config.generator.sigma) {
+        ([_, ..], ..) => ("timestep", timesteps.iter().map(|timestep| levels.sigma(*timestep)).collect()),
+        ([], [], Sigma::Value(sigma)) => ("sigma", vec![sigma]),
+        ([], [], Sigma::Named(SigmaName::Max)) => ("sigma", vec![levels.sigma_max()]),
+        ([], steps, _) => ("steps", steps.to_vec()),
     };
     let [low, high] = [levels.sigma_min(), levels.sigma_max()];
     for sigma in &sigmas {
@@ -350,19 +346,12 @@ fn beginning(
     begins: bool,
     device: &Device,
 ) -> Result<Beginning> {
-    // Told here whether it can be read, and read again whenever somebody looks.
-    let factor = teacher.decoder(&Device::Cpu)?.as_ref().map_or(1, Autoencoder::factor);
-    let prompts = match teacher.text(device, factor).context("the teacher")? {
-        Some(encoders) => {
-            let texts = prompts::read(Path::new(&config.prompts))?;
-            let RealScoreSettings { negative, guidance_scale, .. } = &config.real_score;
-            Some(Prompts::new(texts, encoders, negative, *guidance_scale)?)
-        }
-        None => None,
-    };
+    let prompts = Prompts::for_run(teacher, config, device)?;
     let pairs = &config.loss.regression;
     let pairs = match pairs.weight > 0.0 {
-        true => Some(Pairs::load(Path::new(&pairs.pairs), teacher, config.real_score.guidance_scale)?),
+        true => {
+            Some(Pairs::load(Path::new(&pairs.pairs), teacher, prompts.as_ref(), config.real_score.guidance_scale)?)
+        }
         false => None,
     };
     let reality = match config.loss.gan.on() {

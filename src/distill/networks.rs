@@ -116,11 +116,12 @@ impl Networks {
         };
         let shape = teacher.sample_shape()?;
         let training = Training::new(config.precision, config.grad_checkpoint);
-        let unsaid = beginning.prompts.as_ref().map(|prompts| &prompts.unsaid);
         let denoiser = |weights: &Weights| -> Result<Denoiser> {
             let denoiser = teacher.denoiser_on(weights)?;
-            let unconditional = unsaid.cloned().or(denoiser.unconditional);
-            Ok(Denoiser { unconditional, ..denoiser })
+            Ok(match &beginning.prompts {
+                Some(prompts) => prompts.guide(denoiser),
+                None => denoiser,
+            })
         };
         // Nothing is lost: every pass rounds the kernels of convolutions, and they alone, which are nearly all weights.
         let frozen = match config.precision {
@@ -142,12 +143,10 @@ impl Networks {
         };
         let regression = match beginning.pairs {
             Some(pairs) => {
-                let comparison = Comparison::new(
-                    &config.loss.regression.distance,
-                    &real_score,
-                    &training,
-                    config.batch / config.accumulate,
-                )?;
+                let distance = &config.loss.regression.distance;
+                let at_once = config.batch / config.accumulate;
+                let comparison =
+                    Comparison::new(distance, &real_score, &training, at_once, || teacher.decoder(device))?;
                 Some((pairs, comparison))
             }
             None => None,

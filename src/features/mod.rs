@@ -22,7 +22,8 @@ const BATCH: usize = 64;
 
 /// What pictures are looked at with.
 pub enum Features {
-    /// A model folder's encoder, seeing pictures without a class where the model knows that, else as its first class.
+    /// A model folder's encoder, seeing pictures without a class or a prompt where the model knows that, else as its
+    /// first class.
     Model(Box<Pipeline>),
     /// An ONNX network in ONNX Runtime.
     OnnxRuntime {
@@ -43,7 +44,6 @@ impl Features {
         ensure!(path.exists(), "{option} {}: no such file or folder", path.display());
         if path.is_dir() {
             let folder = ModelFolder::load(path, &Device::Cpu)?;
-            folder.needs_no_text().with_context(|| path.display().to_string())?;
             return Ok(Features::Model(Box::new(folder.pipeline(&Device::Cpu)?)));
         }
         let feeding = Feeding::beside(path)?;

@@ -1,7 +1,7 @@
 //! Prompts by the line, and what networks are told of them.
 
 mod states;
-pub use states::Prompts;
+pub use states::{Known, Prompts};
 
 use crate::output::say;
 use anyhow::{Context, Result, bail, ensure};

@@ -1,13 +1,14 @@
 //! What a network is told of each prompt of a list: states of the text encoders, made once and kept in the run's folder, or
 //! made as they are asked for where they would take too much of a disk.
 
+use crate::config::{Config, RealScoreSettings};
 use crate::fingerprint;
 use crate::output::{self, say, warn};
 use crate::random::{Purpose, Random};
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use dmd_models::encoders::TextEncoders;
-use dmd_models::{Condition, Way, Weights, read_row, write_whole};
+use dmd_models::{Autoencoder, Condition, Denoiser, ModelFolder, Way, Weights, read_row, write_whole};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,21 @@ pub struct Prompts {
     pub unsaid: Condition<Tensor>,
     /// The scale that is left for classifier-free guidance: 1, none, for a network that is told the scale.
     pub guidance_scale: f64,
+    /// What they are known again by, with what reads them.
+    pub known: Known,
     states: States,
+}
+
+/// By what prompts are known again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Known {
+    /// Hash of the text encoders and their tokenizers.
+    pub text_sha256: String,
+    /// Hash of the prompts.
+    pub prompts_sha256: String,
+    /// What is guided away from; empty for nothing.
+    pub negative: String,
 }
 
 enum States {
@@ -45,13 +60,30 @@ struct Manifest {
 }
 
 impl Prompts {
-    /// Prompts of a run with this guidance, away from `negative` where it is not empty. What is cut of those that are too
-    /// long is said.
-    pub fn new(texts: Vec<String>, mut encoders: TextEncoders, negative: &str, guidance_scale: f64) -> Result<Self> {
+    /// The prompts of these settings for a model, on this device; none where the model is told no text. Else as
+    /// [`Prompts::new`].
+    pub fn for_run(model: &ModelFolder, config: &Config, device: &Device) -> Result<Option<Self>> {
+        // Told here whether it can be read, and read again whenever somebody looks.
+        let factor = model.decoder(&Device::Cpu)?.as_ref().map_or(1, Autoencoder::factor);
+        let Some(encoders) = model.text(device, factor)? else { return Ok(None) };
+        let texts = super::read(Path::new(&config.prompts))?;
+        let RealScoreSettings { negative, guidance_scale } = &config.real_score;
+        Self::new(texts, encoders, fingerprint::text(model)?, negative, *guidance_scale).map(Some)
+    }
+
+    /// Prompts with this guidance, away from `negative` where it is not empty; `text_sha256` is what the encoders are known
+    /// by. What is cut of prompts that are too long is said.
+    pub fn new(
+        texts: Vec<String>,
+        mut encoders: TextEncoders,
+        text_sha256: String,
+        negative: &str,
+        guidance_scale: f64,
+    ) -> Result<Self> {
         let guidance_scale = encoders.guide(guidance_scale);
         ensure!(
             negative.is_empty() || guidance_scale != 1.0,
-            "real_score.negative is {negative:?}: this teacher imitates guidance, and is guided away from nothing"
+            "the negative prompt is {negative:?}, and this teacher imitates guidance: it is guided away from nothing"
         );
         let unsaid = if negative.is_empty() { encoders.unsaid()? } else { encoders.encode(&[negative])? };
         let all: Vec<&str> = texts.iter().map(String::as_str).chain([negative]).collect();
@@ -65,7 +97,8 @@ impl Prompts {
                 all[*i]
             ));
         }
-        Ok(Prompts { texts, unsaid, guidance_scale, states: States::Made(encoders) })
+        let known = Known { text_sha256, prompts_sha256: fingerprint::prompts(&texts), negative: negative.into() };
+        Ok(Prompts { texts, unsaid, guidance_scale, known, states: States::Made(encoders) })
     }
 
     /// How many there are.
@@ -75,8 +108,8 @@ impl Prompts {
     }
 
     /// Makes all states and keeps them in `folder`, going on where an earlier call stopped, and lets the encoders go; leaves
-    /// it where they would take more than `most` bytes. Both are said. `text_sha256` is what the encoders are known by.
-    pub fn keep(&mut self, folder: &Path, text_sha256: &str, most: u64) -> Result<()> {
+    /// it where they would take more than `most` bytes. Both are said.
+    pub fn keep(&mut self, folder: &Path, most: u64) -> Result<()> {
         let States::Made(encoders) = &self.states else { return Ok(()) };
         let values: usize = self.unsaid.iter().map(|(_, row)| row.elem_count()).sum();
         let bytes = (values * size_of::<f32>()) as u64 * self.len() as u64;
@@ -91,8 +124,8 @@ impl Prompts {
             return Ok(());
         }
         let manifest = Manifest {
-            text_sha256: text_sha256.into(),
-            prompts_sha256: fingerprint::prompts(&self.texts),
+            text_sha256: self.known.text_sha256.clone(),
+            prompts_sha256: self.known.prompts_sha256.clone(),
             n: self.len(),
             per_shard: PER_SHARD,
         };
@@ -137,6 +170,11 @@ impl Prompts {
     /// The same of `n` prompts drawn with equal chances.
     pub fn draw(&self, random: &Random, purpose: Purpose, step: u64, n: usize) -> Result<Condition<Tensor>> {
         self.told(&random.stream(purpose, step).below(n, u32::try_from(self.len())?), &random.device)
+    }
+
+    /// A network that these prompts guide.
+    pub fn guide(&self, denoiser: Denoiser) -> Denoiser {
+        Denoiser { unconditional: Some(self.unsaid.clone()), ..denoiser }
     }
 
     fn row(&self, folder: &Path, i: usize) -> Result<Condition<Tensor>> {

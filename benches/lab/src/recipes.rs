@@ -162,6 +162,8 @@ fn pairs(args: &RecipesArgs, out: &Path) -> Result<()> {
         n: args.pairs,
         steps: 18,
         guidance: 1.0,
+        prompts: None,
+        negative: None,
         seed: 1,
         batch: BATCH,
         per_shard: 1024,

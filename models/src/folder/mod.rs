@@ -203,7 +203,7 @@ impl ModelFolder {
     pub fn needs_no_text(&self) -> Result<()> {
         match self.config.takes().told.get(Way::Text) {
             None => Ok(()),
-            Some(_) => Err(Error::Config("is told text, which only `dmd sample` and `dmd distill` can as yet".into())),
+            Some(_) => Err(Error::Config("is told text, which cannot be exported as yet".into())),
         }
     }
 
