@@ -49,6 +49,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Say which nodes of an ONNX file an accelerator takes, and why it refuses the others.
     Lint(LintArgs),
+    /// Make a model folder of a whole model in one file, as Stable Diffusion 1, 2 and XL are shared, or such a file of a folder.
+    Convert(ConvertArgs),
     /// Write an exported file in ONNX Runtime's own format, for its minimal builds.
     Ort(OrtArgs),
     /// Time training, or an exported file.
@@ -481,6 +483,25 @@ pub struct LintArgs {
 }
 
 const TARGETS: &str = "coreml|nnapi|qnn|xnnpack|directml|webgpu|tensorrt|cpu";
+
+/// `dmd convert`.
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// A .safetensors file in the original layout (tensors model.diffusion_model.…), or a diffusers folder.
+    pub model: PathBuf,
+    /// The folder, or the .safetensors file, to write.
+    pub out: PathBuf,
+    /// Take configs, tokenizers, scheduler and parts that the file lacks from this diffusers folder, which is of the same
+    /// architecture.
+    #[arg(long, value_name = "FOLDER")]
+    pub like: Option<PathBuf>,
+    /// What the network predicts, where the file does not say: Stable Diffusion 2 is told as v_prediction.
+    #[arg(long, value_name = "KIND", value_parser = ["epsilon", "v_prediction"])]
+    pub prediction: Option<String>,
+    /// Replace what is at OUT.
+    #[arg(long)]
+    pub force: bool,
+}
 
 /// `dmd ort`.
 #[derive(Debug, Args)]

@@ -216,7 +216,7 @@ fn files_that_are_no_folder_say_what_to_do() {
     save("lora.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight");
     w.refuses("sample lora.safetensors --npy a.npy", 1, &["is a LoRA", "fuse_lora()"]);
     save("v1-5.safetensors", "model.diffusion_model.input_blocks.0.0.weight");
-    w.refuses("sample v1-5.safetensors --npy a.npy", 1, &["is a whole model in one file", "from_single_file"]);
+    w.refuses("sample v1-5.safetensors --npy a.npy", 1, &["is a whole model in one file", "dmd convert"]);
 }
 
 const FOUR: &str = "a photo of a cat\na photo of a hat\nhello\na cat in a hat\n";
@@ -468,4 +468,79 @@ fn options_without_effect_are_refused() {
     w.refuses("sample teacher --prompt cat --npy a.npy", 2, &["--prompt", "takes no text"]);
     w.refuses("sample teacher --negative cat --npy a.npy", 2, &["--negative", "teachers of text"]);
     w.refuses("sample teacher --latents a.npy", 2, &["--latents", "not latents"]);
+}
+
+/// A file as such models are shared, and the same folder again: of both kinds of text encoder. diffusers 0.42.1 reads the
+/// same tensors from these files (`from_single_file` of network and decoder, `convert_ldm_clip_checkpoint` and
+/// `convert_open_clip_checkpoint` of text encoders: 208 + 124 + 36 and 292 + 124 + 36 + 37 tensors, no difference).
+#[test]
+fn a_folder_in_one_file_is_the_same_folder_again() {
+    for (name, family) in [("sd", "Stable Diffusion 1"), ("sdxl", "Stable Diffusion XL")] {
+        let w = with_pipeline(name);
+        assert_eq!(w.ok("convert teacher one.safetensors")["family"], json!(family));
+        let result = w.ok("convert one.safetensors again --like teacher");
+        assert_eq!((&result["family"], &result["prediction"]), (&json!(family), &json!("epsilon")));
+        for part in ["unet", "vae", "text_encoder", "text_encoder_2"] {
+            let path = |folder: &str| w.path(&format!("{folder}/{part}"));
+            if !path("teacher").exists() {
+                continue;
+            }
+            let file = if part.starts_with("text") { "model" } else { "diffusion_pytorch_model" };
+            let load = |folder: &str| {
+                let weights = Weights::load(&path(folder).join(format!("{file}.safetensors")), &Device::Cpu).unwrap();
+                let plain = |name: &str| name.trim_start_matches("text_model.").to_string();
+                let bytes = |tensor: &candle_core::Tensor| {
+                    assert!(tensor.dtype().is_float());
+                    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+                };
+                let tensors = weights.iter().map(|(name, t)| (plain(name), (t.dims().to_vec(), t.dtype(), bytes(t))));
+                tensors.collect::<BTreeMap<_, _>>()
+            };
+            assert_eq!(load("again"), load("teacher"), "{name} {part}");
+        }
+        let of = |folder: &str| {
+            let output = w.command(&format!("sample {folder} {STEPS}")).args(CAT).output().unwrap();
+            assert!(output.status.success(), "{}", stderr(&output));
+            w.npy("pictures.npy")
+        };
+        assert_eq!(of("again"), of("teacher"), "{name}");
+        w.refuses("convert one.safetensors again --like teacher", 1, &["again: exists already", "--force"]);
+        w.ok("convert one.safetensors again --like teacher --force");
+    }
+}
+
+#[test]
+fn files_that_are_no_whole_model_say_what_is_missing() {
+    let w = with_pipeline("sd");
+    w.ok("convert teacher one.safetensors");
+    w.refuses("sample one.safetensors --prompt a --npy a.npy", 1, &["dmd convert", "one.safetensors FOLDER"]);
+    w.refuses("convert teacher one", 1, &["a name that ends in .safetensors"]);
+    w.refuses("convert teacher two.safetensors --prediction epsilon", 2, &["--prediction"]);
+    std::fs::create_dir(w.path("mine")).unwrap();
+    w.write("mine/a.txt", "a");
+    w.refuses("convert one.safetensors mine --force", 1, &["mine: is no model folder"]);
+    assert!(w.path("mine/a.txt").exists());
+    let whole = Weights::load(&w.path("one.safetensors"), &Device::Cpu).unwrap();
+    let keep = |name: &str, keep: &dyn Fn(&str) -> Option<String>| {
+        let mut kept = Weights::default();
+        for (name, tensor) in whole.iter() {
+            if let Some(name) = keep(name) {
+                kept.insert(name, tensor.clone());
+            }
+        }
+        kept.save(&w.path(name), &BTreeMap::new()).unwrap();
+    };
+    let without = |prefix: &'static str| move |name: &str| (!name.starts_with(prefix)).then(|| name.to_string());
+    keep("bare.safetensors", &without("first_stage_model."));
+    w.refuses("convert bare.safetensors a", 1, &["bare.safetensors", "has no autoencoder", "--like FOLDER"]);
+    w.ok("convert bare.safetensors a --like teacher");
+    keep("mute.safetensors", &without("cond_stage_model."));
+    w.refuses("convert mute.safetensors b", 1, &["mute.safetensors", "has no text encoder"]);
+    keep("blind.safetensors", &without("model.diffusion_model."));
+    w.refuses("convert blind.safetensors b", 1, &["blind.safetensors", "is no whole model in one file"]);
+    keep("short.safetensors", &without("model.diffusion_model.middle_block.0.in_layers.2.weight"));
+    w.refuses("convert short.safetensors b --like teacher", 1, &["mid_block.resnets.0.conv1.weight"]);
+    keep("odd.safetensors", &|name| Some(name.replace("middle_block.2", "middle_block.3")));
+    w.refuses("convert odd.safetensors b --like teacher", 1, &["middle_block.3", "of another architecture"]);
+    assert!(!w.path("b").exists() && !w.path("b.partial").exists());
 }

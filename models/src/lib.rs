@@ -23,6 +23,7 @@ pub mod ops;
 pub mod peak;
 pub mod pipeline;
 pub mod shapes;
+pub mod single_file;
 
 pub use backend::{Activation, Axis, Backend, Block};
 pub use condition::{Condition, Way};

@@ -54,6 +54,24 @@ impl Weights {
         Ok(Weights { tensors })
     }
 
+    /// Applies `f` to every tensor and its name.
+    pub(crate) fn map_named(&self, f: impl Fn(&str, &Tensor) -> candle_core::Result<Tensor>) -> Result<Self> {
+        let tensors = self.tensors.iter().map(|(name, t)| Ok((name.clone(), f(name, t)?))).collect::<Result<_>>()?;
+        Ok(Weights { tensors })
+    }
+
+    /// Takes out the tensors whose names begin with this, without it.
+    pub(crate) fn take_prefixed(&mut self, prefix: &str) -> Self {
+        let names: Vec<String> = self.names().filter(|name| name.starts_with(prefix)).map(str::to_string).collect();
+        let take = |name: String| Some((name[prefix.len()..].to_string(), self.tensors.remove(&name)?));
+        Weights { tensors: names.into_iter().filter_map(take).collect() }
+    }
+
+    /// Adds tensors, with this before their names.
+    pub(crate) fn extend(&mut self, prefix: &str, more: Self) {
+        self.tensors.extend(more.tensors.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
+    }
+
     /// A copy in this dtype on this device (no copy where nothing changes).
     pub fn to(&self, dtype: DType, device: &Device) -> Result<Self> {
         self.map(|t| t.to_dtype(dtype)?.to_device(device))

@@ -2,11 +2,10 @@
 """Makes the parity fixtures of `dmd-models` for what stands around a latent model's network: autoencoders, text encoders,
 tokenizers.
 
-    python make_encoder_fixtures.py OUT [BPE]    (OUT: models/tests/fixtures; its sub-folder encoders/ is replaced)
+    python make_encoder_fixtures.py OUT    (OUT: models/tests/fixtures; its sub-folder encoders/ is replaced)
 
 The committed fixtures were made with diffusers 0.42.1, transformers 5.24.0, torch 2.15.0 (CPU, one thread). The same versions
-on the same machine give the same bytes; other ones differ in the last bits of the outputs. BPE is the vocabulary file of
-CLIP (bpe_simple_vocab_16e6.txt.gz, MIT, as the package open-clip-torch 3.3.0 ships it), copied as it is.
+on the same machine give the same bytes; other ones differ in the last bits of the outputs.
 
 encoders/autoencoders/NAME/   config.json and weights as `save_pretrained` writes them, and io.safetensors:
                        pictures  f32 [2,3,H,W] in [-1, 1]
@@ -302,7 +301,7 @@ def whole(pipe, folder, told):
 
 
 def main():
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
     out = Path(sys.argv[1]) / "encoders"
     shutil.rmtree(out, ignore_errors=True)
@@ -311,8 +310,6 @@ def main():
     clips(out / "clip")
     tokenizers(out / "tokenizers")
     pipelines(out / "pipelines", out / "tokenizers")
-    if len(sys.argv) == 3:
-        shutil.copyfile(sys.argv[2], out / "bpe_simple_vocab_16e6.txt.gz")
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()), "bytes in all")
 
 

@@ -2,11 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use dmd_models::encoders::clip::{ClipConfig, ClipText};
-use dmd_models::encoders::{Layer, TextEncoder, TextEncoders, Tokenizer};
+use dmd_models::encoders::{Layer, TextEncoder, TextEncoders, Tokenizer, clip_vocabulary};
 use dmd_models::layers::Loader;
 use dmd_models::{Eager, Training, Way, Weights};
 use serde_json::{Value, json};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 fn fixtures() -> PathBuf {
@@ -23,19 +22,7 @@ fn write(path: PathBuf, value: &Value) {
 
 /// Pairs of CLIP's own vocabulary file, and its tokens in the order of their ids.
 fn clip_vocabulary() -> (Vec<String>, Vec<String>) {
-    let file = std::fs::File::open(fixtures().join("bpe_simple_vocab_16e6.txt.gz")).unwrap();
-    let mut text = String::new();
-    flate2::read::GzDecoder::new(file).read_to_string(&mut text).unwrap();
-    let merges: Vec<String> = text.lines().skip(1).take(48_894).map(str::to_string).collect();
-    let shown = |b: &u32| (33..127).contains(b) || (161..173).contains(b) || (174..256).contains(b);
-    let hidden = (0..256u32).filter(|b| !shown(b)).enumerate().map(|(i, _)| 256 + i as u32);
-    let letters: Vec<String> =
-        (0..256).filter(shown).chain(hidden).map(|c| char::from_u32(c).unwrap().to_string()).collect();
-    let mut tokens = letters.clone();
-    tokens.extend(letters.iter().map(|letter| format!("{letter}</w>")));
-    tokens.extend(merges.iter().map(|pair| pair.replace(' ', "")));
-    tokens.extend(["<|startoftext|>", "<|endoftext|>"].map(str::to_string));
-    (merges, tokens)
+    (clip_vocabulary::merges().map(str::to_string).collect(), clip_vocabulary::tokens())
 }
 
 /// A folder as transformers 4 wrote it.

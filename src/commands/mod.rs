@@ -4,6 +4,7 @@ mod ablate;
 mod bench_run;
 pub mod bench_train;
 mod config_show;
+mod convert;
 mod demo;
 pub mod distill;
 pub mod export;
@@ -38,6 +39,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Score(args) => score::run(args, threads),
         Command::Inspect(args) => inspect::run(args),
         Command::Lint(args) => lint::run(args),
+        Command::Convert(args) => convert::run(args),
         Command::Ort(args) => ort::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, threads),

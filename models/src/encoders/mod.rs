@@ -5,6 +5,7 @@ mod autoencoder;
 pub mod autoencoder_kl;
 pub mod autoencoder_tiny;
 pub mod clip;
+pub mod clip_vocabulary;
 mod coder;
 mod scaling;
 mod text;

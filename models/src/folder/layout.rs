@@ -116,7 +116,10 @@ fn what_file(path: &Path) -> String {
         return "is a LoRA, which changes a model and is none: in diffusers, load it into its model, fuse_lora() and save_pretrained(FOLDER)".into();
     }
     if any("model.diffusion_model.") {
-        return format!("is a whole model in one file, expected a folder of its parts: {CONVERT}");
+        return format!(
+            "is a whole model in one file, expected a folder of its parts: `dmd convert {} FOLDER` makes one of it",
+            path.display()
+        );
     }
     "is a file, expected a model folder".into()
 }
@@ -139,7 +142,7 @@ impl Part {
     }
 }
 
-fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn copy_folder(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).map_err(Error::io(to))?;
     for entry in fs::read_dir(from).map_err(missing(from))? {
         let entry = entry.map_err(Error::io(from))?;

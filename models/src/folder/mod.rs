@@ -14,7 +14,7 @@ use crate::{Condition, Denoiser, Error, Generator, NetworkConfig, Pipeline, Resu
 use candle_core::{DType, Device, Tensor};
 use layout::Layout;
 pub use layout::Part;
-pub(crate) use layout::{WEIGHTS, weights_file};
+pub(crate) use layout::{WEIGHTS, copy_folder, weights_file};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -385,7 +385,7 @@ pub fn replace_dir(aside: &Path, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
