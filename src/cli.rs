@@ -32,6 +32,9 @@ pub enum Command {
     /// Train a teacher: a many-step diffusion model.
     #[command(subcommand)]
     Teacher(TeacherCommand),
+    /// Train an autoencoder, whose latents a teacher can learn in the place of pictures.
+    #[command(subcommand)]
+    Autoencoder(AutoencoderCommand),
     /// Distil a teacher into a one-step generator.
     Distill(DistillArgs),
     /// Make noise-picture pairs of a teacher, for the regression term.
@@ -129,6 +132,72 @@ pub struct TeacherTrainArgs {
     #[arg(long)]
     pub strict: bool,
     /// Source and licence of the pictures, recorded in the model.
+    #[arg(long, value_name = "TEXT")]
+    pub about_data: Option<String>,
+    /// Where to train.
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Choice,
+    /// Begin anew over what is in --out.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What can be done with an autoencoder.
+#[derive(Debug, Subcommand)]
+pub enum AutoencoderCommand {
+    /// Train one from a folder or zip of pictures: AutoencoderKL, or AutoencoderTiny.
+    Train(AutoencoderTrainArgs),
+}
+
+/// `dmd autoencoder train`.
+#[derive(Debug, Args)]
+pub struct AutoencoderTrainArgs {
+    /// The pictures: a folder or a zip.
+    #[arg(long, value_name = "DIR|FILE.zip")]
+    pub data: PathBuf,
+    /// Where the autoencoder goes, as it lies in a model folder's vae/; running the same command again continues.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Settings as TOML; options here override it.
+    #[arg(long, value_name = "FILE.toml")]
+    pub config: Option<PathBuf>,
+    /// Side of the pictures in pixels, or HEIGHTxWIDTH [default: 64].
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    pub size: Option<[usize; 2]>,
+    /// One channel instead of three.
+    #[arg(long)]
+    pub grey: bool,
+    /// AutoencoderKL, or AutoencoderTiny, which is a fraction of the work [default: kl].
+    #[arg(long)]
+    pub kind: Option<crate::autoencoder::Kind>,
+    /// Its config.json [default: one of the kind, with four channels of latents of a quarter of the side].
+    #[arg(long, value_name = "CONFIG.json")]
+    pub network: Option<PathBuf>,
+    /// An ONNX network that compares pictures beside the pixels, such as LPIPS.
+    #[arg(long, value_name = "FILE.onnx")]
+    pub perceptual: Option<PathBuf>,
+    /// Updates [default: 10000].
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Pictures per update [default: 32].
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Parts that a batch is run in, to save memory; the gradient is that of the whole batch [default: 1].
+    #[arg(long, value_name = "N")]
+    pub accumulate: Option<usize>,
+    /// Seed of everything random [default: 0].
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Learning rate [default: 0.001].
+    #[arg(long, value_name = "RATE")]
+    pub rate: Option<f64>,
+    /// Mirror half of the pictures.
+    #[arg(long)]
+    pub flip: bool,
+    /// Refuse the data when one picture cannot be read, instead of leaving it out.
+    #[arg(long)]
+    pub strict: bool,
+    /// Source and licence of the pictures, recorded in the autoencoder.
     #[arg(long, value_name = "TEXT")]
     pub about_data: Option<String>,
     /// Where to train.

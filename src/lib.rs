@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod commands;
 
+pub mod autoencoder;
 pub mod config;
 pub mod distill;
 pub mod features;

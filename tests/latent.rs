@@ -544,3 +544,69 @@ fn files_that_are_no_whole_model_say_what_is_missing() {
     w.refuses("convert odd.safetensors b --like teacher", 1, &["middle_block.3", "of another architecture"]);
     assert!(!w.path("b").exists() && !w.path("b.partial").exists());
 }
+
+const SMALL_KL: &str = r#"{"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "norm_num_groups": 4,
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
+const SMALL_TINY: &str = r#"{"_class_name": "AutoencoderTiny", "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8], "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}"#;
+
+/// Pictures come back better than a grey one would, latents have unit spread, and a run that was taken up again ends with
+/// the same weights as one that was not.
+#[test]
+fn autoencoders_are_trained_from_pictures() {
+    let w = Workplace::new().with_pictures();
+    w.write("kl.json", SMALL_KL);
+    w.write("tiny.json", SMALL_TINY);
+    w.write("steady.toml", "decay = \"constant\"\nwarmup = 0\ncheckpoint_every = 100\nema = 0.5\n");
+    for kind in ["kl", "tiny"] {
+        let train = |out: &str, steps: u32| {
+            let line = format!(
+                "autoencoder train --data pictures --out {out} --kind {kind} --network {kind}.json --size 8 --batch 4 --rate 0.005 --config steady.toml --steps {steps}"
+            );
+            w.ok(&line)
+        };
+        let whole = train(kind, 150);
+        assert_eq!(whole["latents"], json!([4, 4, 4]), "{kind}");
+        let autoencoder = dmd_models::Autoencoder::load(&w.path(kind), &Device::Cpu).unwrap();
+        let options = dmd::data::DataOptions { size: [8, 8], grey: false, unconditional: true, strict: true };
+        let pictures = dmd::data::load(&w.path("pictures"), &options, |_, _| ()).unwrap();
+        let all: Vec<usize> = (0..pictures.len()).collect();
+        let (pixels, _) = pictures.batch(&all, &vec![false; all.len()]);
+        let pictures = candle_core::Tensor::from_vec(pixels, (all.len(), 3, 8, 8), &Device::Cpu).unwrap();
+        let latents = autoencoder.encode(&pictures).unwrap().mean;
+        let number = |x: candle_core::Tensor| x.mean_all().unwrap().to_scalar::<f32>().unwrap();
+        let remade = autoencoder.decode(&latents).unwrap();
+        let error = number((&remade - &pictures).unwrap().abs().unwrap());
+        let grey = number((&pictures - f64::from(number(pictures.clone()))).unwrap().abs().unwrap());
+        assert!(error < 0.5 * grey, "{kind}: {error}, a grey picture {grey}");
+        let spread = number((&latents - f64::from(number(latents.clone()))).unwrap().sqr().unwrap()).sqrt();
+        assert!((0.7..1.2).contains(&spread), "{kind}: {spread}");
+
+        train("parts", 2);
+        train("parts", 4);
+        train("straight", 4);
+        let weights =
+            |out: &str| std::fs::read(w.path(&format!("{out}/training/checkpoints/step-00000004/weights.safetensors")));
+        assert_eq!(weights("parts").unwrap(), weights("straight").unwrap(), "{kind}");
+        ["parts", "straight"].iter().for_each(|out| std::fs::remove_dir_all(w.path(out)).unwrap());
+    }
+}
+
+#[test]
+fn an_autoencoder_that_cannot_be_trained_says_why() {
+    let w = Workplace::new().with_pictures();
+    w.write("kl.json", SMALL_KL);
+    w.write("wide.json", SMALL_KL.replace("\"norm_num_groups\": 4", "\"norm_num_groups\": 3"));
+    let train = |more: &str| format!("autoencoder train --data pictures --out a --size 8 --steps 1 --batch 2 {more}");
+    w.refuses(&train("--network kl.json").replace("--size 8", "--size 9"), 1, &["size is 9×9", "multiples of 2"]);
+    w.refuses(&train("--network kl.json --kind tiny"), 1, &["kl.json", "AutoencoderKL", "expected AutoencoderTiny"]);
+    w.refuses(&train("--network wide.json"), 1, &["wide.json", "norm_num_groups"]);
+    w.refuses(&train("--perceptual none.onnx"), 1, &["none.onnx"]);
+    w.write("bad.toml", "kl = -1.0\n");
+    w.refuses(&train("--config bad.toml"), 2, &["kl is -1"]);
+    w.write("idle.toml", "perceptual_weight = 2.0\n");
+    w.refuses(&train("--config idle.toml"), 2, &["perceptual_weight is 2"]);
+    w.ok(&train("--network kl.json"));
+    std::fs::remove_file(w.path("pictures/red/23.png")).unwrap();
+    w.fails(&train("--network kl.json").replace("--steps 1", "--steps 2"), 1, &["other pictures"]);
+}

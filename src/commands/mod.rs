@@ -1,6 +1,7 @@
 //! One file per verb. Each does its work, tells people on stderr, and returns the object that `--json` prints.
 
 mod ablate;
+mod autoencoder_train;
 mod bench_run;
 pub mod bench_train;
 mod config_show;
@@ -16,7 +17,7 @@ mod sample;
 pub mod score;
 mod teacher_train;
 
-use crate::cli::{BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand, WrongUsage};
+use crate::cli::{AutoencoderCommand, BenchCommand, Cli, Command, ConfigCommand, Engine, TeacherCommand, WrongUsage};
 use crate::{device, output};
 use anyhow::{Context, Result, bail, ensure};
 use clap::CommandFactory;
@@ -31,6 +32,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
     device::use_threads(threads)?;
     match &cli.command {
         Command::Teacher(TeacherCommand::Train(args)) => teacher_train::run(args),
+        Command::Autoencoder(AutoencoderCommand::Train(args)) => autoencoder_train::run(args),
         Command::Distill(args) => distill::run(args),
         Command::Pairs(args) => pairs::run(args),
         Command::Config(ConfigCommand::Show(args)) => config_show::run(args),

@@ -84,6 +84,11 @@ pub fn lesson(pictures: &Pictures, network: &NetworkConfig) -> Result<Fingerprin
     Ok(Fingerprint { now: of_json(known), legacy: legacy::lesson(pictures, network) })
 }
 
+/// What an autoencoder learns, and its `config.json`.
+pub fn of_autoencoder(pictures: &Pictures, config: &Value) -> String {
+    of_json(json!({ "pictures": self::pictures(pictures), "autoencoder": config }))
+}
+
 /// Pictures with their labels, in their order.
 pub fn pictures(pictures: &Pictures) -> String {
     let mut hash = Sha256::new();

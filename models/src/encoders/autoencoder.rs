@@ -6,7 +6,7 @@ use super::scaling::Scaling;
 use super::vq_model::{VqConfig, VqModel};
 use crate::folder::{WEIGHTS, json, plain_names, weights_file};
 use crate::interpret::Eager;
-use crate::layers::{Conv2d, Loader};
+use crate::layers::{Conv2d, Draws, Loader, Random, Source};
 use crate::networks::config;
 use crate::{Backend, Error, Result, Weights};
 use candle_core::{DType, Device, Tensor};
@@ -60,29 +60,40 @@ impl Autoencoder {
     /// left over or of a wrong shape.
     pub fn new(config: &Value, weights: Weights) -> Result<Self> {
         let weights = diffusers_names(weights);
+        let has = |half: &str| weights.names().any(|name| name.starts_with(half));
+        if has("encoder.") && !has("decoder.") {
+            return Err(Error::Config("an encoder alone: latents need its decoder".into()));
+        }
         let mut loader = Loader::new(&weights);
-        let made = match config["_class_name"].as_str() {
+        let made = Self::build(config, &mut loader, has("encoder."))?;
+        loader.finish()?;
+        Ok(made)
+    }
+
+    /// Fresh weights for what `config.json` holds.
+    pub fn init(config: &Value, draw: &mut Draws) -> Result<Weights> {
+        let mut source = Random::new(draw);
+        Self::build(config, &mut source, true)?;
+        Ok(source.weights)
+    }
+
+    /// `encodes`, where a tiny one has an encoder too.
+    fn build(config: &Value, source: &mut dyn Source, encodes: bool) -> Result<Self> {
+        Ok(match config["_class_name"].as_str() {
             Some("AutoencoderKL") => {
-                Autoencoder::Kl(AutoencoderKl::build(&config::from_value::<AutoencoderKlConfig>(config)?, &mut loader)?)
+                Autoencoder::Kl(AutoencoderKl::build(&config::from_value::<AutoencoderKlConfig>(config)?, source)?)
             }
             Some("AutoencoderTiny") => {
-                let config: TinyConfig = config::from_value(config)?;
-                let both = weights.names().any(|name| name.starts_with("encoder."));
-                if both && !weights.names().any(|name| name.starts_with("decoder.")) {
-                    return Err(Error::Config("an encoder alone: latents need its decoder".into()));
-                }
-                Autoencoder::Tiny(AutoencoderTiny::build(&config, &mut loader, both)?)
+                Autoencoder::Tiny(AutoencoderTiny::build(&config::from_value::<TinyConfig>(config)?, source, encodes)?)
             }
-            Some("VQModel") => Autoencoder::Vq(VqModel::build(&config::from_value::<VqConfig>(config)?, &mut loader)?),
+            Some("VQModel") => Autoencoder::Vq(VqModel::build(&config::from_value::<VqConfig>(config)?, source)?),
             other => {
                 return Err(Error::Config(format!(
                     "_class_name is {}, supported: AutoencoderKL, AutoencoderTiny, VQModel",
                     other.unwrap_or("missing")
                 )));
             }
-        };
-        loader.finish()?;
-        Ok(made)
+        })
     }
 
     /// Pixels of a picture, in each direction, for one of latents.
