@@ -8,7 +8,7 @@ use dmd::loss::{Divergence, Matching, denoising, density_ratio, distribution_mat
 use dmd::random::{Purpose, Random};
 use dmd_models::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use dmd_models::noise_levels::Betas;
-use dmd_models::ops::{Mask, Patches, Rotary};
+use dmd_models::ops::{Mask, Patches, Rotary, TokenAt};
 use dmd_models::{
     Activation, Architecture, Axis, Backend, Condition, Denoiser, ModelFolder, NoiseLevels, Prediction, Result, Want,
     Way,
@@ -473,6 +473,8 @@ impl Backend for Exact {
         activation(&Tensor, Activation),
         embedding(&Tensor, &Embedding),
         tokens(&Tensor),
+        states(&Tensor),
+        token_at(&Tensor, &Tensor, TokenAt),
         sinusoid(&Tensor, &Tensor, bool),
         conv_transpose2d(&Tensor, &ConvTranspose2d),
         layer_norm(&Tensor, &LayerNorm),

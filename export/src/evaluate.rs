@@ -4,8 +4,8 @@
 use crate::Result;
 use crate::graph::{Conv, Graph, Node, Op};
 use candle_core::{Device, Tensor};
-use dmd_models::layers::{Conv2d, GroupNorm};
-use dmd_models::ops::{self, Mask, UNSEEN};
+use dmd_models::layers::{Conv2d, Embedding, GroupNorm, Linear};
+use dmd_models::ops::{self, Mask, TokenAt, UNSEEN};
 use dmd_models::{Backend, Eager};
 
 impl Graph {
@@ -32,6 +32,14 @@ fn evaluate(node: &Node, x: &[&Tensor]) -> dmd_models::Result<Tensor> {
             Err(dmd_models::Error::Unsupported(format!("node \"{}\" needs an input that was not given", node.name)))
         }
         Op::Constant(tensor) => Ok(tensor.clone()),
+        Op::Embedding(weight) => b.embedding(x[0], &Embedding { name: node.name.clone(), weight: weight.clone() }),
+        Op::Tokens => b.tokens(x[0]),
+        Op::States => b.states(x[0]),
+        Op::TokenAt(id) => b.token_at(x[0], x[1], TokenAt::Id(*id)),
+        Op::Linear { weight, bias } => {
+            b.linear(x[0], &Linear { name: node.name.clone(), weight: weight.clone(), bias: bias.clone() })
+        }
+        Op::Columns { start, len } => b.columns(x[0], *start, *len),
         Op::Conv2d(Conv { weight, bias, stride, pads: [top, left, below, right] }) => {
             let padded = x[0].pad_with_zeros(2, *top, *below)?.pad_with_zeros(3, *left, *right)?;
             let (name, weight, bias) = (node.name.clone(), weight.clone(), bias.clone());

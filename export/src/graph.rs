@@ -61,6 +61,29 @@ pub enum Op {
     /// A row of a table `(rows, ...)` for every sample, `(B, ...)`: row `label`, or where there are several passes,
     /// `pass · classes + label`.
     Lookup(Tensor),
+    /// Rows of a table `(entries, C)` for ids `(B, N)`, as a map `(B, C, 1, N)`.
+    Embedding(Tensor),
+    /// The features of tokens `(B, N, C)` as a map `(B, C, 1, N)`.
+    Tokens,
+    /// The same back.
+    States,
+    /// Of the tokens of x `(B, C, 1, N)`, whose ids are y `(B, N)`, each sample's first with this id, or first of all:
+    /// `(B, C)`.
+    TokenAt(u32),
+    /// Affine map of x `(B, C)`.
+    Linear {
+        /// `(O, C)`.
+        weight: Tensor,
+        /// `(O,)`.
+        bias: Option<Tensor>,
+    },
+    /// Columns of x `(B, C)`.
+    Columns {
+        /// The first.
+        start: usize,
+        /// How many.
+        len: usize,
+    },
     /// Convolution of x.
     Conv2d(Conv),
     /// Transposed convolution of x, with a weight `(in, out, kh, kw)`: every pixel adds a multiple of the weight,
@@ -441,6 +464,12 @@ impl Op {
             Op::Input(_) => "input",
             Op::Constant(_) => "constant",
             Op::Lookup(_) => "lookup",
+            Op::Embedding(_) => "embedding",
+            Op::Tokens => "tokens",
+            Op::States => "states",
+            Op::TokenAt(_) => "token",
+            Op::Linear { .. } => "linear",
+            Op::Columns { .. } => "columns",
             Op::Conv2d(_) => "conv",
             Op::ConvTranspose2d(_) => "conv_transpose",
             Op::GroupNorm { .. } => "norm",
@@ -485,6 +514,12 @@ impl Op {
         match (self, inputs) {
             (Op::Constant(tensor), []) => Ok(tensor.dims().to_vec()),
             (Op::Lookup(table), []) => Ok([&[batch], &table.dims()[1..]].concat()),
+            (Op::Embedding(table), [ids @ [_, _]]) => shapes::embedding(ids, table.dims()),
+            (Op::Tokens, [x]) => shapes::tokens(x),
+            (Op::States, [x]) => shapes::states(x),
+            (Op::TokenAt(_), [x, ids]) => shapes::token_at(x, ids),
+            (Op::Linear { weight, .. }, [x]) => shapes::linear(x, weight.dims()),
+            (Op::Columns { start, len }, [x]) => shapes::columns(x, *start, *len),
             (Op::Conv2d(Conv { weight, stride, pads, .. }), [x]) => shapes::conv2d(x, weight.dims(), *stride, *pads),
             (Op::ConvTranspose2d(Conv { weight, stride, pads, .. }), [x]) => {
                 shapes::conv_transpose2d(x, weight.dims(), *stride, *pads)

@@ -165,8 +165,8 @@ pub(crate) fn infer(node: &NodeProto, x: &[Read]) -> Result<Vec<Typed>, String> 
             like(dims)
         }
         "Gather" => {
-            if read(1)?.kind != DataType::Int64 as i32 {
-                return Err("the index is not int64".into());
+            if ![DataType::Int64 as i32, DataType::Int32 as i32].contains(&read(1)?.kind) {
+                return Err("the index is not of whole numbers".into());
             }
             like([&read(1)?.dims, &first.dims[1..]].concat())
         }

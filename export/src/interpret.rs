@@ -150,11 +150,14 @@ fn evaluate(node: &NodeProto, x: &[&Tensor]) -> Result<Vec<Tensor>> {
             let start = start?;
             one(x[0].narrow(axis?, start, end? - start)?.contiguous())
         }
-        "Gather" => one(x[0].index_select(x[1], 0)),
+        "Gather" => {
+            let rows = x[0].index_select(&x[1].flatten_all()?, 0)?;
+            one(rows.reshape([x[1].dims(), &x[0].dims()[1..]].concat()))
+        }
         "Clip" => one(x[0].clamp(&x[1].broadcast_as(x[0].shape())?, &x[2].broadcast_as(x[0].shape())?)),
         // To u8, which drops the fraction of what is not negative; between floats, the declared type does it.
         "Cast" if attributes.int("to")? == DataType::Uint8 as i64 => one(x[0].floor()),
-        "Cast" => Ok(vec![x[0].clone()]),
+        "Cast" => one(x[0].to_dtype(DType::F32)),
         "QuantizeLinear" => one(quantize_linear(x)?),
         "DequantizeLinear" => one(dequantize_linear(node, x)?),
         other => Err(Error::Malformed(vec![format!("node \"{}\": no meaning is known for {other}", node.name)])),

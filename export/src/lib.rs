@@ -67,7 +67,7 @@ pub use file::{
     Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, Prepared, export, export_passes, prepare,
     weights_sha256,
 };
-pub use module::{Form, Gives, Input, Like, Module, OneStep};
+pub use module::{Decoding, Form, Gives, Input, Like, Module, OneStep, TextEncoding, ToldBy};
 pub use verify::{EngineVerdict, Status, missing_operator};
 
 mod limits;

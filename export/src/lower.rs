@@ -16,8 +16,18 @@ pub(crate) fn lower(graph: &Graph, outputs: &[&str], dialect: Dialect, dynamic_b
     let file = Builder::new("generator", dynamic_batch);
     let mut lowering = Lowering { graph, dialect, dynamic_batch, file, values: HashMap::new() };
     for id in graph.ids() {
-        if let Some(value) = lowering.node(graph.node(id))? {
-            lowering.values.insert((id, Form::Whole), value);
+        let node = graph.node(id);
+        match (&node.op, node.shape.as_slice()) {
+            (Op::Constant(_) | Op::Lookup(_), _) => {}
+            // What is computed of vectors is computed of pictures of one pixel, which accelerators take.
+            (op, &[b, c]) if !matches!(op, Op::Input(_)) => {
+                let value = lowering.node(&Node { shape: vec![b, c, 1, 1], ..node.clone() })?;
+                lowering.values.insert((id, Form::PerChannel), value);
+            }
+            _ => {
+                let value = lowering.node(node)?;
+                lowering.values.insert((id, Form::Whole), value);
+            }
         }
         if Some(id) == graph.inputs().last() {
             lowering.tables()?;
@@ -65,18 +75,18 @@ enum Form {
 
 impl Lowering<'_> {
     /// Spells one node out and names its value.
-    fn node(&mut self, node: &Node) -> Result<Option<String>> {
+    fn node(&mut self, node: &Node) -> Result<String> {
         if node.shape.len() > 4 {
             return Err(refuse(node, format!("shape {:?}: the dialects stop at rank 4", node.shape)));
         }
         let (name, shape) = (node.name.as_str(), node.shape.as_slice());
         let x = match node.inputs.first() {
-            Some(id) => self.value(*id)?,
+            Some(id) => self.computed(*id)?,
             None => String::new(),
         };
         let x = x.as_str();
-        Ok(Some(match &node.op {
-            Op::Constant(_) | Op::Lookup(_) => return Ok(None),
+        Ok(match &node.op {
+            Op::Constant(_) | Op::Lookup(_) => return Err(refuse(node, "it is spelled where it is read")),
             Op::Input(Element::F32) => self.file.input(name, DataType::Float, shape),
             Op::Input(Element::I32) => self.file.input(name, DataType::Int32, shape),
             Op::Conv2d(conv) => self.conv(node, "Conv", conv, x)?,
@@ -103,7 +113,7 @@ impl Lowering<'_> {
             Op::Attention { heads, scale, mask } => self.attention(node, *heads, *scale, *mask)?,
             Op::Rotary(by) => self.rotary(node, by, x)?,
             Op::Add | Op::Mul | Op::Concat(_) => {
-                let y = self.value(node.inputs[1])?;
+                let y = self.computed(node.inputs[1])?;
                 match node.op {
                     Op::Add => self.file.node(name, "Add", &[x, &y], vec![], shape),
                     Op::Mul => self.file.node(name, "Mul", &[x, &y], vec![], shape),
@@ -144,7 +154,28 @@ impl Lowering<'_> {
                 self.file.node(name, "Pad", &[x, &pads], vec![], shape)
             }
             Op::ToU8 => self.pixels(node, x),
-        }))
+            Op::Embedding(table) => {
+                let (table, [b, c, _, n]) =
+                    (self.file.weight(&format!("{name}.table"), table, table.dims())?, dims4(node)?);
+                let rows = self.file.node(&format!("{name}.rows"), "Gather", &[&table, x], vec![], &[b, n, c]);
+                self.tokens(node, &rows)?
+            }
+            Op::Tokens => self.tokens(node, x)?,
+            Op::States => {
+                let [b, n, c] = [node.shape[0], node.shape[1], node.shape[2]];
+                let rows = self.transpose(&format!("{name}.rows"), x, [0, 2, 3, 1], [b, 1, n, c]);
+                self.reshape(name, &rows, shape)
+            }
+            Op::TokenAt(id) => self.token_at(node, *id, x)?,
+            Op::Linear { weight, bias } => {
+                let weight = weight.unsqueeze(2)?.unsqueeze(3)?;
+                self.conv(node, "Conv", &Conv { weight, bias: bias.clone(), stride: 1, pads: [0; 4] }, x)?
+            }
+            Op::Columns { start, len } => {
+                let numbers = [*start, start + len, 1].map(|at| self.file.integers(&[at as i64]));
+                self.file.node(name, "Slice", &[x, &numbers[0], &numbers[1], &numbers[2]], vec![], shape)
+            }
+        })
     }
 
     /// All that depends on the label or the pass is one table with a row for each: one lookup, cut into its parts. The
@@ -192,6 +223,58 @@ impl Lowering<'_> {
         Ok(())
     }
 
+    /// Tokens `(B, N, C)` as a map.
+    fn tokens(&mut self, node: &Node, rows: &str) -> Result<String> {
+        let [b, c, _, n] = dims4(node)?;
+        let rows = self.reshape(&format!("{}.as_map", node.name), rows, &[b, 1, n, c]);
+        Ok(self.transpose(&node.name, &rows, [0, 3, 1, 2], [b, c, 1, n]))
+    }
+
+    /// One token of each sample as a product of all with ones and zeros: no index is computed. The ids are far larger than
+    /// half precision can tell apart.
+    fn token_at(&mut self, node: &Node, id: u32, x: &str) -> Result<String> {
+        let (name, [b, c, ..]) = (&node.name, dims4(node)?);
+        let n = self.graph.node(node.inputs[1]).shape[1];
+        let ids = self.value(node.inputs[1])?;
+        let (part, row) = (|part: &str| format!("{name}.{part}"), [b, n]);
+        let [one, zero, id] = [1.0, 0.0, id as f32].map(|value| self.file.scalar(value));
+        // 1 where a token has the id, else 0.
+        let to_floats = vec![int("to", DataType::Float as i64)];
+        let floats = self.file.island(&part("ids"), "Cast", &[&ids], to_floats, &row);
+        let off = self.file.island(&part("off"), "Sub", &[&floats, &id], vec![], &row);
+        let far = self.file.island(&part("far"), "Mul", &[&off, &off], vec![], &row);
+        let other = self.file.island(&part("other"), "Clip", &[&far, &zero, &one], vec![], &row);
+        let has = self.file.island(&part("has"), "Sub", &[&one, &other], vec![], &row);
+        // Of them the first; where there is none, the first of all.
+        let matrix = |cell: fn(usize, usize) -> bool| {
+            let cells = (0..n * n).map(|at| if cell(at / n, at % n) { 1f32 } else { 0.0 });
+            Tensor::from_iter(cells, &Device::Cpu)?.reshape((n, n))
+        };
+        let before = self.file.weight(&format!("before_{n}"), &matrix(|from, to| from < to)?, &[n, n])?;
+        let all = self.file.weight(&format!("all_{n}"), &matrix(|_, to| to == 0)?, &[n, n])?;
+        let first = Tensor::from_iter((0..n).map(|at| if at == 0 { 1f32 } else { 0.0 }), &Device::Cpu)?;
+        let first = self.file.weight(&format!("first_of_{n}"), &first, &[1, n])?;
+        let mut still = |name: &str, from: &str, weight: &str| {
+            let seen = self.file.node(&part(&format!("{name}_seen")), "MatMul", &[&has, weight], vec![], &row);
+            let left = self.file.node(&part(&format!("{name}_left")), "Sub", &[from, &seen], vec![], &row);
+            self.file.node(&part(name), "Relu", &[&left], vec![], &row)
+        };
+        let (none_before, none) = (still("none_before", &one, &before), still("none", &first, &all));
+        let found = self.file.node(&part("found"), "Mul", &[&has, &none_before], vec![], &row);
+        let chosen = self.file.node(&part("chosen"), "Add", &[&found, &none], vec![], &row);
+        let chosen = self.reshape(&part("column"), &chosen, &[b, 1, n, 1]);
+        let x = self.reshape(&part("tokens"), x, &[b, 1, c, n]);
+        let token = self.file.node(&part("token"), "MatMul", &[&x, &chosen], vec![], &[b, 1, c, 1]);
+        Ok(self.reshape(name, &token, &[b, c, 1, 1]))
+    }
+
+    /// The value as it is computed with: vectors as pictures of one pixel.
+    fn computed(&mut self, id: NodeId) -> Result<String> {
+        let node = self.graph.node(id);
+        let is_vector = node.shape.len() == 2 && !matches!(node.op, Op::Input(Element::I32));
+        if is_vector { self.per_channel(id) } else { self.value(id) }
+    }
+
     /// The value as the graph has it.
     fn value(&mut self, id: NodeId) -> Result<String> {
         self.in_form(id, Form::Whole, |lowering, node| match &node.op {
@@ -210,7 +293,15 @@ impl Lowering<'_> {
                 let shape = [&node.shape[..], &[1, 1]].concat();
                 lowering.file.weight(&format!("{}.per_channel", node.name), tensor, &shape)
             }
-            _ => Err(refuse(node, "only constants and class tables are added to every pixel")),
+            Op::Input(Element::F32) => {
+                let whole = lowering.value(id)?;
+                Ok(lowering.reshape(
+                    &format!("{}.per_channel", node.name),
+                    &whole,
+                    &[&node.shape[..], &[1, 1]].concat(),
+                ))
+            }
+            _ => Err(refuse(node, "only vectors are added to every pixel")),
         })
     }
 

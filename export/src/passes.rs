@@ -99,6 +99,12 @@ fn same(a: &Op, b: &Op) -> Result<bool> {
         (Op::Attention { heads, scale, mask }, Op::Attention { heads: heads_2, scale: scale_2, mask: mask_2 }) => {
             (heads, scale, mask) == (heads_2, scale_2, mask_2)
         }
+        (Op::Embedding(a), Op::Embedding(b)) => equal(a, b)?,
+        (Op::Linear { weight, bias }, Op::Linear { weight: other, bias: other_bias }) => {
+            equal(weight, other)? && all_equal(bias, other_bias)?
+        }
+        (Op::TokenAt(id), Op::TokenAt(other)) => id == other,
+        (Op::Columns { start, len }, Op::Columns { start: start_2, len: len_2 }) => (start, len) == (start_2, len_2),
         (Op::Rotary(by), Op::Rotary(other)) => {
             by.pairs == other.pairs && all_equal([&by.cos, &by.sin], [&other.cos, &other.sin])?
         }

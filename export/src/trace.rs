@@ -7,7 +7,7 @@ use crate::graph::{Conv, Element, Graph, NodeId, Op};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use dmd_models::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
-use dmd_models::ops::{Mask, Patches, Rotary, UNSEEN};
+use dmd_models::ops::{Mask, Patches, Rotary, TokenAt, UNSEEN};
 use dmd_models::{Activation, Axis, Backend, Condition, Eager};
 use std::cell::RefCell;
 
@@ -157,7 +157,7 @@ impl Backend for Trace {
     fn linear(&self, x: &Value, layer: &Linear) -> Traced<Value> {
         let (weight, bias) = (here(&layer.weight)?, here_if_any(&layer.bias)?);
         let layer = Linear { name: layer.name.clone(), weight, bias };
-        let later = || Err(not_a_picture("linear", &layer.name));
+        let later = || Ok(Op::Linear { weight: layer.weight.clone(), bias: layer.bias.clone() });
         self.apply(&layer.name, &[x], |t| Eager.linear(&t[0], &layer), later)
     }
 
@@ -184,12 +184,28 @@ impl Backend for Trace {
 
     fn embedding(&self, ids: &Value, layer: &Embedding) -> Traced<Value> {
         let layer = Embedding { weight: here(&layer.weight)?, ..layer.clone() };
-        let later = || Err(not_a_picture("embedding", &layer.name));
+        let later = || Ok(Op::Embedding(layer.weight.clone()));
         self.apply(&layer.name, &[ids], |t| Eager.embedding(&t[0], &layer), later)
     }
 
     fn tokens(&self, states: &Value) -> Traced<Value> {
-        self.apply("", &[states], |t| Eager.tokens(&t[0]), || Err(not_a_picture("tokens", "")))
+        self.apply("", &[states], |t| Eager.tokens(&t[0]), || Ok(Op::Tokens))
+    }
+
+    fn states(&self, x: &Value) -> Traced<Value> {
+        self.apply("", &[x], |t| Eager.states(&t[0]), || Ok(Op::States))
+    }
+
+    fn token_at(&self, x: &Value, ids: &Value, at: TokenAt) -> Traced<Value> {
+        let later = || match at {
+            TokenAt::Id(id) => Ok(Op::TokenAt(id)),
+            TokenAt::Largest => Err(dmd_models::Error::Unsupported(
+                "a file finds the end of a prompt by its id, and eos_token_id 2 stands for the largest one: there are \
+                 tokens with larger ids than the end's; say its id in the text encoder's config.json"
+                    .into(),
+            )),
+        };
+        self.apply("", &[x, ids], |t| Eager.token_at(&t[0], &t[1], at), later)
     }
 
     fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Traced<Value> {
@@ -284,7 +300,29 @@ impl Backend for Trace {
     }
 
     fn columns(&self, x: &Value, start: usize, len: usize) -> Traced<Value> {
-        self.apply("", &[x], |t| Eager.columns(&t[0], start, len), || Err(not_a_picture("columns", "")))
+        // Of a vector that was joined of two, the one that they are of: what is known of it stays known.
+        if let Value::Node(id) = x {
+            let node = self.graph.borrow().node(*id).clone();
+            if let (Op::Concat(Axis::Channels), &[first, second]) = (&node.op, node.inputs.as_slice()) {
+                let width = self.graph.borrow().node(first).shape[1];
+                let part = match start {
+                    _ if start + len <= width => Some((first, start)),
+                    _ if start >= width => Some((second, start - width)),
+                    _ => None,
+                };
+                if let Some((part, start)) = part {
+                    let constant = match &self.graph.borrow().node(part).op {
+                        Op::Constant(tensor) => Some(tensor.clone()),
+                        _ => None,
+                    };
+                    return self.columns(&constant.map_or(Value::Node(part), Value::Constant), start, len);
+                }
+            }
+        }
+        if self.dims(x).get(1) == Some(&len) && start == 0 {
+            return Ok(x.clone());
+        }
+        self.apply("", &[x], |t| Eager.columns(&t[0], start, len), || Ok(Op::Columns { start, len }))
     }
 
     fn affine(&self, x: &Value, mul: &[f64], add: f64) -> Traced<Value> {

@@ -16,7 +16,7 @@ fn a_transformer_is_exported_in_every_dialect() {
     let network = Network::DiT(DiT::new(&config, &weights.to(DType::F32, &Device::Cpu).unwrap()).unwrap());
     let levels = NoiseLevels::variance_preserving(&Betas::Linear, 1000, [1e-4, 0.02], false).unwrap();
     let denoiser = Denoiser { network, prediction: Prediction::Epsilon, levels, clip: None, unconditional: None };
-    let generator = OneStep { generator: Generator { denoiser, sigma: 2.5 }, size: [8, 8] };
+    let generator = OneStep::new(Generator { denoiser, sigma: 2.5 }, [8, 8]);
     let classes = ["a", "b", "c"].map(String::from).to_vec();
     let info = ModelInfo { classes, weights_sha256: "0".repeat(64) };
     for dialect in Dialect::ALL {

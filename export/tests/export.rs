@@ -78,7 +78,7 @@ fn edm(config: &UNetConfig, weights: &Weights, sigma: f64) -> OneStep {
         clip: None,
         unconditional: None,
     };
-    OneStep { generator: Generator { denoiser, sigma }, size: config.size().unwrap_or([8, 8]) }
+    OneStep::new(Generator { denoiser, sigma }, config.size().unwrap_or([8, 8]))
 }
 
 fn info(config: &UNetConfig) -> ModelInfo {

@@ -29,7 +29,7 @@ fn exported_files_are_what_they_were() {
         let folder = ModelFolder::load(&models.join(name), &Device::Cpu).unwrap();
         let generator = Generator { denoiser: folder.denoiser(&Device::Cpu).unwrap(), sigma: 2.5 };
         let [_, height, width] = folder.sample_shape().unwrap();
-        let generator = OneStep { generator, size: [height, width] };
+        let generator = OneStep::new(generator, [height, width]);
         let info = ModelInfo { classes: folder.classes(), weights_sha256: String::new() };
         for dialect in Dialect::ALL {
             for precision in Precision::ALL {

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::condition::Condition;
 use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::{Architecture, Want};
-use crate::ops::{Mask, Patches, Rotary};
+use crate::ops::{Mask, Patches, Rotary, TokenAt};
 use candle_core::Tensor;
 
 /// Pointwise non-linearities of diffusers' `act_fn`.
@@ -120,6 +120,12 @@ pub trait Backend {
 
     /// The features of tokens `(B, N, C)`, as text encoders give them and conditions hold them, as a map `(B, C, 1, N)`.
     fn tokens(&self, states: &Self::Value) -> Result<Self::Value>;
+
+    /// The same back: a map `(B, C, 1, N)` as `(B, N, C)`.
+    fn states(&self, x: &Self::Value) -> Result<Self::Value>;
+
+    /// Of the tokens of x `(B, C, 1, N)`, whose ids are `(B, N)`, one of each sample: `(B, C)`.
+    fn token_at(&self, x: &Self::Value, ids: &Self::Value, at: TokenAt) -> Result<Self::Value>;
 
     /// Numbers `(B,)` to `(B, 2·F)`: sines and cosines of `number · frequencies` (`frequencies`: f32 `(F,)`), cosines first
     /// when `flip`; diffusers' `Timesteps` applied to class labels. Several a sample, `(B, n)`, to `(B, n·2·F)`, one after

@@ -94,6 +94,22 @@ pub fn tokens(states: &[usize]) -> Rule {
     }
 }
 
+/// The same back.
+pub fn states(x: &[usize]) -> Rule {
+    match *x {
+        [b, c, 1, n] if n > 0 && c > 0 => Ok(vec![b, n, c]),
+        _ => Err(format!("{x:?} is no map (B, C, 1, N) of tokens")),
+    }
+}
+
+/// One of the tokens of x `(B, C, 1, N)` with ids `(B, N)`.
+pub fn token_at(x: &[usize], ids: &[usize]) -> Rule {
+    match (x, ids) {
+        (&[b, c, 1, n], &[b_of_ids, n_of_ids]) if (b, n) == (b_of_ids, n_of_ids) && n > 0 => Ok(vec![b, c]),
+        _ => Err(format!("{ids:?} are no ids of the tokens {x:?}")),
+    }
+}
+
 /// Attention of q `(B, C, H, W)` to keys and values of one shape, which has q's B and C, and to their mask `(B or 1, keys)`.
 pub fn attention(q: &[usize], k: &[usize], v: &[usize], heads: usize, mask: Mask<&[usize]>) -> Rule {
     let (&[b, c, h, w], &[bk, ck, hk, wk]) = (q, k) else {

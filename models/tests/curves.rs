@@ -5,7 +5,7 @@ mod common;
 use candle_core::{D, DType, Device, Tensor, Var};
 use common::{ODD, PLAIN};
 use dmd_models::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
-use dmd_models::ops::{self, AdamwStep, Mask, Parameter, Patches, Rotary};
+use dmd_models::ops::{self, AdamwStep, Mask, Parameter, Patches, Rotary, TokenAt};
 use dmd_models::{Activation, Architecture, Axis, Backend, Condition, Eager, Result, UNet, UNetConfig, Weights};
 
 /// Every operation by candle's own; what is not fused is spelt there as it is here, and [`Eager`]'s.
@@ -49,6 +49,14 @@ impl Backend for Composite {
 
     fn tokens(&self, states: &Tensor) -> Result<Tensor> {
         Eager.tokens(states)
+    }
+
+    fn states(&self, x: &Tensor) -> Result<Tensor> {
+        Eager.states(x)
+    }
+
+    fn token_at(&self, x: &Tensor, ids: &Tensor, at: TokenAt) -> Result<Tensor> {
+        Eager.token_at(x, ids, at)
     }
 
     fn sinusoid(&self, ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {

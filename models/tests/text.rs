@@ -179,9 +179,7 @@ fn clip(name: &str, config: impl Fn(&mut Value)) -> Clip {
 impl Clip {
     fn pooled(&self) -> Tensor {
         let last = self.model.run(&Eager, &self.ids).unwrap().last;
-        let ids: Vec<Vec<i64>> = self.ids.to_vec2().unwrap();
-        let ids: Vec<Vec<u32>> = ids.iter().map(|row| row.iter().map(|id| *id as u32).collect()).collect();
-        self.model.pooled(&last, &ids).unwrap()
+        self.model.pooled(&Eager, &last, &self.ids, self.model.end()).unwrap()
     }
 
     fn expected(&self, name: &str) -> Tensor {

@@ -2,9 +2,9 @@
 //! `CLIPTextModelWithProjection`.
 
 use crate::backend::{Activation, Backend, Block};
-use crate::layers::{Conv2d, Embedding, Init, LayerNorm, Scope, Source};
+use crate::layers::{Conv2d, Embedding, Init, LayerNorm, Linear, Scope, Source};
 use crate::networks::config::Fields;
-use crate::ops::Mask;
+use crate::ops::{Mask, TokenAt};
 use crate::{Error, Result, limits};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -211,22 +211,22 @@ impl ClipText {
         Ok(States { penultimate, last: b.layer_norm(&x, &self.norm)? })
     }
 
-    /// The last state at the end token of each prompt, projected if there is a projection: `(B, pooled_width)`.
-    /// `last` is `(B, C, 1, N)`, of prompts with these ids.
-    pub fn pooled(&self, last: &Tensor, ids: &[Vec<u32>]) -> Result<Tensor> {
-        let end = |ids: &Vec<u32>| match self.config.eos_token_id {
-            2 => ids.iter().enumerate().rev().max_by_key(|(_, id)| **id).map(|(at, _)| at),
-            end => ids.iter().position(|id| *id == end),
-        };
-        let rows: Result<Vec<Tensor>> = ids
-            .iter()
-            .enumerate()
-            // transformers takes the first token where there is no end.
-            .map(|(i, ids)| Ok(last.get(i)?.narrow(2, end(ids).unwrap_or(0), 1)?.flatten_all()?))
-            .collect();
-        let rows = Tensor::stack(&rows?, 0)?;
+    /// Which token the pooled output is taken at.
+    pub fn end(&self) -> TokenAt {
+        match self.config.eos_token_id {
+            2 => TokenAt::Largest,
+            end => TokenAt::Id(end),
+        }
+    }
+
+    /// The last state at the end token `end` of each prompt, projected if there is a projection: `(B, pooled_width)`. `last`
+    /// is `(B, C, 1, N)`, of prompts with these ids.
+    pub fn pooled<B: Backend>(&self, b: &B, last: &B::Value, ids: &B::Value, end: TokenAt) -> Result<B::Value> {
+        let rows = b.token_at(last, ids, end)?;
         match &self.projection {
-            Some(projection) => Ok(rows.matmul(&projection.weight.t()?)?),
+            Some(Conv2d { name, weight, .. }) => {
+                b.linear(&rows, &Linear { name: name.clone(), weight: weight.clone(), bias: None })
+            }
             None => Ok(rows),
         }
     }

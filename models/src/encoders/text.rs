@@ -6,7 +6,8 @@ use crate::folder::{json, weights_file};
 use crate::interpret::Eager;
 use crate::layers::Loader;
 use crate::networks::config;
-use crate::{Condition, Error, Result, Way, Weights};
+use crate::ops::TokenAt;
+use crate::{Backend, Condition, Error, Result, Way, Weights};
 use candle_core::{DType, Device, Tensor};
 use std::path::Path;
 
@@ -47,22 +48,50 @@ impl TextEncoders {
     /// was cropped above and left, height and width after; and the guidance scale if it is told. f32. Prompts that are too long
     /// are cut ([`TextEncoders::cut`]).
     pub fn encode(&self, prompts: &[&str]) -> Result<Condition<Tensor>> {
-        let mut states = Vec::new();
-        let mut pooled = None;
-        for (i, encoder) in self.encoders.iter().enumerate() {
-            let ids =
-                prompts.iter().map(|prompt| Ok(encoder.tokenizer.encode(prompt)?.ids)).collect::<Result<Vec<_>>>()?;
-            let found = encoder.model.run(&Eager, &encoder.tensor(&ids)?)?;
+        let (states, pooled) = self.run(&Eager, &self.ids(prompts)?)?;
+        self.told(states, pooled)
+    }
+
+    /// Ids of prompts, i64 `(B, N)`, for each encoder.
+    pub fn ids(&self, prompts: &[&str]) -> Result<Vec<Tensor>> {
+        self.encoders.iter().map(|encoder| encoder.ids(prompts)).collect()
+    }
+
+    /// States `(B, N, C)` of prompts with these ids, for each encoder `(B, N)`; and the pooled text of the last encoder,
+    /// `(B, P)`, where the network is told it.
+    pub fn run<B: Backend>(&self, b: &B, ids: &[B::Value]) -> Result<(B::Value, Option<B::Value>)> {
+        let (mut states, mut pooled) = (None, None);
+        for (i, (TextEncoder { tokenizer, model }, ids)) in self.encoders.iter().zip(ids).enumerate() {
+            let found = model.run(b, ids)?;
             let layer = match self.layer {
                 Layer::Last => &found.last,
                 Layer::Penultimate => &found.penultimate,
             };
-            states.push(layer.squeeze(2)?.transpose(1, 2)?.contiguous()?);
+            states = Some(match states {
+                Some(before) => b.concat(&before, layer)?,
+                None => layer.clone(),
+            });
             if self.size.is_some() && i + 1 == self.encoders.len() {
-                pooled = Some(encoder.model.pooled(&found.last, &ids)?);
+                let end = match model.end() {
+                    // Every prompt has an end.
+                    TokenAt::Largest if tokenizer.end() == tokenizer.largest_id() => TokenAt::Id(tokenizer.end()),
+                    end => end,
+                };
+                pooled = Some(model.pooled(b, &found.last, ids, end)?);
             }
         }
-        self.told(Tensor::cat(&states, 2)?, pooled)
+        let states = states.ok_or_else(|| Error::Config("there is no text encoder".into()))?;
+        Ok((b.states(&states)?, pooled))
+    }
+
+    /// How many numbers stand behind the pooled text in [`Way::Vector`].
+    pub fn n_numbers(&self) -> usize {
+        self.size.map_or(0, |_| 6) + self.guidance.map_or(0, |_| 1)
+    }
+
+    /// Where its weights lie.
+    pub fn device(&self) -> Device {
+        self.encoders.first().map_or(Device::Cpu, |encoder| encoder.model.device().clone())
     }
 
     /// What a network is told, `(1, …)`, where nothing is said: what it is guided away from without a negative prompt.
@@ -170,7 +199,9 @@ impl TextEncoder {
         &self.model
     }
 
-    fn tensor(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+    /// Ids of prompts, i64 `(B, N)`.
+    fn ids(&self, prompts: &[&str]) -> Result<Tensor> {
+        let ids = prompts.iter().map(|prompt| Ok(self.tokenizer.encode(prompt)?.ids)).collect::<Result<Vec<_>>>()?;
         let flat: Vec<i64> = ids.iter().flatten().map(|id| i64::from(*id)).collect();
         Ok(Tensor::from_vec(flat, (ids.len(), self.tokenizer.length()), self.model.device())?)
     }

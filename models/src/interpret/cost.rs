@@ -3,7 +3,7 @@
 use crate::backend::{Activation, Axis, Backend, Block};
 use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::Network;
-use crate::ops::{Mask, Patches, Rotary};
+use crate::ops::{Mask, Patches, Rotary, TokenAt};
 use crate::shapes::{self, Rule};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -122,6 +122,14 @@ impl Backend for Counter {
 
     fn tokens(&self, states: &Vec<usize>) -> Result<Vec<usize>> {
         self.shaped(shapes::tokens(states))
+    }
+
+    fn states(&self, x: &Vec<usize>) -> Result<Vec<usize>> {
+        self.shaped(shapes::states(x))
+    }
+
+    fn token_at(&self, x: &Vec<usize>, ids: &Vec<usize>, _: TokenAt) -> Result<Vec<usize>> {
+        self.shaped(shapes::token_at(x, ids))
     }
 
     fn sinusoid(&self, ids: &Vec<usize>, frequencies: &Tensor, _: bool) -> Result<Vec<usize>> {

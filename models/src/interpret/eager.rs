@@ -5,7 +5,7 @@ use crate::backend::{Activation, Axis, Backend};
 use crate::condition::Condition;
 use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::{Architecture, Want};
-use crate::ops::{Mask, Patches, Rotary};
+use crate::ops::{Mask, Patches, Rotary, TokenAt};
 use crate::{Precision, Result, ops};
 use candle_core::Tensor;
 
@@ -85,6 +85,14 @@ impl Backend for Eager {
 
     fn tokens(&self, states: &Tensor) -> Result<Tensor> {
         Ok(ops::tokens(states)?)
+    }
+
+    fn states(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(ops::states(x)?)
+    }
+
+    fn token_at(&self, x: &Tensor, ids: &Tensor, at: TokenAt) -> Result<Tensor> {
+        Ok(ops::token_at(x, ids, at)?)
     }
 
     fn sinusoid(&self, ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor> {

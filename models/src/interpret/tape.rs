@@ -12,7 +12,7 @@ use crate::condition::Condition;
 use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::{Architecture, Want};
 use crate::ops::nhwc::{self, Attention, Norm, NormInput, RUN, Steps};
-use crate::ops::{Mask, Patches, Rotary};
+use crate::ops::{Mask, Patches, Rotary, TokenAt};
 use crate::{Error, Result, ops, shapes};
 use candle_core::{DType, Shape, Tensor, TensorId, Var};
 use std::cell::{Cell, RefCell};
@@ -607,6 +607,15 @@ impl Backend for Tape {
 
     fn tokens(&self, states: &Value) -> Result<Value> {
         self.composite(&[states], |t| ops::tokens(&t[0]))
+    }
+
+    fn states(&self, x: &Value) -> Result<Value> {
+        self.composite(&[x], |t| ops::states(&t[0]))
+    }
+
+    fn token_at(&self, x: &Value, ids: &Value, at: TokenAt) -> Result<Value> {
+        let ids = ids.data.clone();
+        self.composite(&[x], move |t| ops::token_at(&t[0], &ids, at))
     }
 
     fn sinusoid(&self, ids: &Value, frequencies: &Tensor, flip: bool) -> Result<Value> {

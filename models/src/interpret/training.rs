@@ -9,7 +9,7 @@ use crate::backend::{Activation, Axis, Backend, Block};
 use crate::condition::Condition;
 use crate::layers::{Conv2d, ConvTranspose2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 use crate::networks::{Architecture, Want};
-use crate::ops::{Mask, Patches, Rotary};
+use crate::ops::{Mask, Patches, Rotary, TokenAt};
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
@@ -119,6 +119,8 @@ impl Backend for Training {
         fn activation(x: &Tensor, act: Activation) -> Result<Tensor>;
         fn embedding(ids: &Tensor, layer: &Embedding) -> Result<Tensor>;
         fn tokens(states: &Tensor) -> Result<Tensor>;
+        fn states(x: &Tensor) -> Result<Tensor>;
+        fn token_at(x: &Tensor, ids: &Tensor, at: TokenAt) -> Result<Tensor>;
         fn sinusoid(ids: &Tensor, frequencies: &Tensor, flip: bool) -> Result<Tensor>;
         fn layer_norm(x: &Tensor, layer: &LayerNorm) -> Result<Tensor>;
         fn rms_norm(x: &Tensor, layer: &RmsNorm) -> Result<Tensor>;

@@ -33,7 +33,7 @@ pub use conv_transpose2d::conv_transpose2d;
 pub use conv2d::{conv2d, conv2d_composite};
 pub use gated::{activation, activation_composite, gated, gated_composite};
 pub use group_norm::{group_norm, group_norm_composite};
-pub use movement::{Patches, embedding, grid, shuffle, tokens, unshuffle};
+pub use movement::{Patches, TokenAt, embedding, grid, shuffle, states, token_at, tokens, unshuffle};
 pub use optimizer::{Parameter, adamw_all, average_all};
 #[cfg(feature = "cuda")]
 pub use philox::philox_normal;

@@ -52,6 +52,36 @@ pub fn tokens(states: &Tensor) -> Result<Tensor> {
     states.transpose(1, 2)?.contiguous()?.unsqueeze(2)
 }
 
+/// The same back.
+pub fn states(x: &Tensor) -> Result<Tensor> {
+    fits(shapes::states(x.dims()))?;
+    x.squeeze(2)?.transpose(1, 2)?.contiguous()
+}
+
+/// Which token of a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenAt {
+    /// The first with this id; the first of all where there is none.
+    Id(u32),
+    /// The first with the largest id.
+    Largest,
+}
+
+/// Of the tokens of x `(B, C, 1, N)`, whose ids are `(B, N)`, one of each sample: `(B, C)`.
+pub fn token_at(x: &Tensor, ids: &Tensor, at: TokenAt) -> Result<Tensor> {
+    let [b, c] = fits(shapes::token_at(x.dims(), ids.dims()))?[..] else { bail!("token_at: {:?}", x.dims()) };
+    let place = |ids: &Vec<i64>| {
+        let wanted = match at {
+            TokenAt::Id(id) => i64::from(id),
+            TokenAt::Largest => ids.iter().copied().max().unwrap_or(0),
+        };
+        ids.iter().position(|id| *id == wanted).unwrap_or(0) as u32
+    };
+    let places: Vec<u32> = ids.to_vec2::<i64>()?.iter().map(place).collect();
+    let places = Tensor::from_vec(places, (b, 1, 1), x.device())?.broadcast_as((b, c, 1))?.contiguous()?;
+    x.squeeze(2)?.contiguous()?.gather(&places, 2)?.squeeze(2)
+}
+
 /// Rows of a table `(entries, width)`: ids `(B,)` to `(B, width)`, or `(B, N)` to a map `(B, width, 1, N)`.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     match *ids.dims() {

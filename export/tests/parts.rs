@@ -1,0 +1,236 @@
+//! The parts of a text-to-image model as files of their own: a network that is told text, a text encoder, decoders. Each
+//! is exported, which runs it by every engine present and compares it with candle.
+
+use candle_core::{DType, Device, Tensor};
+use dmd_export::{
+    Batch, Decoding, Dialect, Error, ExportOptions, ExportReport, Module, OneStep, Output, Precision, Status,
+    TextEncoding, ToldBy, export,
+};
+use dmd_models::networks::unet2d_condition::{UNet2DCondition, UNet2DConditionConfig};
+use dmd_models::noise_levels::Betas;
+use dmd_models::{Architecture, Condition, Denoiser, Generator, Network, NoiseLevels, Prediction, Way, Weights};
+use dmd_models::{Eager, ModelFolder};
+use dmd_runtime::{Feed, Given, ModuleInfo, Values};
+use std::path::{Path, PathBuf};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures")
+}
+
+/// A fixture of `dmd-models` and the two prompts' text that it was run with there.
+fn told(name: &str, sigma: f64) -> (OneStep, Condition<Tensor>) {
+    let folder = fixtures().join("unet2d_condition").join(name);
+    let read = |file: &str| {
+        let weights = Weights::load(&folder.join(file), &Device::Cpu).unwrap();
+        weights.to(DType::F32, &Device::Cpu).unwrap()
+    };
+    let path = folder.join("config.json");
+    let config = UNet2DConditionConfig::from_json(&path, &std::fs::read_to_string(&path).unwrap()).unwrap();
+    let network = UNet2DCondition::new(&config, &read("diffusion_pytorch_model.safetensors")).unwrap();
+    let io = read("io.safetensors");
+    let ways = [(Way::Text, "text"), (Way::Vector, "vector")];
+    let rows: Condition<Tensor> = ways.iter().filter_map(|(way, name)| Some((*way, io.get(name)?.clone()))).collect();
+    let levels = NoiseLevels::variance_preserving(&Betas::ScaledLinear, 1000, [0.00085, 0.012], false).unwrap();
+    let network = Network::UNet2DCondition(network);
+    let denoiser = Denoiser { network, prediction: Prediction::Epsilon, levels, clip: None, unconditional: None };
+    (OneStep { latents: true, ..OneStep::new(Generator { denoiser, sigma }, [8, 8]) }, rows)
+}
+
+/// Exports a part into a fresh folder in every dialect, and expects that tract ran it.
+fn in_every_dialect<M: Module>(what: &str, part: &M, options: &ExportOptions, look: impl Fn(&Path, &ExportReport)) {
+    for dialect in Dialect::ALL {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("part.onnx");
+        let options = ExportOptions { dialect, ..options.clone() };
+        let report = match export(part, &Default::default(), &options, &path) {
+            // It has no error function, and says so.
+            Err(error) if dialect == Dialect::Nnapi && error.to_string().contains("--dialect portable") => continue,
+            report => report.unwrap_or_else(|error| panic!("{what} {dialect}: {error}")),
+        };
+        println!("{what} {dialect}: {} nodes", report.nodes);
+        report.engines.iter().for_each(|verdict| println!("  {verdict}"));
+        let passed = |engine| report.engines.iter().any(|v| v.engine == engine && v.status == Status::Passed);
+        assert!(passed("tract"), "{what} {dialect}: {report:?}");
+        look(&path, &report);
+    }
+}
+
+fn ports(path: &Path) -> (Vec<String>, Vec<String>) {
+    let info = ModuleInfo::read(path).unwrap();
+    let say = |ports: Vec<dmd_runtime::Port>| {
+        ports.iter().map(|port| format!("{} {} {:?}", port.name, port.kind, port.shape)).collect()
+    };
+    (say(info.inputs), say(info.outputs))
+}
+
+#[test]
+fn a_network_that_is_told_text_is_a_file_with_text_as_an_input() {
+    for (name, numbers) in [("sd15", 0), ("sdxl", 6), ("lcm", 1)] {
+        let (step, examples) = told(name, 2.5);
+        let [width, tokens] = [2, 1].map(|axis| examples.get(Way::Text).unwrap().dims()[axis]);
+        let pooled = examples.get(Way::Vector).map_or(0, |rows| rows.dims()[1] - numbers);
+        let step = OneStep { told: ToldBy::Text { examples: first_numbers(&examples, numbers), numbers }, ..step };
+        in_every_dialect(name, &step, &ExportOptions::default(), |path, _| {
+            let (inputs, outputs) = ports(path);
+            let mut expected = vec![
+                "noise f32 [Some(1), Some(4), Some(8), Some(8)]".to_string(),
+                format!("text f32 [Some(1), Some({tokens}), Some({width})]"),
+            ];
+            expected.extend((pooled > 0).then(|| format!("vector f32 [Some(1), Some({pooled})]")));
+            assert_eq!(inputs, expected, "{name}");
+            assert_eq!(outputs, ["latents f32 [Some(1), Some(4), Some(8), Some(8)]"], "{name}");
+            let graph = dmd_export::lint::read(path).unwrap().graph.unwrap();
+            let forbidden = ["Sin", "Cos", "Gemm", "Shape", "Expand"];
+            assert!(!graph.node.iter().any(|node| forbidden.contains(&node.op_type.as_str())), "{name}");
+        });
+    }
+}
+
+/// The rows with the first one's numbers: those of a file are the same for all prompts.
+fn first_numbers(rows: &Condition<Tensor>, numbers: usize) -> Condition<Tensor> {
+    let ways = rows.iter().map(|(way, rows)| {
+        if way != Way::Vector || numbers == 0 {
+            return (way, rows.clone());
+        }
+        let (n, width) = rows.dims2().unwrap();
+        let same = rows.narrow(1, width - numbers, numbers).unwrap().narrow(0, 0, 1).unwrap();
+        let same = same.broadcast_as((n, numbers)).unwrap();
+        (way, Tensor::cat(&[rows.narrow(1, 0, width - numbers).unwrap(), same.contiguous().unwrap()], 1).unwrap())
+    });
+    ways.collect()
+}
+
+fn pipeline(name: &str) -> ModelFolder {
+    ModelFolder::load(&fixtures().join("encoders/pipelines").join(name), &Device::Cpu).unwrap()
+}
+
+const PROMPTS: [&str; 3] = ["a photo of a cat", "the number 7, of a dog", ""];
+
+/// The text of prompts, by the file, is what the network is told of them. Two encoders of SDXL read ids of their own.
+#[test]
+fn a_text_encoder_is_a_file_of_ids() {
+    for (name, n_encoders) in [("sd", 1), ("sdxl", 2)] {
+        let pipeline = pipeline(name).pipeline(&Device::Cpu).unwrap();
+        let encoders = pipeline.text.clone().unwrap();
+        let part = TextEncoding { encoders: encoders.clone(), prompts: PROMPTS.map(String::from).into() };
+        let ids = encoders.ids(&PROMPTS).unwrap();
+        in_every_dialect(name, &part, &ExportOptions { batch: Batch::Fixed(3), ..Default::default() }, |path, _| {
+            let (inputs, outputs) = ports(path);
+            let expected = ["ids i32 [Some(3), Some(24)]", "ids_2 i32 [Some(3), Some(24)]"];
+            assert_eq!(inputs, expected[..n_encoders], "{name}");
+            let vector = "vector f32 [Some(3), Some(12)]".to_string();
+            assert_eq!(outputs.get(1), (n_encoders == 2).then_some(&vector), "{name}");
+            let feeds: Vec<Vec<i32>> = ids
+                .iter()
+                .map(|ids| ids.flatten_all().unwrap().to_vec1::<i64>().unwrap().iter().map(|id| *id as i32).collect())
+                .collect();
+            let names = ["ids", "ids_2"];
+            let feeds: Vec<Feed> = names
+                .iter()
+                .zip(&feeds)
+                .map(|(name, ids)| Feed { name, shape: &[3, 24], values: Values::I32(ids) })
+                .collect();
+            let found = dmd_runtime::Module::load(path, Default::default()).unwrap().run(&feeds).unwrap();
+            let told = encoders.encode(&PROMPTS).unwrap();
+            let vector = told.get(Way::Vector).map(|rows| rows.narrow(1, 0, 12).unwrap());
+            let expected = [told.get(Way::Text).cloned(), vector];
+            for (found, expected) in found.iter().zip(expected.into_iter().flatten()) {
+                let Given::F32(found) = found else { panic!("floats") };
+                let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+                assert_close(found, &expected, 1e-4);
+            }
+        });
+    }
+}
+
+fn assert_close(found: &[f32], expected: &[f32], tolerance: f32) {
+    let largest = expected.iter().fold(0f32, |max, x| max.max(x.abs()));
+    let gap = found.iter().zip(expected).fold(0f32, |gap, (a, b)| gap.max((a - b).abs()));
+    assert!(found.len() == expected.len() && gap <= tolerance * largest, "{gap} of {largest}");
+}
+
+/// Without an end the first token is taken, as transformers does; two ends count once.
+#[test]
+fn pooled_text_is_of_the_first_end_or_of_the_first_token() {
+    let encoders = pipeline("sdxl").pipeline(&Device::Cpu).unwrap().text.unwrap();
+    let end = i64::from(encoders.encoders[1].tokenizer().end());
+    let part = TextEncoding { encoders: encoders.clone(), prompts: vec!["a cat".into()] };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("text.onnx");
+    export(&part, &Default::default(), &Default::default(), &path).unwrap();
+    let module = dmd_runtime::Module::load(&path, Default::default()).unwrap();
+    for ends in [vec![5, 9], vec![23], vec![0], vec![]] {
+        let ids: Vec<i64> = (0..24).map(|at| if ends.contains(&at) { end } else { 3 + at as i64 }).collect();
+        let narrow: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+        let feed = |name| Feed { name, shape: &[1, 24], values: Values::I32(&narrow) };
+        let Given::F32(found) = &module.run(&[feed("ids"), feed("ids_2")]).unwrap()[1] else { panic!("floats") };
+        let ids = Tensor::from_vec(ids, (1, 24), &Device::Cpu).unwrap();
+        let (_, pooled) = encoders.run(&Eager, &[ids.clone(), ids]).unwrap();
+        assert_close(found, &pooled.unwrap().flatten_all().unwrap().to_vec1().unwrap(), 1e-4);
+    }
+}
+
+#[test]
+fn decoders_are_files_of_latents_with_their_scaling_in_the_first_convolution() {
+    for (name, picture) in [("kl", 16), ("shifted", 16), ("tiny", 16)] {
+        let folder = fixtures().join("encoders/autoencoders").join(name);
+        let autoencoder = dmd_models::Autoencoder::load(&folder, &Device::Cpu).unwrap();
+        let sides = picture / autoencoder.factor();
+        let part = Decoding { autoencoder: autoencoder.clone(), size: [sides, sides] };
+        in_every_dialect(name, &part, &ExportOptions::default(), |path, report| {
+            let (inputs, outputs) = ports(path);
+            let channels = autoencoder.latent_channels();
+            assert_eq!(inputs, [format!("latents f32 [Some(1), Some({channels}), Some({sides}), Some({sides})]")]);
+            let colours = autoencoder.picture_channels();
+            assert_eq!(outputs, [format!("image f32 [Some(1), Some({colours}), Some({picture}), Some({picture})]")]);
+            println!("{:?}", report.folded);
+            if name != "tiny" {
+                let graph = dmd_export::lint::read(path).unwrap().graph.unwrap();
+                assert_ne!(graph.node[0].op_type, "Mul", "{name}: the factor is a node of its own");
+            }
+        });
+        let u8 = ExportOptions { output: Output::U8, ..Default::default() };
+        in_every_dialect(name, &part, &u8, |path, _| {
+            let colours = autoencoder.picture_channels();
+            assert_eq!(ports(path).1, [format!("image u8 [Some(1), Some({picture}), Some({picture}), Some({colours})]")]);
+        });
+    }
+}
+
+/// Every precision that holds for generators holds for their parts, where the numbers allow it.
+#[test]
+fn parts_are_exported_in_other_precisions() {
+    let (step, examples) = told("sd15", 2.5);
+    let step = OneStep { told: ToldBy::Text { examples, numbers: 0 }, ..step };
+    let encoders = pipeline("sdxl").pipeline(&Device::Cpu).unwrap().text.unwrap();
+    let text = TextEncoding { encoders, prompts: PROMPTS.map(String::from).into() };
+    let folder = fixtures().join("encoders/autoencoders/kl");
+    let autoencoder = dmd_models::Autoencoder::load(&folder, &Device::Cpu).unwrap();
+    let decoder = Decoding { autoencoder, size: [4, 4] };
+    for (precision, least) in [(Precision::Fp16, 40.0), (Precision::W8, 20.0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("part.onnx");
+        let options = ExportOptions { precision, min_psnr_db: Some(least), force: true, ..Default::default() };
+        let size = |report: ExportReport| {
+            report.engines.iter().for_each(|verdict| println!("{precision} {verdict}"));
+            assert!(report.engines.iter().any(|v| v.engine == "tract" && v.status == Status::Passed), "{report:?}");
+            report.bytes
+        };
+        let sizes = [
+            size(export(&step, &Default::default(), &options, &path).unwrap()),
+            size(export(&text, &Default::default(), &options, &path).unwrap()),
+            size(export(&decoder, &Default::default(), &options, &path).unwrap()),
+        ];
+        println!("{precision}: {sizes:?} bytes");
+    }
+}
+
+#[test]
+fn what_is_no_picture_is_not_given_as_bytes() {
+    let encoders = pipeline("sd").pipeline(&Device::Cpu).unwrap().text.unwrap();
+    let text = TextEncoding { encoders, prompts: vec!["a cat".into()] };
+    let folder = tempfile::tempdir().unwrap();
+    let options = ExportOptions { output: Output::U8, ..Default::default() };
+    let error = export(&text, &Default::default(), &options, &folder.path().join("a.onnx")).unwrap_err();
+    assert!(matches!(&error, Error::Setting(_)) && error.to_string().contains("u8 is for pictures"), "{error}");
+}
