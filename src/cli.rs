@@ -334,8 +334,8 @@ pub enum ConfigCommand {
 pub struct ExportArgs {
     /// A generator's folder, or the run that made it.
     pub generator: PathBuf,
-    /// The file to write.
-    #[arg(long, value_name = "FILE")]
+    /// The file to write; of a model of several parts (text encoder, generator, decoder) the folder.
+    #[arg(long, value_name = "FILE|DIR")]
     pub onnx: PathBuf,
     /// Operators that the file is spelled in: portable for most engines, nnapi for Android's, native for opset 21.
     #[arg(long, default_value = "portable", value_name = "portable|nnapi|native")]
@@ -375,12 +375,24 @@ pub struct ExportArgs {
     /// Fold one class in: the file then takes noise alone.
     #[arg(long, value_name = "NAME|INDEX")]
     pub fixed_label: Option<String>,
-    /// Take a teacher as it is, not distilled, as a generator held at --sigma.
-    #[arg(long, requires = "sigma")]
+    /// Make one prompt part of the file: no text encoder, no tokenizer, noise alone.
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompts", "fixed_label"])]
+    pub fixed_prompt: Option<String>,
+    /// Make the prompts of a text file, one a line, part of the file, to be chosen from: no text encoder, no tokenizer.
+    #[arg(long, value_name = "FILE", conflicts_with = "fixed_label")]
+    pub prompts: Option<PathBuf>,
+    /// Another decoder of the latents: a diffusers folder of an autoencoder, or a file of TAESD.
+    #[arg(long, value_name = "PATH")]
+    pub decoder: Option<PathBuf>,
+    /// Take a model as it is, not distilled here, as a generator held at --sigma or --timestep.
+    #[arg(long, requires = "level")]
     pub as_generator: bool,
     /// Noise level of --as-generator.
-    #[arg(long, value_name = "S", requires = "as_generator")]
+    #[arg(long, value_name = "S", requires = "as_generator", group = "level")]
     pub sigma: Option<f64>,
+    /// The same as an index into the model's noise levels: 999 for most models of others that make a picture in one step.
+    #[arg(long, value_name = "N", requires = "as_generator", group = "level")]
+    pub timestep: Option<usize>,
     /// f32: (B, C, H, W) around ±1; u8: (B, H, W, C) bytes.
     #[arg(long, default_value = "f32", value_name = "f32|u8")]
     pub output: OutputKind,
@@ -411,7 +423,11 @@ impl ExportArgs {
             dynamic_batch: false,
             fixed_label: None,
             as_generator: false,
+            fixed_prompt: None,
+            prompts: None,
+            decoder: None,
             sigma: None,
+            timestep: None,
             output: OutputKind::F32,
             report: false,
             force: false,

@@ -5,6 +5,7 @@ mod common;
 use candle_core::{DType, Device};
 use common::{Workplace, stderr};
 use dmd_models::Weights;
+use dmd_runtime::{FolderInfo, ModuleInfo};
 use ndarray::Array4;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -609,4 +610,46 @@ fn an_autoencoder_that_cannot_be_trained_says_why() {
     w.ok(&train("--network kl.json"));
     std::fs::remove_file(w.path("pictures/red/23.png")).unwrap();
     w.fails(&train("--network kl.json").replace("--steps 1", "--steps 2"), 1, &["other pictures"]);
+}
+
+/// A model of text as files: prompts free, of a list, or one; each folder proven from prompts to pixels before it is there.
+#[test]
+fn a_model_of_text_is_exported_as_a_folder_of_its_parts() {
+    let w = with_pipeline("sd");
+    let export = "export teacher --as-generator --timestep 999 --engine tract";
+    let report = w.ok(&format!("{export} --onnx free --output u8"));
+    assert_eq!(report["engines"][0]["status"]["result"], "passed", "{report}");
+    assert_eq!(report["parts"].as_array().unwrap().len(), 3);
+    let info = FolderInfo::read(w.path("free")).unwrap();
+    assert_eq!(
+        info.parts.iter().map(|part| part.file.as_str()).collect::<Vec<_>>(),
+        ["text_encoder.onnx", "generator.onnx", "decoder.onnx"]
+    );
+    w.write("prompts.txt", "a photo of a cat\na photo of a hat\n");
+    let tiny = "encoders/autoencoders/tiny";
+    let w = w.with_fixture_at(tiny, "taesd");
+    w.ok(&format!("{export} --onnx listed/ --prompts prompts.txt --decoder taesd"));
+    let info = FolderInfo::read(w.path("listed")).unwrap();
+    assert!(info.part("text_encoder").is_none() && info.prompts.is_empty(), "{info:?}");
+    let generator = ModuleInfo::read(w.path("listed/generator.onnx")).unwrap();
+    assert_eq!(generator.classes, ["a photo of a cat", "a photo of a hat"]);
+    let output = w.command(&format!("{export} --onnx one --fixed-prompt")).arg("a photo of a cat").output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let generator = ModuleInfo::read(w.path("one/generator.onnx")).unwrap();
+    assert_eq!((generator.fixed_class.as_deref(), generator.inputs.len()), (Some("a photo of a cat"), 1));
+
+    w.refuses(&format!("{export} --onnx free"), 1, &["free: exists already"]);
+    w.refuses(&format!("{export} --onnx a.onnx"), 1, &["is told text", "--onnx DIR"]);
+    w.refuses(&format!("{export} --onnx a --report"), 2, &["--report has no effect"]);
+    w.write("twice.txt", "a cat\na hat\na cat\n");
+    w.refuses(&format!("{export} --onnx a --prompts twice.txt"), 1, &["\"a cat\" is there twice"]);
+    let late = export.replace("999", "1000");
+    w.refuses(&format!("{late} --onnx a"), 1, &["--timestep is 1000, expected 0 to 999"]);
+    let w = w.with_fixture_at("encoders/autoencoders/shifted", "wide");
+    let refusal = ["--decoder wide: it takes latents of 6 channels, the network makes 4"];
+    w.refuses(&format!("{export} --onnx a --decoder wide"), 1, &refusal);
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    let plain = "export teacher --as-generator --sigma 2.5 --onnx a.onnx";
+    w.refuses(&format!("{plain} --fixed-prompt cat"), 2, &["--fixed-prompt", "told no text"]);
+    w.refuses(&format!("{plain} --decoder teacher"), 2, &["--decoder", "one file is written"]);
 }

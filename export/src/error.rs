@@ -62,6 +62,15 @@ pub enum Error {
         /// What was allowed.
         limit: usize,
     },
+    /// A part of a model of several.
+    #[error("{part}: {source}")]
+    Part {
+        /// `text_encoder`, `generator`, `decoder`, or the whole path.
+        part: String,
+        /// What is wrong with it. It stands in the message, so that a chain of causes must not repeat it: a raw name is no
+        /// `source()` for thiserror.
+        r#source: Box<Error>,
+    },
     /// The file is there already.
     #[error("{path}: exists already, and is only replaced with --force")]
     Exists {

@@ -511,7 +511,7 @@ fn describe<M: Module>(
 }
 
 /// A file is kept if no engine failed on it and one at least has run it.
-fn accept(engines: &[EngineVerdict], allow_unverified: bool) -> Result<()> {
+pub(crate) fn accept(engines: &[EngineVerdict], allow_unverified: bool) -> Result<()> {
     let failed: Vec<String> =
         engines.iter().filter(|verdict| matches!(verdict.status, Status::Failed(_))).map(ToString::to_string).collect();
     if !failed.is_empty() {

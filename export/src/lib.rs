@@ -60,6 +60,7 @@ pub use precision::Precision;
 pub use precision::activations::LayerSensitivity;
 
 mod file;
+mod folder;
 mod module;
 mod verify;
 pub use dmd_runtime::{EngineChoice, Output};
@@ -67,6 +68,7 @@ pub use file::{
     Batch, ExportOptions, ExportReport, MAX_DROP_DB, ModelInfo, Prepared, export, export_passes, prepare,
     weights_sha256,
 };
+pub use folder::{FolderReport, Parts, export_folder};
 pub use module::{Decoding, Form, Gives, Input, Like, Module, OneStep, TextEncoding, ToldBy};
 pub use verify::{EngineVerdict, Status, missing_operator};
 

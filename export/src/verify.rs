@@ -8,11 +8,12 @@ use candle_onnx::onnx::ModelProto;
 use dmd_models::{Condition, Eager};
 use dmd_runtime::noise::refine;
 use dmd_runtime::{
-    EngineChoice, EngineKind, Feed, Given, Info, Options, Output, Values, engines, picture_noise, quantize,
+    EngineChoice, EngineKind, EngineReport, Feed, Given, Info, Options, Output, Values, engines, picture_noise,
+    quantize,
 };
 use serde::Serialize;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Seeds of the noises.
 const SEEDS: [u64; 3] = [0, 1, 2];
@@ -22,6 +23,9 @@ pub(crate) const MIN_SAMPLES: usize = 6;
 
 /// Up to so many labels, each meets every seed; of more labels, each has one picture, and they take the seeds in turn.
 const MAX_CROSSED: usize = 32;
+
+/// Up to so many prompts meet every seed.
+const MAX_ROWS: usize = 3;
 
 /// A u8 picture may differ by one step where candle's value lies on the edge between two.
 const MAX_LEVELS: f64 = 1.0;
@@ -140,7 +144,17 @@ impl<M: Module> Subject<'_, M> {
     /// Feeds of `n` samples, or of as many more as it takes to be a multiple of the batch and to meet each label
     /// `per_label` times in a row; `seeds` in turn.
     fn first_pass(&self, seeds: &[u64], n: usize, per_label: usize) -> Result<Inputs> {
-        let whole = |n: usize| n.max(per_label * self.labels).next_multiple_of(self.batch);
+        let rows = self.passes[0]
+            .inputs()
+            .iter()
+            .map(|input| match &input.like {
+                Like::Normal => 0,
+                Like::Features(rows) | Like::Ids(rows) => rows.dims()[0],
+            })
+            .max()
+            .unwrap_or(0);
+        let least = (per_label * self.labels).max(seeds.len() * rows.min(MAX_ROWS));
+        let whole = |n: usize| n.max(least).next_multiple_of(self.batch);
         let n = whole(n);
         let feed = |input: &Input| -> Result<(String, Tensor)> {
             let values = match &input.like {
@@ -150,7 +164,8 @@ impl<M: Module> Subject<'_, M> {
                     Tensor::from_iter((0..n).flat_map(draw), &CPU)?.reshape([&[n], &input.shape[..]].concat())?
                 }
                 Like::Features(rows) | Like::Ids(rows) => {
-                    let turns = (0..n).map(|i| (i % rows.dims()[0]) as u32);
+                    // Each meets every seed, as labels do.
+                    let turns = (0..n).map(|i| (i / seeds.len() % rows.dims()[0]) as u32);
                     rows.to_device(&CPU)?.index_select(&Tensor::from_iter(turns, &CPU)?, 0)?
                 }
             };
@@ -269,8 +284,16 @@ struct Expected {
 }
 
 impl Samples {
+    /// Puts in the place of what is expected what `f` makes of its first output, sample by sample.
+    pub fn map_expected(&mut self, form: Form, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+        let values = &self.expected[0].values;
+        let each = (0..values.dims()[0]).map(|i| f(&values.narrow(0, i, 1)?)).collect::<Result<Vec<_>>>()?;
+        self.expected = vec![Expected { form, values: Tensor::cat(&each, 0)? }];
+        Ok(())
+    }
+
     /// What `run` makes of the samples, `batch` at a time, output by output.
-    fn through<E: From<candle_core::Error>>(
+    pub fn through<E: From<candle_core::Error>>(
         &self,
         batch: usize,
         mut run: impl FnMut(&Feeds) -> std::result::Result<Vec<Tensor>, E>,
@@ -410,24 +433,36 @@ pub(crate) fn psnr_db(mean_square: f64, peak: f64) -> f64 {
 /// Runs the file through every engine that is asked for, one after the other. The model is the file's; it is given up
 /// before an engine loads the weights once more.
 pub(crate) fn verify(path: &Path, model: ModelProto, samples: &Samples, options: &ExportOptions) -> Vec<EngineVerdict> {
-    let library = &options.library;
     let demand = Demand::of(options.precision, options.tolerance, options.min_psnr_db);
+    let by_candle = (options.engines == EngineChoice::Auto)
+        .then(|| verdict("candle-onnx", None, run_candle_onnx(&model, samples), samples, demand));
+    drop(model);
+    let mut verdicts = judge(options, demand, samples, |kind| run_engine(path, samples, kind, options));
+    verdicts.extend(by_candle);
+    verdicts
+}
+
+/// What each engine that is asked for makes of the samples by `run`, one after the other.
+pub(crate) fn judge(
+    options: &ExportOptions,
+    demand: Demand,
+    samples: &Samples,
+    run: impl Fn(EngineKind) -> Result<Vec<Tensor>>,
+) -> Vec<EngineVerdict> {
     let is_asked_for = |kind: EngineKind| match options.engines {
         EngineChoice::Auto => true,
         EngineChoice::OnnxRuntime => kind == EngineKind::OnnxRuntime,
         EngineChoice::Tract => kind == EngineKind::Tract,
     };
-    let by_candle = (options.engines == EngineChoice::Auto)
-        .then(|| verdict("candle-onnx", None, run_candle_onnx(&model, samples), samples, demand));
-    drop(model);
-    let verdicts = engines(library.as_deref()).into_iter().filter(|report| is_asked_for(report.kind)).map(|report| {
+    let reports = engines(options.library.as_deref()).into_iter().filter(|report| is_asked_for(report.kind));
+    let one = |report: EngineReport| {
         let found = match report.reason {
             Some(reason) => Err(Status::Skipped(reason)),
-            None => run_engine(path, samples, report.kind, library.clone()).map_err(Status::Failed),
+            None => run(report.kind).map_err(|error| Status::Failed(error.to_string())),
         };
         verdict(&report.kind.to_string(), report.version, found, samples, demand)
-    });
-    verdicts.chain(by_candle).collect()
+    };
+    reports.map(one).collect()
 }
 
 fn verdict(
@@ -462,40 +497,48 @@ fn verdict(
     }
 }
 
-fn run_engine(
-    path: &Path,
-    samples: &Samples,
-    kind: EngineKind,
-    library: Option<PathBuf>,
-) -> std::result::Result<Vec<Tensor>, String> {
-    let engine = match kind {
-        EngineKind::OnnxRuntime => EngineChoice::OnnxRuntime,
-        EngineKind::Tract => EngineChoice::Tract,
-    };
-    let module = dmd_runtime::Module::load(path, Options { engine, library, ..Options::default() });
-    let module = module.map_err(|error| error.to_string())?;
+fn run_engine(path: &Path, samples: &Samples, kind: EngineKind, options: &ExportOptions) -> Result<Vec<Tensor>> {
+    let opened = Opened::load(path, kind, options)?;
     if !samples.sigmas.is_empty() && samples.expected[0].form == Form::Picture {
         // What apps open.
-        Info::read(path).map_err(|error| error.to_string())?;
+        Info::read(path)?;
     }
-    let info = module.info();
     // Where their number is free, several at a time, within reason.
-    let batch =
-        info.batch().unwrap_or_else(|| (MAX_FREE_VALUES / info.file.largest_value.max(1)).clamp(1, MIN_SAMPLES));
-    let run = |feeds: &Feeds| -> Result<Vec<Tensor>> {
-        let lent = feeds.iter().map(|(name, value)| Lent::of(name, value, info)).collect::<Result<Vec<_>>>()?;
-        let given = module.run(&lent.iter().map(Lent::feed).collect::<Vec<_>>())?;
-        let tensor = |(given, port): (Given, &dmd_runtime::Port)| {
-            let n = feeds[0].1.dims()[0];
-            let shape: Vec<usize> = port.shape.iter().map(|side| side.unwrap_or(n)).collect();
-            match given {
-                Given::F32(values) => Ok(Tensor::from_vec(values, shape, &CPU)?),
-                Given::U8(values) => Ok(Tensor::from_vec(values, shape, &CPU)?),
-            }
+    let info = opened.0.info();
+    let most = MAX_FREE_VALUES / info.file.largest_value.max(1);
+    let batch = info.batch().unwrap_or(most.clamp(1, MIN_SAMPLES));
+    samples.through(batch, |feeds| Ok(opened.run(feeds)?.into_iter().map(|(_, value)| value).collect()))
+}
+
+/// A file in an engine.
+pub(crate) struct Opened(dmd_runtime::Module);
+
+impl Opened {
+    pub fn load(path: &Path, kind: EngineKind, options: &ExportOptions) -> Result<Self> {
+        let engine = match kind {
+            EngineKind::OnnxRuntime => EngineChoice::OnnxRuntime,
+            EngineKind::Tract => EngineChoice::Tract,
         };
-        given.into_iter().zip(&info.outputs).map(tensor).collect()
-    };
-    samples.through(batch, run).map_err(|error| error.to_string())
+        let options = Options { engine, library: options.library.clone(), ..Options::default() };
+        Ok(Opened(dmd_runtime::Module::load(path, options)?))
+    }
+
+    /// The outputs by name.
+    pub fn run(&self, feeds: &Feeds) -> Result<Feeds> {
+        let info = self.0.info();
+        let lent = feeds.iter().map(|(name, value)| Lent::of(name, value, info)).collect::<Result<Vec<_>>>()?;
+        let given = self.0.run(&lent.iter().map(Lent::feed).collect::<Vec<_>>())?;
+        let n = feeds[0].1.dims()[0];
+        let named = |(given, port): (Given, &dmd_runtime::Port)| {
+            let shape: Vec<usize> = port.shape.iter().map(|side| side.unwrap_or(n)).collect();
+            let value = match given {
+                Given::F32(values) => Tensor::from_vec(values, shape, &CPU)?,
+                Given::U8(values) => Tensor::from_vec(values, shape, &CPU)?,
+            };
+            Ok((port.name.clone(), value))
+        };
+        given.into_iter().zip(&info.outputs).map(named).collect()
+    }
 }
 
 /// The most values that anything has in a run of more than one sample where their number is free.

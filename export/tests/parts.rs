@@ -3,14 +3,14 @@
 
 use candle_core::{DType, Device, Tensor};
 use dmd_export::{
-    Batch, Decoding, Dialect, Error, ExportOptions, ExportReport, Module, OneStep, Output, Precision, Status,
-    TextEncoding, ToldBy, export,
+    Batch, Decoding, Dialect, EngineChoice, Error, ExportOptions, ExportReport, ModelInfo, Module, OneStep, Output,
+    Parts, Precision, Status, TextEncoding, ToldBy, export, export_folder, export_passes,
 };
 use dmd_models::networks::unet2d_condition::{UNet2DCondition, UNet2DConditionConfig};
 use dmd_models::noise_levels::Betas;
 use dmd_models::{Architecture, Condition, Denoiser, Generator, Network, NoiseLevels, Prediction, Way, Weights};
 use dmd_models::{Eager, ModelFolder};
-use dmd_runtime::{Feed, Given, ModuleInfo, Values};
+use dmd_runtime::{Feed, FolderInfo, Given, ModuleInfo, Values};
 use std::path::{Path, PathBuf};
 
 fn fixtures() -> PathBuf {
@@ -192,7 +192,10 @@ fn decoders_are_files_of_latents_with_their_scaling_in_the_first_convolution() {
         let u8 = ExportOptions { output: Output::U8, ..Default::default() };
         in_every_dialect(name, &part, &u8, |path, _| {
             let colours = autoencoder.picture_channels();
-            assert_eq!(ports(path).1, [format!("image u8 [Some(1), Some({picture}), Some({picture}), Some({colours})]")]);
+            assert_eq!(
+                ports(path).1,
+                [format!("image u8 [Some(1), Some({picture}), Some({picture}), Some({colours})]")]
+            );
         });
     }
 }
@@ -222,6 +225,8 @@ fn parts_are_exported_in_other_precisions() {
             size(export(&decoder, &Default::default(), &options, &path).unwrap()),
         ];
         println!("{precision}: {sizes:?} bytes");
+        // Of the text encoder's weights, most are its table of tokens.
+        assert!(precision != Precision::W8 || sizes[1] < 80_000, "{sizes:?}");
     }
 }
 
@@ -233,4 +238,164 @@ fn what_is_no_picture_is_not_given_as_bytes() {
     let options = ExportOptions { output: Output::U8, ..Default::default() };
     let error = export(&text, &Default::default(), &options, &folder.path().join("a.onnx")).unwrap_err();
     assert!(matches!(&error, Error::Setting(_)) && error.to_string().contains("u8 is for pictures"), "{error}");
+}
+
+/// A network and the two prompts of its fixture, as rows of the file.
+fn one_of_two(name: &str, sigma: f64) -> OneStep {
+    let (step, rows) = told(name, sigma);
+    OneStep { told: ToldBy::OneOf(rows), ..step }
+}
+
+fn two_prompts() -> ModelInfo {
+    ModelInfo { classes: ["a kite", "a goldfish"].map(String::from).to_vec(), weights_sha256: "0".repeat(64) }
+}
+
+/// The rows by hand, beside the exporter's own check of every label.
+#[test]
+fn prompts_are_in_the_file_and_chosen_by_label() {
+    for name in ["sd15", "sdxl"] {
+        let step = one_of_two(name, 2.5);
+        let ToldBy::OneOf(rows) = step.told.clone() else { panic!("rows") };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("prompts.onnx");
+        export(&step, &two_prompts(), &Default::default(), &path).unwrap();
+        let file = dmd_runtime::Module::load(&path, Default::default()).unwrap();
+        assert_eq!(file.info().classes, ["a kite", "a goldfish"]);
+        let graph = dmd_export::lint::read(&path).unwrap().graph.unwrap();
+        let gathers = graph.node.iter().filter(|node| node.op_type == "Gather").count();
+        assert_eq!((gathers, graph.input.len()), (1, 2), "{name}");
+        let noise = dmd_runtime::picture_noise(7, 0, 1, [4, 8, 8]);
+        let values = noise.as_slice().unwrap();
+        let noise_here = Tensor::from_vec(values.to_vec(), (1, 4, 8, 8), &Device::Cpu).unwrap();
+        let by_label = [0i64, 1].map(|label| {
+            let noise = Feed { name: "noise", shape: &[1, 4, 8, 8], values: Values::F32(values) };
+            let label_feed = Feed { name: "label", shape: &[1], values: Values::I64(&[label]) };
+            let Given::F32(found) = file.run(&[noise, label_feed]).unwrap().remove(0) else { panic!("floats") };
+            let cond = rows.try_map(|rows| rows.narrow(0, label as usize, 1)).unwrap();
+            let expected = step.generator.generate(&Eager, &noise_here, &cond).unwrap();
+            assert_close(&found, &expected.flatten_all().unwrap().to_vec1().unwrap(), 1e-4);
+            found
+        });
+        assert_ne!(by_label[0], by_label[1]);
+    }
+}
+
+#[test]
+fn one_prompt_leaves_no_input_and_several_passes_share_the_list() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("one.onnx");
+    let options = ExportOptions { fixed_label: Some(1), ..ExportOptions::default() };
+    export(&one_of_two("sd15", 2.5), &two_prompts(), &options, &path).unwrap();
+    let found = ModuleInfo::read(&path).unwrap();
+    assert_eq!((found.fixed_class.as_deref(), found.classes.len(), found.inputs.len()), (Some("a goldfish"), 0, 1));
+    let path = folder.path().join("passes.onnx");
+    let passes = [one_of_two("sd15", 10.0), one_of_two("sd15", 1.0)];
+    export_passes(&passes, &two_prompts(), &ExportOptions::default(), &path).unwrap();
+    let found = ModuleInfo::read(&path).unwrap();
+    assert_eq!((found.sigmas.as_slice(), found.inputs[1].name.as_str()), (&[10.0, 1.0][..], "row"));
+}
+
+/// The parts of a fixture's pipeline, its network held at some noise levels as if it were a generator.
+fn parts(name: &str, sigmas: &[f64]) -> Parts {
+    let folder = pipeline(name);
+    let pipeline = folder.pipeline(&Device::Cpu).unwrap();
+    let [_, height, width] = folder.sample_shape().unwrap();
+    let encoders = pipeline.text.clone().unwrap();
+    let told = ToldBy::Text { examples: encoders.encode(&PROMPTS).unwrap(), numbers: encoders.n_numbers() };
+    let step = |sigma: &f64| OneStep {
+        told: told.clone(),
+        latents: true,
+        ..OneStep::new(Generator { denoiser: pipeline.denoiser.clone(), sigma: *sigma }, [height, width])
+    };
+    Parts {
+        passes: sigmas.iter().map(step).collect(),
+        rows: vec![],
+        text: Some(TextEncoding { encoders, prompts: PROMPTS.map(String::from).into() }),
+        decoder: pipeline.decoder.map(|autoencoder| Decoding { autoencoder, size: [height, width] }),
+        weights_sha256: ["a", "b", "c"].map(String::from),
+        data: Some("drawn by hand, CC0".into()),
+    }
+}
+
+#[test]
+fn a_text_model_is_a_folder_proven_from_prompts_to_pixels() {
+    let target = tempfile::tempdir().unwrap();
+    for (name, sigmas, output, kind) in
+        [("sd", &[14.0][..], Output::U8, "u8"), ("sdxl", &[14.0, 2.0], Output::F32, "f32")]
+    {
+        let path = target.path().join(name);
+        let options = ExportOptions { output, ..Default::default() };
+        let report = export_folder(&parts(name, sigmas), &options, &path).unwrap();
+        report.engines.iter().for_each(|verdict| println!("{name}, prompt to pixels: {verdict}"));
+        assert!(report.engines.iter().any(|v| v.engine == "tract" && v.status == Status::Passed), "{report:?}");
+        let info = FolderInfo::read(&path).unwrap();
+        let names: Vec<&str> = info.parts.iter().map(|part| part.name.as_str()).collect();
+        assert_eq!(names, ["text_encoder", "generator", "decoder"]);
+        assert_eq!(info.data.as_deref(), Some("drawn by hand, CC0"));
+        assert_eq!(info.prompts.len(), if name == "sd" { 1 } else { 2 });
+        assert_eq!((info.prompts[0].tokens, info.prompts[0].tokenizer.as_str()), (24, "tokenizer.json"));
+        let mut files: Vec<String> =
+            std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        files.sort();
+        let mut expected = vec!["decoder.onnx", "generator.onnx", "model.json", "text_encoder.onnx", "tokenizer.json"];
+        expected.extend((name == "sdxl").then_some("tokenizer_2.json"));
+        assert_eq!(files, expected);
+        assert_eq!(ports(&path.join("decoder.onnx")).1[0].split(' ').nth(1), Some(kind));
+    }
+    assert_eq!(std::fs::read_dir(target.path()).unwrap().count(), 2, "something was left beside the folders");
+}
+
+#[test]
+fn a_folder_is_there_whole_or_not_at_all_and_parts_of_others_are_told_apart() {
+    let target = tempfile::tempdir().unwrap();
+    let path = target.path().join("model");
+    let entries = || std::fs::read_dir(target.path()).unwrap().count();
+    // The last part fails: no engine gives candle's pictures bit by bit.
+    let strict = ExportOptions { tolerance: 1e-12, engines: EngineChoice::Tract, ..Default::default() };
+    let error = export_folder(&parts("sd", &[14.0]), &strict, &path).unwrap_err();
+    assert!(error.to_string().starts_with("text_encoder: the exported file failed its check"), "{error}");
+    assert_eq!(entries(), 0);
+    let options = ExportOptions { engines: EngineChoice::Tract, ..Default::default() };
+    export_folder(&parts("sd", &[14.0]), &options, &path).unwrap();
+    let error = export_folder(&parts("sd", &[14.0]), &options, &path).unwrap_err();
+    assert!(matches!(error, Error::Exists { .. }), "{error}");
+    let force = ExportOptions { force: true, ..options.clone() };
+    let other = Parts { weights_sha256: ["a", "another", "c"].map(String::from), ..parts("sd", &[2.0]) };
+    let theirs = target.path().join("theirs");
+    export_folder(&other, &force, &theirs).unwrap();
+    std::fs::copy(theirs.join("generator.onnx"), path.join("generator.onnx")).unwrap();
+    let error = FolderInfo::read(&path).unwrap_err().to_string();
+    assert!(error.contains("is of another model: its weights have the hash \"another\""), "{error}");
+    std::fs::remove_file(theirs.join("tokenizer.json")).unwrap();
+    let error = FolderInfo::read(&theirs).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json: is not there, and model.json names it"), "{error}");
+    // A folder of something else is not replaced, whatever is asked for.
+    std::fs::remove_file(theirs.join("model.json")).unwrap();
+    let error = export_folder(&parts("sd", &[14.0]), &force, &theirs).unwrap_err().to_string();
+    assert!(error.contains("no folder that dmd export wrote"), "{error}");
+    export_folder(&parts("sd", &[14.0]), &force, &path).unwrap();
+    FolderInfo::read(&path).unwrap();
+    assert_eq!(entries(), 2);
+}
+
+#[test]
+fn a_broken_description_of_a_folder_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    export_folder(&parts("sd", &[14.0]), &ExportOptions { engines: EngineChoice::Tract, ..Default::default() }, &path)
+        .unwrap();
+    let file = path.join("model.json");
+    let whole = std::fs::read_to_string(&file).unwrap();
+    let swapped = whole.replace("\"text_encoder\"", "\"x\"").replace("\"decoder\"", "\"text_encoder\"");
+    for (text, expected) in [
+        ("{", "is no description"),
+        (&whole.replace("\"format\": 1", "\"format\": 2"), "this build reads up to"),
+        (&whole.replace("\"generator.onnx\"", "\"../generator.onnx\""), "expected a name within the folder"),
+        (&whole.replace("\"generator\"", "\"painter\""), "the generator at least"),
+        (&swapped.replace("\"x\"", "\"decoder\""), "in this order"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let error = FolderInfo::read(&path).unwrap_err().to_string();
+        assert!(error.contains(expected), "expected {expected:?} in {error}");
+    }
 }

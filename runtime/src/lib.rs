@@ -36,7 +36,9 @@ mod limits;
 mod printable;
 
 pub use accelerator::{Accelerator, ComputeUnits, CoreMl, PlugIn, Qnn};
-pub use contract::{FORMAT, FileInfo, Info, ModuleInfo, OPERATORS, Output, Port};
+pub use contract::{
+    FORMAT, FileInfo, FolderInfo, Info, MODEL_JSON, ModuleInfo, OPERATORS, Output, Part, Port, PromptLimits,
+};
 #[cfg(feature = "onnxruntime")]
 pub use engine::network;
 pub use engine::{

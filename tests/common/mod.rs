@@ -54,8 +54,13 @@ impl Workplace {
 
     /// A teacher that diffusers wrote: `ddpm-tiny` (epsilon, unconditional) or `edm-tiny` (three classes); 8x8, RGB.
     pub fn with_fixture(self, name: &str) -> Self {
+        self.with_fixture_at(name, "teacher")
+    }
+
+    /// A fixture of `dmd-models` under another name.
+    pub fn with_fixture_at(self, name: &str, to: &str) -> Self {
         let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures").join(name);
-        copy_folder(&from, &self.path("teacher"));
+        copy_folder(&from, &self.path(to));
         self
     }
 

@@ -4,7 +4,7 @@ use crate::table;
 use anyhow::Result;
 use candle_core::Device;
 use dmd::cli::Engine;
-use dmd::commands::export::{info, passes, reference};
+use dmd::commands::export::{Level, info, passes, reference};
 use dmd::commands::{engine_options, model_path};
 use dmd::output::result;
 use dmd_export::lint::{Target, lint, read};
@@ -29,7 +29,7 @@ pub struct ExportTableArgs {
 pub fn run(args: &ExportTableArgs, threads: Option<usize>) -> Result<()> {
     let model = model_path(&args.model)?;
     let folder = ModelFolder::load(&model, &Device::Cpu)?;
-    let passes = passes(&folder, &model, args.sigma)?;
+    let passes = passes(&folder, &model, args.sigma.map(Level::Sigma))?;
     let info = info(&folder)?;
     let [_, height, width] = folder.sample_shape()?;
     let modules = OneStep::passes(&passes, [height, width]);

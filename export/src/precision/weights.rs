@@ -1,24 +1,37 @@
-//! w8: the weights of convolutions as int8, symmetric, one scale per output channel, which DequantizeLinear turns back
-//! where they are read. Engines keep them as bytes; the file is a quarter of its size.
+//! w8: the weights of convolutions as int8, symmetric, one scale per output channel, and tables of tokens, one scale per
+//! channel, which DequantizeLinear turns back where they are read. Engines keep them as bytes; the file is a quarter of its
+//! size.
 
 use super::{outermost_convs, places, sweep_constants};
 use crate::Result;
-use crate::onnx::{dims, initializer, int, little_endian, maps_channels, value_info, values_f32};
+use crate::onnx::{
+    dims, element_type, initializer, int, little_endian, maps_channels, value_info, value_info_like, values_f32,
+};
 use candle_onnx::onnx::tensor_proto::DataType;
-use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto};
+use candle_onnx::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
 use std::collections::HashSet;
 
 /// Rewrites a graph of f32. The outermost convolutions, small as they are, stay in single precision. Each weight goes as
 /// its bytes come, so that no two spellings of all are in memory.
 pub(crate) fn rewrite(mut graph: GraphProto) -> Result<GraphProto> {
-    let rounded = rounded_weights(&graph);
+    let (rounded, tables) = (rounded_weights(&graph), tables(&graph));
     let mut read_as_it_is = HashSet::new();
-    for (node, rounded) in graph.node.iter().zip(&rounded) {
-        let inputs = node.input.iter().enumerate().filter(|(at, _)| !(rounded.is_some() && *at == 1));
+    for ((node, rounded), table) in graph.node.iter().zip(&rounded).zip(&tables) {
+        let is_rounded = |at: usize| rounded.is_some() && at == 1 || table.is_some() && at == 0;
+        let inputs = node.input.iter().enumerate().filter(|(at, _)| !is_rounded(*at));
         read_as_it_is.extend(inputs.map(|(_, name)| name.clone()));
     }
     let mut done = HashSet::new();
-    for (mut node, rounded) in std::mem::take(&mut graph.node).into_iter().zip(rounded) {
+    for ((mut node, rounded), table) in std::mem::take(&mut graph.node).into_iter().zip(rounded).zip(tables) {
+        if let Some(place) = table {
+            let name = node.input[0].clone();
+            let back = round_table(&mut graph, place, &mut node)?;
+            graph.node.extend([node, back]);
+            if !read_as_it_is.contains(&name) {
+                graph.initializer[place].raw_data = vec![];
+            }
+            continue;
+        }
         if let Some(place) = rounded {
             let name = std::mem::take(&mut node.input[1]);
             node.input[1] = format!("{name}.float");
@@ -44,6 +57,49 @@ fn rounded_weights(graph: &GraphProto) -> Vec<Option<usize>> {
         (graph.initializer[place].data_type == DataType::Float as i32).then_some(place)
     };
     graph.node.iter().map(weight).collect()
+}
+
+/// For each node the place of the table of tokens that it looks up.
+fn tables(graph: &GraphProto) -> Vec<Option<usize>> {
+    let is_ids = |input: &&ValueInfoProto| element_type(input) == Some(DataType::Int32 as i32);
+    let ids: HashSet<&str> = graph.input.iter().filter(is_ids).map(|input| input.name.as_str()).collect();
+    let places = places(graph);
+    let table = |node: &NodeProto| match node.input.as_slice() {
+        [table, index] if node.op_type == "Gather" && ids.contains(index.as_str()) => {
+            places.get(table.as_str()).copied()
+        }
+        _ => None,
+    };
+    graph.node.iter().map(table).collect()
+}
+
+/// Makes a node look up a table `(entries, C)` of int8, and gives the node that turns what it finds, `(B, N, C)`, back.
+fn round_table(graph: &mut GraphProto, place: usize, node: &mut NodeProto) -> Result<NodeProto> {
+    let table = &graph.initializer[place];
+    let (name, dims, values) = (&table.name, dims(table), values_f32(table)?);
+    let [int8, scale, value] = ["int8", "scale", "float"].map(|part| format!("{name}.{part}"));
+    let channel = |at: usize| values.iter().skip(at).step_by(dims[1]).copied().collect::<Vec<f32>>();
+    let scales: Vec<f32> = (0..dims[1]).map(|at| best_scale(&channel(at))).collect();
+    let bytes = values.iter().zip(scales.iter().cycle()).map(|(value, scale)| rounded(*value, *scale) as i8 as u8);
+    let bytes = bytes.collect();
+    let output = node.output[0].clone();
+    node.output[0] = format!("{output}.int8");
+    let info = graph.value_info.iter().find(|info| info.name == output);
+    let info = info.map(|info| value_info_like(info, &node.output[0], DataType::Int8));
+    if !graph.initializer.iter().any(|constant| constant.name == int8) {
+        graph.initializer.push(initializer(&int8, DataType::Int8, &dims, bytes));
+        graph.initializer.push(initializer(&scale, DataType::Float, &[scales.len()], little_endian(&scales)));
+    }
+    graph.value_info.extend(info);
+    node.input[0] = int8;
+    Ok(NodeProto {
+        name: format!("{}.{value}", node.name),
+        op_type: "DequantizeLinear".into(),
+        input: vec![node.output[0].clone(), scale],
+        output: vec![output],
+        attribute: vec![int("axis", 2)],
+        ..Default::default()
+    })
 }
 
 /// Adds a weight as int8, and the node that turns it back into `NAME.float`.

@@ -46,14 +46,17 @@ impl Encoded {
 impl Autoencoder {
     /// Reads a part of a diffusers folder, `vae/` or `vqvae/`, or one of TAESD's own files. Weights become f32 on `device`.
     pub fn load(path: &Path, device: &Device) -> Result<Self> {
-        let (config, file) = match path.is_dir() {
-            true => (json::read(&path.join("config.json"))?, weights_file(path, WEIGHTS)?),
-            false => (serde_json::json!({"_class_name": "AutoencoderTiny"}), path.to_path_buf()),
+        let config = match path.is_dir() {
+            true => json::read(&path.join("config.json"))?,
+            false => serde_json::json!({"_class_name": "AutoencoderTiny"}),
         };
-        let weights = Weights::load(&file, &Device::Cpu)?;
-        let weights =
-            plain_names(weights, LANDMARK, &file).map_err(|e| Error::file(&file, e))?.to(DType::F32, device)?;
-        Self::new(&config, weights).map_err(|e| Error::file(if path.is_dir() { path } else { &file }, e))
+        Self::new(&config, Self::weights(path)?.to(DType::F32, device)?).map_err(|e| Error::file(path, e))
+    }
+
+    /// The weights of such a folder or file, in its own dtype.
+    pub fn weights(path: &Path) -> Result<Weights> {
+        let file = if path.is_dir() { weights_file(path, WEIGHTS)? } else { path.to_path_buf() };
+        plain_names(Weights::load(&file, &Device::Cpu)?, LANDMARK, &file).map_err(|e| Error::file(&file, e))
     }
 
     /// From what `config.json` holds, and weights by diffusers' or TAESD's names. Fails naming every tensor that is missing,

@@ -95,6 +95,21 @@ impl Tokenizer {
         self.largest
     }
 
+    /// What a `tokenizer.json` of it holds. Prompts are framed and cut by whoever reads it.
+    pub fn description(&self) -> Result<String> {
+        self.inner.to_string(true).map_err(|error| Error::Config(format!("the tokenizer cannot be written: {error}")))
+    }
+
+    /// The id before a prompt.
+    pub fn begin(&self) -> u32 {
+        self.begin
+    }
+
+    /// The id that fills the rest.
+    pub fn padding(&self) -> u32 {
+        self.pad
+    }
+
     /// The end token's id.
     pub fn end(&self) -> u32 {
         self.end

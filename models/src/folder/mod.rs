@@ -199,14 +199,6 @@ impl ModelFolder {
         }
     }
 
-    /// Refuses a model whose network is told text, for whoever has none to tell.
-    pub fn needs_no_text(&self) -> Result<()> {
-        match self.config.takes().told.get(Way::Text) {
-            None => Ok(()),
-            Some(_) => Err(Error::Config("is told text, which cannot be exported as yet".into())),
-        }
-    }
-
     /// What reads prompts, if the network is told text; `factor` is that of the decoder.
     pub fn text(&self, device: &Device, factor: usize) -> Result<Option<TextEncoders>> {
         let takes = self.config.takes();

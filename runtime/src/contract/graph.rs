@@ -78,8 +78,11 @@ pub(crate) struct Outside {
 const F32: u64 = 1;
 const I64: u64 = 7;
 
-/// The most bytes of a constant that are kept.
-pub(crate) const FEW: u64 = 256;
+/// The most bytes of a constant of this type that are kept. Whole numbers may be the lengths of a table's parts, two for
+/// each block of a network that attends to a prompt.
+pub(crate) fn few(element: u64) -> u64 {
+    if element == I64 { 4096 } else { 256 }
+}
 
 /// Its name, and the bytes of an element; `None` for types that no file of ours has.
 pub(crate) fn element_type(element: u64) -> Option<(&'static str, u64)> {

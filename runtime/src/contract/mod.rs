@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::limits::{self, MAX_PICTURE_VALUES};
 use crate::{Error, Result, printable};
 
+mod folder;
 mod graph;
 mod metadata;
 mod onnx;
@@ -21,6 +22,7 @@ mod ort_file;
 mod outside;
 mod sizes;
 
+pub use folder::{FolderInfo, MODEL_JSON, Part, PromptLimits};
 use graph::Model;
 #[cfg(feature = "tract")]
 pub(crate) use graph::bytes;

@@ -6,7 +6,7 @@
 
 use std::io::{BufReader, Read, Seek};
 
-use super::graph::{Attribute, Constant, FEW, Model, Node, Outside, Port};
+use super::graph::{Attribute, Constant, Model, Node, Outside, Port, few};
 use crate::limits::Budget;
 
 /// What an ONNX file of `bytes` bytes holds.
@@ -186,7 +186,7 @@ impl<R: Read + Seek> Walk<R> {
     /// Numbers as they are in memory.
     fn numbers(&mut self, n: u64, constant: &mut Constant) -> Walked<()> {
         constant.held = constant.held.saturating_add(n);
-        if constant.held > FEW {
+        if constant.held > few(constant.element) {
             return self.skip(Field::Len(n));
         }
         self.items(n / 8)?;
@@ -204,7 +204,7 @@ impl<R: Read + Seek> Walk<R> {
         while self.at < end {
             let value = self.varint(end)?;
             constant.held = constant.held.saturating_add(size);
-            if constant.held <= FEW {
+            if constant.held <= few(constant.element) {
                 constant.few.extend(&value.to_le_bytes()[..size as usize]);
             }
         }

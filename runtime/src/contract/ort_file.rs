@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 
-use super::graph::{Attribute, Constant, FEW, Model, Node, Port};
+use super::graph::{Attribute, Constant, Model, Node, Port, few};
 use crate::limits::Budget;
 
 /// What the format has at its fifth byte.
@@ -89,15 +89,10 @@ fn constant(tensor: &Table) -> Option<Constant> {
     let file = tensor.file;
     let dims = tensor.vector(2, 8)?.map(|at| file.i64_at(at).map(i64::cast_unsigned)).collect::<Option<_>>()?;
     let raw = tensor.bytes(4)?;
-    let few = if raw.len() as u64 <= FEW { raw.to_vec() } else { vec![] };
-    Some(Constant {
-        name: tensor.string(0)?,
-        element: tensor.field(3).map_or(Some(0), |at| file.u32_at(at))?.into(),
-        dims,
-        held: raw.len() as u64,
-        few,
-        outside: None,
-    })
+    let element = tensor.field(3).map_or(Some(0), |at| file.u32_at(at))?.into();
+    let few = if raw.len() as u64 <= few(element) { raw.to_vec() } else { vec![] };
+    file.take(|budget| budget.items(few.len() as u64 / 8))?;
+    Some(Constant { name: tensor.string(0)?, element, dims, held: raw.len() as u64, few, outside: None })
 }
 
 /// More inputs or outputs than any file of ours has, and few enough to look each up in turn.

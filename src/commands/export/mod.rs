@@ -1,4 +1,6 @@
-//! `dmd export`: a generator's folder to a verified ONNX file.
+//! `dmd export`: a generator's folder to a verified ONNX file, or to a folder of them.
+
+mod folder;
 
 use super::{check_free, engine_choice, engine_options, make_parent, model_path};
 use crate::classes::label;
@@ -24,10 +26,6 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
     }
     let generator = model_path(&args.generator)?;
     let folder = ModelFolder::load(&generator, &Device::Cpu)?;
-    folder.needs_no_text().with_context(|| generator.display().to_string())?;
-    let passes = passes(&folder, &generator, args.sigma)?;
-    let [_, height, width] = folder.sample_shape()?;
-    let info = info(&folder)?;
     let output = match args.output {
         OutputKind::F32 => Output::F32,
         OutputKind::U8 => Output::U8,
@@ -45,13 +43,21 @@ pub fn run(args: &ExportArgs, threads: Option<usize>) -> Result<Value> {
         fixed_label: args
             .fixed_label
             .as_deref()
-            .map(|class| label("--fixed-label", class, &info.classes))
+            .map(|class| label("--fixed-label", class, &folder.classes()))
             .transpose()?,
         output,
         max_memory: memory::available_bytes(&Device::Cpu),
         force: args.force,
         ..ExportOptions::default()
     };
+    if folder::is_asked_for(args, &folder) {
+        make_parent(&args.onnx)?;
+        return folder::run(args, &folder, &generator, options);
+    }
+    folder::needs_one_file(args, &folder)?;
+    let passes = passes(&folder, &generator, Level::of(args))?;
+    let [_, height, width] = folder.sample_shape()?;
+    let info = info(&folder)?;
     for name in folder.parts.keys() {
         say(&format!("the file makes latents, which {name}/ of the folder decodes: it is not in the file"));
     }
@@ -144,23 +150,47 @@ pub fn reference(passes: &[Generator], fixed_label: Option<usize>) -> Result<Ref
     Reference::of(&model, [takes.channels, height, width], fixed_label)
 }
 
-/// The folder's generator, held at the noise level of each of its passes; or its teacher held at `sigma`, where that is
-/// asked for.
-pub fn passes(folder: &ModelFolder, path: &Path, sigma: Option<f64>) -> Result<Vec<Generator>> {
+/// Where a model that is no generator is held.
+#[derive(Clone, Copy, Debug)]
+pub enum Level {
+    /// At this noise level.
+    Sigma(f64),
+    /// At that of this index into its noise levels.
+    Timestep(usize),
+}
+
+impl Level {
+    /// What the arguments say.
+    pub fn of(args: &ExportArgs) -> Option<Self> {
+        args.sigma.map(Level::Sigma).or(args.timestep.map(Level::Timestep))
+    }
+}
+
+/// The folder's generator, held at the noise level of each of its passes; or its teacher held at `level`, where that is
+/// given.
+pub fn passes(folder: &ModelFolder, path: &Path, level: Option<Level>) -> Result<Vec<Generator>> {
     let path = path.display();
-    match (folder.generator(&Device::Cpu)?, sigma) {
+    match (folder.generator(&Device::Cpu)?, level) {
         (Some(generator), None) => {
             Ok(folder.about.sigmas().iter().map(|&sigma| Generator { sigma, ..generator.clone() }).collect())
         }
         (Some(generator), Some(_)) => {
-            bail!("{path}: is a generator already, held at sigma {}; leave --sigma out", generator.sigma)
+            bail!("{path}: is a generator already, held at sigma {}; leave --as-generator out", generator.sigma)
         }
         (None, None) => bail!(
             "{path}: is a teacher, which needs many steps; distil it first (dmd distill) and export RUN/generator, or \
-             add --as-generator --sigma S to export it undistilled, as one step from that noise level"
+             add --as-generator --sigma S (or --timestep N) to export it undistilled, as one step from that noise level"
         ),
-        (None, Some(sigma)) => {
+        (None, Some(level)) => {
             let denoiser = folder.denoiser(&Device::Cpu)?;
+            let n = denoiser.levels.len();
+            let sigma =
+                match level {
+                    Level::Sigma(sigma) => sigma,
+                    Level::Timestep(timestep) => *denoiser.levels.sigmas().get(timestep).with_context(|| {
+                        format!("--timestep is {timestep}, expected 0 to {}, what {path} has", n - 1)
+                    })?,
+                };
             let [min, max] = [denoiser.levels.sigma_min(), denoiser.levels.sigma_max()];
             ensure!(
                 sigma >= min && sigma <= max,
