@@ -10,7 +10,7 @@ use dmd_models::networks::unet2d_condition::{UNet2DCondition, UNet2DConditionCon
 use dmd_models::noise_levels::Betas;
 use dmd_models::{Architecture, Condition, Denoiser, Generator, Network, NoiseLevels, Prediction, Way, Weights};
 use dmd_models::{Eager, ModelFolder};
-use dmd_runtime::{Feed, FolderInfo, Given, ModuleInfo, Values};
+use dmd_runtime::{Feed, FolderInfo, Given, ModuleInfo, Pipeline, Request, Values};
 use std::path::{Path, PathBuf};
 
 fn fixtures() -> PathBuf {
@@ -398,4 +398,85 @@ fn a_broken_description_of_a_folder_is_named() {
         let error = FolderInfo::read(&path).unwrap_err().to_string();
         assert!(error.contains(expected), "expected {expected:?} in {error}");
     }
+}
+
+/// What candle makes of prompts and a seed, in [-1, 1].
+fn in_candle(parts: &Parts, prompts: &[&str], seed: u64) -> Vec<f32> {
+    let step = &parts.passes[0];
+    let cond = match (&parts.text, &step.told) {
+        (Some(text), _) => text.encoders.encode(prompts).unwrap(),
+        (None, ToldBy::OneOf(rows)) => {
+            let at = |prompt: &&str| parts.rows.iter().position(|row| row == prompt).unwrap() as u32;
+            let at = Tensor::from_iter(prompts.iter().map(at), &Device::Cpu).unwrap();
+            rows.try_map(|rows| rows.index_select(&at, 0)).unwrap()
+        }
+        _ => panic!("told by label"),
+    };
+    let [height, width] = step.size;
+    let noise = dmd_runtime::picture_noise(seed, 0, prompts.len(), [4, height, width]);
+    let noise = Tensor::from_vec(noise.into_raw_vec_and_offset().0, (prompts.len(), 4, height, width), &Device::Cpu);
+    let mut x = step.generator.generate(&Eager, &noise.unwrap(), &cond).unwrap();
+    for (pass, step) in parts.passes.iter().enumerate().skip(1) {
+        let eps = dmd_runtime::noise::refining_noise(seed, pass, 0, prompts.len(), [4, height, width]);
+        let eps = Tensor::from_vec(eps.into_raw_vec_and_offset().0, x.dims(), &Device::Cpu).unwrap();
+        let input = ((x / step.generator.sigma).unwrap() + eps).unwrap();
+        x = step.generator.generate(&Eager, &input, &cond).unwrap();
+    }
+    let decoder = parts.decoder.as_ref().unwrap();
+    decoder.autoencoder.decode(&x).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Prompts in, pictures out, in an app: those of candle, whatever the file's batch is, of one pass or several, of free
+/// prompts or of a list.
+#[test]
+fn an_app_makes_candles_pictures_of_prompts() {
+    let target = tempfile::tempdir().unwrap();
+    for (name, sigmas, batch) in [("sd", &[14.0][..], 2), ("sdxl", &[14.0, 2.0], 1)] {
+        let parts = parts(name, sigmas);
+        let path = target.path().join(name);
+        let options = ExportOptions { engines: EngineChoice::Tract, batch: Batch::Fixed(batch), ..Default::default() };
+        export_folder(&parts, &options, &path).unwrap();
+        let pipeline = Pipeline::load(&path, Default::default()).unwrap();
+        let request = Request { seed: 5, batch: 3, ..Default::default() };
+        let found = pipeline.generate(&PROMPTS, &request).unwrap();
+        assert_close(found.as_f32().unwrap().as_slice().unwrap(), &in_candle(&parts, &PROMPTS, 5), 1e-3);
+        let one = pipeline.generate(&PROMPTS[..1], &request).unwrap();
+        assert_close(one.as_f32().unwrap().as_slice().unwrap(), &in_candle(&parts, &[PROMPTS[0]; 3], 5), 1e-3);
+        let refused = |prompts: &[&str], expected: &str| {
+            let error = pipeline.generate(prompts, &request).unwrap_err().to_string();
+            assert!(error.contains(expected), "expected {expected:?} in {error}");
+        };
+        refused(&[], "give a prompt for each picture");
+        refused(&PROMPTS[..2], "found 2 prompts, expected 1 or 3");
+        std::fs::write(path.join("tokenizer.json"), "{}").unwrap();
+        let error = Pipeline::load(&path, Default::default()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json: is no tokenizer"), "{error}");
+    }
+    let free = parts("sd", &[14.0]);
+    let encoders = free.text.clone().unwrap().encoders;
+    let rows = encoders.encode(&PROMPTS).unwrap();
+    let passes = free.passes.iter().map(|step| OneStep { told: ToldBy::OneOf(rows.clone()), ..step.clone() });
+    let listed = Parts { passes: passes.collect(), rows: PROMPTS.map(String::from).into(), text: None, ..free.clone() };
+    let path = target.path().join("listed");
+    let options = ExportOptions { engines: EngineChoice::Tract, ..Default::default() };
+    export_folder(&listed, &options, &path).unwrap();
+    let pipeline = Pipeline::load(&path, Default::default()).unwrap();
+    assert_eq!(pipeline.rows(), PROMPTS);
+    let request = Request { seed: 5, batch: 2, ..Default::default() };
+    let turned = [PROMPTS[1], PROMPTS[0]];
+    let found = pipeline.generate(&turned, &request).unwrap();
+    assert_eq!(found.labels(), [1, 0]);
+    assert_close(found.as_f32().unwrap().as_slice().unwrap(), &in_candle(&listed, &turned, 5), 1e-3);
+    let by_label = Request { labels: vec![1.into(), PROMPTS[0].into()], ..request.clone() };
+    assert_eq!(pipeline.generate(&[], &by_label).unwrap(), found);
+    let error = pipeline.generate(&["a dog"], &request).unwrap_err().to_string();
+    assert!(error.contains("\"a dog\" is none of this model's") && error.contains(PROMPTS[0]), "{error}");
+    let path = target.path().join("one");
+    let fixed = ExportOptions { fixed_label: Some(0), ..options };
+    export_folder(&listed, &fixed, &path).unwrap();
+    let one = Pipeline::load(&path, Default::default()).unwrap();
+    let error = one.generate(&["a dog"], &request).unwrap_err().to_string();
+    assert!(error.contains("takes no prompts") && error.contains(PROMPTS[0]), "{error}");
+    let expected = in_candle(&listed, &[PROMPTS[0]; 2], 5);
+    assert_close(one.generate(&[], &request).unwrap().as_f32().unwrap().as_slice().unwrap(), &expected, 1e-3);
 }

@@ -102,6 +102,29 @@ pub enum Error {
         /// The input, what was expected and what was found.
         reason: String,
     },
+    /// A model of text without a prompt.
+    #[error("this model is told text: give a prompt for each picture, or one for all")]
+    NoPrompt,
+    /// A prompt for a model that takes none.
+    #[error(
+        "this model takes no prompts{}",
+        prompt.as_ref().map(|prompt| format!(": {prompt:?} is part of it")).unwrap_or_default()
+    )]
+    NotPrompted {
+        /// The one prompt that is part of it, if one is.
+        prompt: Option<String>,
+    },
+    /// A prompt that is none of those that are part of the model.
+    #[error("the prompt {prompt:?} is none of this model's, which are {prompts:?}")]
+    NoSuchPrompt {
+        /// The prompt asked for.
+        prompt: String,
+        /// Those that are there.
+        prompts: Vec<String>,
+    },
+    /// A model that takes prompts, in a build that cannot read any.
+    #[error("this model takes prompts, which this build cannot read: enable the feature \"text\" of dmd-runtime")]
+    NoTokenizer,
     /// A batch of no pictures.
     #[error("batch is 0, expected at least 1")]
     EmptyBatch,

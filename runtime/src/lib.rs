@@ -25,6 +25,7 @@ mod generator;
 mod images;
 mod module;
 pub mod noise;
+mod pipeline;
 mod request;
 
 mod engine;
@@ -50,6 +51,7 @@ pub use images::{Buffer, Image, Images, quantize};
 pub use library::Tried;
 pub use module::{Given, Module};
 pub use noise::picture_noise;
+pub use pipeline::Pipeline;
 pub use placement::{PassedOver, PlacedNode, Placement, Probe, Step};
 pub use printable::printable;
 pub use request::{Label, Progress, Request, Watch};
