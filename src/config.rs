@@ -41,9 +41,11 @@ pub struct Config {
     /// Where the fake score's samples come from: "fresh", new ones for every update; "shared", its first update takes
     /// those of the generator's update, as in DMD2's code.
     pub samples: Samples,
-    /// Pictures for the adversarial term: a folder or a zip, those that the teacher was trained on; "" for none.
+    /// Pictures for the adversarial term: a folder or a zip, those that the teacher was trained on, for a teacher of text
+    /// with captions (captions.jsonl, metadata.jsonl, metadata.csv, or a .txt beside each); "" for none.
     pub data: String,
-    /// Prompts for a teacher of text: a file in UTF-8, one a line, drawn with equal chances; "" for none.
+    /// Prompts for a teacher of text: a file in UTF-8, one a line, drawn with equal chances; "" for none, or for the captions
+    /// of data.
     pub prompts: String,
     /// Steps between lines of metrics.jsonl: 1 or more.
     pub log_every: u64,
@@ -544,7 +546,7 @@ pub fn check_guidance(setting: &str, scale: f64, takes: &Takes, null_class: bool
 pub fn check_prompts(config: &Config, takes: &Takes) -> Result<()> {
     let (given, negative) = (!config.prompts.is_empty(), &config.real_score.negative);
     match takes.told.get(Way::Text) {
-        Some(_) => require(given, || {
+        Some(_) => require(given || config.loss.gan.on(), || {
             "the teacher is told text: give --prompts FILE, prompts for it to draw by, one a line".into()
         }),
         None => {

@@ -17,6 +17,7 @@ pub mod optim;
 pub mod pairs;
 pub mod random;
 pub mod regression;
+pub mod rows;
 pub mod sample;
 pub mod teacher;
 pub mod train;

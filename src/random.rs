@@ -76,6 +76,10 @@ pub enum Purpose {
     Bootstrap = 38,
     /// Halves of a reference.
     Halves = 39,
+    /// Which of a real picture's captions is told.
+    Caption = 40,
+    /// What is drawn of the latents of a real picture.
+    Latents = 41,
     /// Points of the plane's data (benches/lab).
     AblationData = 48,
     /// Which mode each of them belongs to.

@@ -390,6 +390,73 @@ fn models_of_text_are_scored_and_looked_into() {
     w.ok("ablate --teacher teacher --out alone --prompts prompts.txt");
 }
 
+/// Twelve pictures of 20×16 with captions in `captioned`, by this kind of file.
+fn write_captioned(w: &Workplace, kind: &str) {
+    std::fs::create_dir_all(w.path("captioned/noto")).unwrap();
+    let (mut jsonl, mut csv) = (String::new(), String::from("file_name,text\n"));
+    for i in 0..12u32 {
+        let picture =
+            image::RgbImage::from_fn(20, 16, |x, y| image::Rgb([(x * 12) as u8, (y * 15) as u8, (20 * i) as u8]));
+        picture.save(w.path(&format!("captioned/noto/{i}.png"))).unwrap();
+        if kind == ".txt" {
+            w.write(&format!("captioned/noto/{i}.txt"), format!("a photo of {i} cats\n"));
+        }
+        let captions = [format!("a photo of {i} cats"), format!("{i} cats, in \"hats\"")];
+        jsonl += &(json!({"file": format!("noto/{i}.png"), "captions": captions}).to_string() + "\n");
+        csv += &format!("noto/{i}.png,\"{}\"\n", captions[1].replace('"', "\"\""));
+    }
+    match kind {
+        "captions.jsonl" => w.write("captioned/captions.jsonl", jsonl),
+        "metadata.csv" => w.write("captioned/metadata.csv", csv),
+        "metadata.jsonl" => {
+            let of_folder = jsonl.replace("noto/", "").replace("\"file\"", "\"file_name\"");
+            w.write("captioned/noto/metadata.jsonl", of_folder);
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn a_critic_of_latents_learns_from_captioned_pictures() {
+    for kind in ["captions.jsonl", "metadata.jsonl", "metadata.csv", ".txt"] {
+        let (w, _) = with_latent_teacher("sd");
+        write_captioned(&w, kind);
+        w.write("captioned/silent.png", std::fs::read(w.path("captioned/noto/1.png")).unwrap());
+        let line = format!("{} --recipe dmd2 --data captioned --guidance 2", SHORT.replace("run", "captions"));
+        let output = w.run(&format!("{line} --steps 2 --set checkpoint_every=1"));
+        assert!(output.status.success(), "{kind}: {}", stderr(&output));
+        let (said, n) = (stderr(&output), if kind == "captions.jsonl" || kind == "metadata.jsonl" { 24 } else { 12 });
+        assert!(said.contains(&format!("{n} text states in")) && said.contains("12 latents in"), "{kind}: {said}");
+        assert!(said.contains("1 pictures without captions are left out"), "{kind}: {said}");
+        assert!(metric(&w, "captions", "loss_discriminator").iter().all(|loss| loss.is_finite()), "{kind}");
+        if kind != "captions.jsonl" {
+            continue;
+        }
+        // Going on finds both, and refuses what another autoencoder or other captions made.
+        let said = stderr(&w.run(&format!("{line} --steps 3")));
+        assert!(said.contains("12 latents in captions/latents (0 made now)"), "{said}");
+        w.ok(&format!("{} --recipe dmd2 --data captioned --prompts prompts.txt --steps 1", SHORT));
+        w.edit_json("teacher/vae/config.json", |config| config["scaling_factor"] = json!(0.5));
+        let other = stderr(&w.run(&format!("{line} --steps 4")));
+        assert!(other.contains("captions/latents: holds latents of other autoencoders"), "{other}");
+        w.write(
+            "captioned/captions.jsonl",
+            "{\"file\": \"noto/1.png\", \"captions\": [\"hat\"]}\n{\"file\": \"2.png\", \"text\": \"hat\"}\n",
+        );
+        w.refuses(
+            &format!("{line} --steps 4"),
+            1,
+            &["captions name 1 pictures that are not there; the first is 2.png"],
+        );
+        w.write("captioned/captions.jsonl", "{\"file\": \"noto/1.png\"}\n");
+        w.refuses(&format!("{line} --steps 4"), 1, &["captions.jsonl", "line 1: expected a picture"]);
+    }
+    let (w, _) = with_latent_teacher("sd");
+    write_captioned(&w, "none");
+    let line = "distill --teacher teacher --recipe dmd2 --data captioned --out run";
+    w.refuses(line, 1, &["no picture has a caption; expected captions.jsonl, metadata.jsonl, metadata.csv"]);
+}
+
 #[test]
 fn recipes_of_text_begin_as_they_are() {
     let (w, _) = with_latent_teacher("sd");
@@ -429,7 +496,7 @@ fn text_states_are_kept_and_known_again() {
     let refused =
         |texts: &[String], encoder: &str| read_by(texts, encoder).keep(&folder, u64::MAX).unwrap_err().to_string();
     let of_other = refused(&texts, "other");
-    assert!(of_other.contains("holds the text states of another text encoder or tokenizer"), "{of_other}");
+    assert!(of_other.contains("holds text states of other text encoders or tokenizers"), "{of_other}");
     assert!(refused(&texts[1..], "encoder").contains("of other prompts"));
 }
 
@@ -569,7 +636,8 @@ fn autoencoders_are_trained_from_pictures() {
         let whole = train(kind, 150);
         assert_eq!(whole["latents"], json!([4, 4, 4]), "{kind}");
         let autoencoder = dmd_models::Autoencoder::load(&w.path(kind), &Device::Cpu).unwrap();
-        let options = dmd::data::DataOptions { size: [8, 8], grey: false, unconditional: true, strict: true };
+        let options =
+            dmd::data::DataOptions { size: [8, 8], grey: false, unconditional: true, captions: false, strict: true };
         let pictures = dmd::data::load(&w.path("pictures"), &options, |_, _| ()).unwrap();
         let all: Vec<usize> = (0..pictures.len()).collect();
         let (pixels, _) = pictures.batch(&all, &vec![false; all.len()]);

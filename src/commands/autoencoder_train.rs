@@ -15,7 +15,13 @@ pub fn run(args: &AutoencoderTrainArgs) -> Result<Value> {
     settings.validate()?;
     let device = args.device.open()?;
     say(&format!("training on {}", device::name(&device)));
-    let options = DataOptions { size: settings.size, grey: settings.grey, unconditional: true, strict: args.strict };
+    let options = DataOptions {
+        size: settings.size,
+        grey: settings.grey,
+        unconditional: true,
+        captions: false,
+        strict: args.strict,
+    };
     let pictures = data::load_aloud(&args.data, &options)?;
     let random = Random { seed: settings.seed, device: device.clone() };
     let result = autoencoder::train(&settings, &pictures, &args.out, random, args.force)?;

@@ -44,7 +44,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
     let in_memory = args.n.min(args.per_shard);
     let sizes = [&[2, in_memory], &shape[..]].concat();
     memory::room(&format!("{in_memory} pairs at a time (--per-shard)"), &sizes)?;
-    let prompts = Prompts::for_run(&teacher, &config, &device)?;
+    let prompts = Prompts::for_run(&teacher, &config, Vec::new(), &device)?;
     let manifest = Manifest {
         teacher_sha256: fingerprint::teacher(&teacher)?.now,
         shape,

@@ -18,6 +18,7 @@ pub fn run(args: &TeacherTrainArgs) -> Result<Value> {
     let device = args.device.open()?;
     say(&format!("training on {}", device::name(&device)));
     let options = DataOptions {
+        captions: false,
         size: settings.size,
         grey: settings.grey,
         unconditional: settings.unconditional,

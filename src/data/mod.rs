@@ -9,6 +9,7 @@
 //! that is named like one of them is that class. Class names and pictures are sorted by their path, byte by byte, so the same files
 //! give the same numbers as a folder and as a zip, on every machine.
 
+mod captions;
 mod decode;
 mod parts;
 mod source;
@@ -33,6 +34,8 @@ pub struct DataOptions {
     pub grey: bool,
     /// Folders are no classes.
     pub unconditional: bool,
+    /// Captions are read, and pictures without any are left out.
+    pub captions: bool,
     /// Refuse the whole set when one picture cannot be read, instead of leaving that one out.
     pub strict: bool,
 }
@@ -45,7 +48,13 @@ impl DataOptions {
             "the model's pictures have {channels} channels, those of files are read with 3, or with 1 for grey: \
              such a model can be compared with another model's pictures only"
         );
-        Ok(DataOptions { size: [height, width], grey: channels == 1, unconditional: !conditional, strict: false })
+        Ok(DataOptions {
+            size: [height, width],
+            grey: channels == 1,
+            unconditional: !conditional,
+            captions: false,
+            strict: false,
+        })
     }
 }
 
@@ -58,6 +67,8 @@ pub struct Pictures {
     pub labels: Vec<u32>,
     /// The path of each picture within the folder or zip.
     pub names: Vec<String>,
+    /// The captions of each picture, at least one; empty where none were asked for.
+    pub captions: Vec<Vec<String>>,
     /// Sorted; each has at least one picture. Empty for an unconditional set.
     pub classes: Vec<String>,
     pub channels: usize,
@@ -120,6 +131,7 @@ pub fn load(path: &Path, options: &DataOptions, done: impl Fn(usize, usize) + Sy
     let source = Source::open(path)?;
     let names = source.pictures()?;
     let (shared, folders) = class_folders(path, &names, options).with_context(|| path.display().to_string())?;
+    let mut captions = if options.captions { captions::of(path, &source, &names)? } else { Vec::new() };
 
     let channels = if options.grey { 1 } else { 3 };
     let picture_len = channels * height * width;
@@ -136,7 +148,10 @@ pub fn load(path: &Path, options: &DataOptions, done: impl Fn(usize, usize) + Sy
             read.err().map(|error| Skipped { name: name.clone(), reason: format!("{error:#}") })
         })
         .collect();
-    let kept: Vec<usize> = (0..names.len()).filter(|&index| failures[index].is_none()).collect();
+    let has_caption = |index: &usize| captions.get(*index).is_none_or(|of_picture| !of_picture.is_empty());
+    let kept = (0..names.len()).filter(|&index| failures[index].is_none());
+    let kept: Vec<usize> = kept.filter(has_caption).collect();
+    let n_silent = (0..names.len()).filter(|index| !has_caption(index)).count();
     let skipped: Vec<Skipped> = failures.into_iter().flatten().collect();
     if let Some(first) = skipped.first() {
         let (n_bad, n_all) = (skipped.len(), names.len());
@@ -170,9 +185,12 @@ pub fn load(path: &Path, options: &DataOptions, done: impl Fn(usize, usize) + Sy
     let labels = folders.iter().map(|folder| classes.partition_point(|class| class < folder) as u32).collect();
     let classes = classes.into_iter().map(str::to_owned).collect();
     let names: Vec<String> = kept.iter().map(|&index| names[index].clone()).collect();
-    let notes = source.others().map(|others| format!("passed over other files: {others}")).into_iter();
-    let notes = notes.chain(parts::note(&names, options.unconditional)).collect();
-    Ok(Pictures { pixels, labels, names, classes, channels, height, width, skipped, shared, notes })
+    let others = source.others().filter(|_| !options.captions);
+    let notes = others.map(|others| format!("passed over other files: {others}")).into_iter();
+    let silent = (n_silent > 0).then(|| format!("{n_silent} pictures without captions are left out"));
+    let notes = notes.chain(silent).chain(parts::note(&names, options.unconditional)).collect();
+    let captions = kept.iter().filter_map(|&index| captions.get_mut(index).map(std::mem::take)).collect();
+    Ok(Pictures { pixels, labels, names, captions, classes, channels, height, width, skipped, shared, notes })
 }
 
 impl Pictures {

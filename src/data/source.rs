@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use walkdir::{DirEntry, WalkDir};
 use zip::ZipArchive;
 
+use super::captions;
 use crate::classes::listed;
 
 /// More than any photo needs; a zip bomb wants more.
@@ -34,6 +35,8 @@ pub struct Source {
     path: PathBuf,
     /// Names use `/` whatever the machine.
     names: Vec<String>,
+    /// Files that may hold captions; they lie behind the pictures.
+    texts: Vec<String>,
     store: Store,
     /// Files that are no pictures: how many of each ending.
     others: BTreeMap<String, usize>,
@@ -73,6 +76,16 @@ impl Source {
         (!kinds.is_empty()).then(|| listed(&kinds))
     }
 
+    /// Names of the files that may hold captions.
+    pub fn texts(&self) -> &[String] {
+        &self.texts
+    }
+
+    /// The bytes of one of them, by its index.
+    pub fn read_text(&self, index: usize) -> Result<Vec<u8>> {
+        self.read(self.names.len() + index)
+    }
+
     /// The bytes of a picture, by its index in `pictures()`.
     pub fn read(&self, index: usize) -> Result<Vec<u8>> {
         match &self.store {
@@ -106,8 +119,8 @@ fn open_folder(root: &Path) -> Result<Source> {
         }
     }
     let head = |path: &PathBuf| -> Option<Vec<u8>> { head(File::open(path).ok()?) };
-    let (names, paths, others) = pick_pictures(files, head);
-    Ok(Source { path: root.into(), names, store: Store::Folder(paths), others })
+    let (names, texts, paths, others) = pick_pictures(files, head);
+    Ok(Source { path: root.into(), names, texts, store: Store::Folder(paths), others })
 }
 
 fn open_zip(path: &Path) -> Result<Source> {
@@ -132,19 +145,20 @@ fn open_zip(path: &Path) -> Result<Source> {
         "{}: its entries claim {n_claimed} bytes, the file has {n_bytes}: they overlap, as only a zip bomb's do",
         path.display()
     );
-    let (names, entries, others) = pick_pictures(files, |index| head(archive.by_index(*index).ok()?));
-    Ok(Source { path: path.into(), names, store: Store::Zip { archive: Mutex::new(archive), entries }, others })
+    let (names, texts, entries, others) = pick_pictures(files, |index| head(archive.by_index(*index).ok()?));
+    Ok(Source { path: path.into(), names, texts, store: Store::Zip { archive: Mutex::new(archive), entries }, others })
 }
 
-/// Sorts by name and keeps pictures: their names, where they lie, and how many others there are. A name says by its
-/// ending what it is; of one without an ending the content does, which `head` begins.
+/// Sorts by name and keeps pictures and what may hold captions: names of both, where they lie, in this order, and how many
+/// others there are. A name says by its ending what it is; of one without an ending the content does, which `head` begins.
 fn pick_pictures<T: Ord>(
     mut files: Vec<(String, T)>,
     mut head: impl FnMut(&T) -> Option<Vec<u8>>,
-) -> (Vec<String>, Vec<T>, BTreeMap<String, usize>) {
+) -> (Vec<String>, Vec<String>, Vec<T>, BTreeMap<String, usize>) {
     files.retain(|(name, _)| !name.split('/').any(is_hidden));
     files.sort_unstable();
     let (mut names, mut places, mut others) = (Vec::new(), Vec::new(), BTreeMap::new());
+    let (mut texts, mut places_of_texts) = (Vec::new(), Vec::new());
     for (name, place) in files {
         let is_picture = match ending(&name) {
             Some(ending) => READ.contains(&ending.as_str()) || never_read(&name),
@@ -156,9 +170,14 @@ fn pick_pictures<T: Ord>(
         } else {
             let kind = ending(&name).map_or("without an ending".into(), |ending| format!(".{ending}"));
             *others.entry(kind).or_default() += 1;
+            if captions::may_hold(&name) {
+                texts.push(name);
+                places_of_texts.push(place);
+            }
         }
     }
-    (names, places, others)
+    places.extend(places_of_texts);
+    (names, texts, places, others)
 }
 
 fn is_hidden(part: &str) -> bool {

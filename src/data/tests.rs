@@ -6,7 +6,8 @@ use tempfile::TempDir;
 
 use super::*;
 
-const OPTIONS: DataOptions = DataOptions { size: [4, 4], grey: false, unconditional: false, strict: false };
+const OPTIONS: DataOptions =
+    DataOptions { size: [4, 4], grey: false, unconditional: false, captions: false, strict: false };
 
 /// A paletted PNG of two pixels: opaque red, and blue with an alpha of 51 (a fifth). Made with Python's zlib.
 const PALETTED: &[u8] = b"\

@@ -6,11 +6,14 @@ use crate::config::{Config, Samples};
 use crate::data::Pictures;
 use crate::fingerprint;
 use crate::pairs::PairBatch;
+use crate::prompts::Prompts;
 use crate::random::{Purpose, Random};
+use crate::rows::{Made, Rows};
 use crate::sample::input_of_pass;
 use anyhow::{Context, Result};
-use candle_core::Tensor;
-use dmd_models::{Condition, ModelFolder};
+use candle_core::{Device, Tensor};
+use dmd_models::{Autoencoder, Condition, ModelFolder, Weights};
+use std::ops::Range;
 use std::path::Path;
 
 /// Noise to inject: one level per sample, and unit noise `(B, C, H, W)`.
@@ -98,10 +101,17 @@ impl Draw {
     }
 }
 
+/// What latents are called in a shard.
+const X0: &str = "x0";
+
 /// Real pictures, as floats when drawn.
 pub struct Reality {
-    /// All of them.
+    /// All of them; without pixels once they are kept as latents.
     pub pictures: crate::data::Pictures,
+    /// The latents `x0` behind them, and their shape.
+    latents: Option<(Rows, [usize; 3])>,
+    /// Of each picture the numbers of its captions among all captions; empty where there are none.
+    captions: Vec<Range<usize>>,
 }
 
 impl Reality {
@@ -117,22 +127,80 @@ impl Reality {
                 )
             })?;
         }
-        Ok(Reality { pictures })
+        let mut end = 0;
+        let captions = pictures.captions.iter().map(|captions| {
+            end += captions.len();
+            end - captions.len()..end
+        });
+        Ok(Reality { captions: captions.collect(), latents: None, pictures })
     }
 
-    /// By what the pictures are known again, wherever they lie.
+    /// By what the pictures and their captions are known again, wherever they lie.
     pub fn sha256(&self) -> String {
-        fingerprint::pictures(&self.pictures)
+        let pictures = fingerprint::pictures(&self.pictures);
+        match self.captions.is_empty() {
+            true => pictures,
+            false => fingerprint::prompts(self.pictures.captions.iter().flatten().chain([&pictures])),
+        }
     }
 
-    /// A batch drawn with replacement.
-    pub fn batch(&self, random: &Random, key: u64, n: usize) -> Result<Images> {
+    /// Encodes the pictures once and keeps their latents `(C, H, W)` in `folder`, a draw of each where they are Gaussian, as
+    /// in DMD2's data; `known` are the hashes of the autoencoder and of the pictures.
+    pub fn keep(
+        &mut self,
+        folder: &Path,
+        by: &Autoencoder,
+        shape: [usize; 3],
+        known: [&str; 2],
+        random: &Random,
+    ) -> Result<()> {
+        let (p, shapes) = (&self.pictures, [(X0, shape.to_vec())].into());
+        let of = [("autoencoders", known[0]), ("pictures", known[1])];
+        let latents = |i: usize| -> Result<Tensor> {
+            let (pixels, _) = p.batch(&[i], &[false]);
+            let picture = Tensor::from_vec(pixels, (1, p.channels, p.height, p.width), &random.device)?;
+            let [c, h, w] = shape;
+            let noise = random.normal(Purpose::Latents, i as u64, &[1, c, h, w])?;
+            Ok(by.encode(&picture)?.sample(&noise)?.to_device(&Device::Cpu)?)
+        };
+        let rows = Made { what: "latents", of: &of, shapes: &shapes }.keep(folder, p.len(), |range| {
+            let mut shard = Weights::default();
+            shard.insert(X0, Tensor::cat(&range.map(latents).collect::<Result<Vec<_>>>()?, 0)?);
+            Ok(shard)
+        })?;
+        self.latents = Some((rows, shape));
+        self.pictures.pixels = Vec::new();
+        Ok(())
+    }
+
+    /// A batch drawn with replacement; of `prompts`, where the network is told text, each picture's captions.
+    pub fn batch(&self, random: &Random, key: u64, n: usize, prompts: Option<&Prompts>) -> Result<Images> {
         let p = &self.pictures;
         let picks = random.stream(Purpose::RealBatch, key).below(n, u32::try_from(p.len())?);
         let picks: Vec<usize> = picks.into_iter().map(|i| i as usize).collect();
-        let (pixels, labels) = p.batch(&picks, &vec![false; n]);
-        let images = Tensor::from_vec(pixels, (n, p.channels, p.height, p.width), &random.device)?;
-        Ok(Images { images, cond: Condition::of_classes(labels, &random.device)? })
+        let images = match &self.latents {
+            Some((rows, shape)) => {
+                let latents = picks.iter().map(|i| rows.row(X0, *i, shape)).collect::<Result<Vec<_>>>()?;
+                Tensor::cat(&latents, 0)?.to_device(&random.device)?
+            }
+            None => {
+                let (pixels, _) = p.batch(&picks, &vec![false; n]);
+                Tensor::from_vec(pixels, (n, p.channels, p.height, p.width), &random.device)?
+            }
+        };
+        let cond = match prompts {
+            Some(prompts) => {
+                let chosen = random.stream(Purpose::Caption, key).uniform(n);
+                let captions = picks.iter().zip(chosen).map(|(i, chosen)| {
+                    let Range { start, end } = self.captions[*i];
+                    let one = start + (f64::from(chosen) * (end - start) as f64) as usize;
+                    (prompts.first_caption + one.min(end - 1)) as u32
+                });
+                prompts.told(&captions.collect::<Vec<_>>(), &random.device)?
+            }
+            None => Condition::of_classes(picks.iter().filter_map(|i| p.labels.get(*i).copied()), &random.device)?,
+        };
+        Ok(Images { images, cond })
     }
 }
 
@@ -180,7 +248,7 @@ impl Networks {
                     self.injection(random, [Purpose::FakeLevel, Purpose::FakeEps], update, n, gan.t_range)?;
                 let purposes = [Purpose::DiscriminatorLevel, Purpose::DiscriminatorEps];
                 let injection = self.injection(random, purposes, update, n, gan.t_range)?;
-                (Some(adversary), Some((reality.batch(random, update, n)?, injection)))
+                (Some(adversary), Some((reality.batch(random, update, n, self.prompts.as_ref())?, injection)))
             }
             _ => (None, None),
         };

@@ -24,10 +24,10 @@ use crate::sample::Model;
 use crate::train::{self, Checkpoint, Numbers, Parts, Run, Schedule, Trainee, restore_vars, vars_as_weights};
 use crate::{output, picture};
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use dmd_models::cost::cost;
 use dmd_models::folder::{About, Kind};
-use dmd_models::{ModelFolder, Pipeline, Weights};
+use dmd_models::{ModelFolder, Pipeline, Way, Weights};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -154,10 +154,19 @@ impl<'a> Distillation<'a> {
 }
 
 impl Trainee for Distillation<'_> {
-    /// Text states of all prompts.
+    /// Text states of all prompts, and latents of all pictures.
     fn prepare(&mut self, run: &Run) -> Result<()> {
-        let Some(prompts) = &mut self.networks.prompts else { return Ok(()) };
-        prompts.keep(&run.path("text"), KEPT_BYTES)
+        if let Some(prompts) = &mut self.networks.prompts {
+            prompts.keep(&run.path("text"), KEPT_BYTES)?;
+        }
+        if let Some(reality) = &mut self.networks.reality
+            && let Some(autoencoder) = self.folder.decoder(&self.random.device)?
+        {
+            let data = self.known.iter().find(|(name, ..)| *name == DATA).map_or("", |(.., sha256)| sha256);
+            let known = [&*fingerprint::autoencoder(&self.folder)?, data];
+            reality.keep(&run.path("latents"), &autoencoder, self.folder.sample_shape()?, known, &self.random)?;
+        }
+        Ok(())
     }
 
     /// One update of the generator, then `ratio` of the fake score.
@@ -274,6 +283,8 @@ impl Trainee for Distillation<'_> {
     }
 }
 
+/// By this name a checkpoint knows the pictures.
+const DATA: &str = "data_sha256";
 /// Text states of so many bytes are kept on the disk, at most: of 72,000 prompts for Stable Diffusion 1.5.
 const KEPT_BYTES: u64 = 16 << 30;
 
@@ -286,11 +297,7 @@ fn known(config: &Config, beginning: &Beginning) -> Result<Vec<(&'static str, &'
         known.push(("text_sha256", what, text_sha256.clone()));
     }
     if let Some(reality) = &beginning.reality {
-        known.push((
-            "data_sha256",
-            "pictures (the files under --data, or how they are labelled, differ)",
-            reality.sha256(),
-        ));
+        known.push((DATA, "pictures (the files under --data, or how they are labelled, differ)", reality.sha256()));
     }
     if let Some(pairs) = &beginning.pairs {
         known.push(("pairs_sha256", "pairs (the numbers under --pairs differ)", pairs.sha256()));
@@ -346,19 +353,16 @@ fn beginning(
     begins: bool,
     device: &Device,
 ) -> Result<Beginning> {
-    let prompts = Prompts::for_run(teacher, config, device)?;
+    let reality = match config.loss.gan.on() {
+        true => Some(reality(Path::new(&config.data), teacher)?),
+        false => None,
+    };
+    let captions = reality.iter().flat_map(|reality| reality.pictures.captions.iter().flatten()).cloned();
+    let prompts = Prompts::for_run(teacher, config, captions.collect(), device)?;
     let pairs = &config.loss.regression;
     let pairs = match pairs.weight > 0.0 {
         true => {
             Some(Pairs::load(Path::new(&pairs.pairs), teacher, prompts.as_ref(), config.real_score.guidance_scale)?)
-        }
-        false => None,
-    };
-    let reality = match config.loss.gan.on() {
-        true => {
-            let options = DataOptions::of_model(teacher.sample_shape()?, teacher.n_classes().is_some())?;
-            let path = Path::new(&config.data);
-            Some(Reality::new(data::load_aloud(path, &options)?, path, teacher)?)
         }
         false => None,
     };
@@ -368,6 +372,21 @@ fn beginning(
         false => start_of(Path::new(&config.generator.start), teacher, sigmas)?,
     };
     Ok(Beginning { generator, fake_score, reality, pairs, prompts })
+}
+
+/// Real pictures of the teacher's kind, with captions where it is told text.
+fn reality(path: &Path, teacher: &ModelFolder) -> Result<Reality> {
+    let [mut channels, mut height, mut width] = teacher.sample_shape()?;
+    if let Some(autoencoder) = teacher.decoder(&Device::Cpu)? {
+        let factor = autoencoder.factor();
+        [channels, height, width] = [autoencoder.picture_channels(), factor * height, factor * width];
+        // The smallest picture tells whether it encodes at all.
+        let smallest = Tensor::zeros((1, channels, factor, factor), DType::F32, &Device::Cpu)?;
+        autoencoder.encode(&smallest).context("loss.gan encodes real pictures by the teacher's autoencoder")?;
+    }
+    let captions = teacher.config.takes().told.get(Way::Text).is_some();
+    let options = DataOptions::of_model([channels, height, width], teacher.n_classes().is_some())?;
+    Reality::new(data::load_aloud(path, &DataOptions { captions, ..options })?, path, teacher)
 }
 
 /// Generator and, where `path` is a run with a checkpoint, fake score to go on from; `sigmas` are the new run's passes.

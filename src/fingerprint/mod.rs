@@ -6,7 +6,6 @@ mod legacy;
 use crate::data::Pictures;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
-use dmd_models::encoders::TextEncoder;
 use dmd_models::{ModelFolder, NetworkConfig};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -40,13 +39,20 @@ pub fn teacher(teacher: &ModelFolder) -> Result<Fingerprint> {
 
 /// What reads prompts: the configs and weights of a model's text encoders, and their tokenizers.
 pub fn text(model: &ModelFolder) -> Result<String> {
+    parts(model, &["text_encoder", "tokenizer"])
+}
+
+/// What makes pictures of latents, and latents of pictures.
+pub fn autoencoder(model: &ModelFolder) -> Result<String> {
+    parts(model, &["vae", "vqvae"])
+}
+
+/// The configs and weights of the parts whose names begin so.
+fn parts(model: &ModelFolder, names: &[&str]) -> Result<String> {
     let mut known = serde_json::Map::new();
-    for (name, part) in &model.parts {
-        let of_text = name.starts_with("text_encoder") || name.starts_with("tokenizer");
-        let mut files: Vec<_> = match of_text {
-            true => std::fs::read_dir(&part.path)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?,
-            false => Vec::new(),
-        };
+    for (name, part) in model.parts.iter().filter(|(name, _)| names.iter().any(|begin| name.starts_with(begin))) {
+        let files = std::fs::read_dir(&part.path).with_context(|| part.path.display().to_string())?;
+        let mut files: Vec<_> = files.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
         // How weights are cut into shards says nothing of them.
         let small = |path: &Path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -56,8 +62,8 @@ pub fn text(model: &ModelFolder) -> Result<String> {
         for path in files {
             known.insert(format!("{name}/{}", path.file_name().unwrap_or_default().display()), json!(file(&path)?));
         }
-        if name.starts_with("text_encoder") {
-            let weights = TextEncoder::weights(&part.path)?.to(DType::F32, &Device::Cpu)?;
+        if let Some(weights) = part.weights()? {
+            let weights = weights.to(DType::F32, &Device::Cpu)?;
             known.insert(name.clone(), json!(dmd_export::weights_sha256(&weights)?));
         }
     }
@@ -65,7 +71,7 @@ pub fn text(model: &ModelFolder) -> Result<String> {
 }
 
 /// Prompts, in their order.
-pub fn prompts(texts: &[String]) -> String {
+pub fn prompts<'a>(texts: impl IntoIterator<Item = &'a String>) -> String {
     let mut hash = Sha256::new();
     for text in texts {
         hash.update((text.len() as u64).to_le_bytes());

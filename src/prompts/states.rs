@@ -3,25 +3,28 @@
 
 use crate::config::{Config, RealScoreSettings};
 use crate::fingerprint;
-use crate::output::{self, say, warn};
+use crate::output::{say, warn};
 use crate::random::{Purpose, Random};
-use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor};
+use crate::rows::{Made, Rows};
+use anyhow::{Result, ensure};
+use candle_core::{Device, Tensor};
 use dmd_models::encoders::TextEncoders;
-use dmd_models::{Autoencoder, Condition, Denoiser, ModelFolder, Way, Weights, read_row, write_whole};
+use dmd_models::{Autoencoder, Condition, Denoiser, ModelFolder, Way, Weights};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Prompts to draw from, with what reads them.
 pub struct Prompts {
-    /// In their order; each has the same chance.
+    /// Those that are drawn, each with the same chance; then captions of pictures that are not.
     pub texts: Vec<String>,
+    n_drawn: usize,
+    /// The number of the first caption.
+    pub first_caption: usize,
     /// One row of each way: what stands for the negative prompt, or for nothing.
     pub unsaid: Condition<Tensor>,
     /// The scale that is left for classifier-free guidance: 1, none, for a network that is told the scale.
     pub guidance_scale: f64,
-    /// What they are known again by, with what reads them.
+    /// What the drawn ones are known again by, with what reads them.
     pub known: Known,
     states: States,
 }
@@ -41,38 +44,38 @@ pub struct Known {
 enum States {
     /// Made as they are asked for.
     Made(TextEncoders),
-    /// In a folder of shards.
-    Kept(PathBuf),
-}
-
-/// `states.json`: whose states a folder holds.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Manifest {
-    /// Hash of the text encoders and their tokenizers.
-    text_sha256: String,
-    /// Hash of the prompts.
-    prompts_sha256: String,
-    /// Prompts in all.
-    n: usize,
-    /// Prompts in a shard; the last one may hold fewer.
-    per_shard: usize,
+    /// In a folder.
+    Kept(Rows),
 }
 
 impl Prompts {
-    /// The prompts of these settings for a model, on this device; none where the model is told no text. Else as
-    /// [`Prompts::new`].
-    pub fn for_run(model: &ModelFolder, config: &Config, device: &Device) -> Result<Option<Self>> {
+    /// The prompts of these settings for a model, on this device, and captions of pictures, which are the prompts where there
+    /// are no others; none where the model is told no text. Else as [`Prompts::new`].
+    pub fn for_run(
+        model: &ModelFolder,
+        config: &Config,
+        captions: Vec<String>,
+        device: &Device,
+    ) -> Result<Option<Self>> {
         // Told here whether it can be read, and read again whenever somebody looks.
         let factor = model.decoder(&Device::Cpu)?.as_ref().map_or(1, Autoencoder::factor);
         let Some(encoders) = model.text(device, factor)? else { return Ok(None) };
-        let texts = super::read(Path::new(&config.prompts))?;
+        let (texts, captions) = match config.prompts.is_empty() {
+            true => (captions, None),
+            false => (super::read(Path::new(&config.prompts))?, Some(captions)),
+        };
         let RealScoreSettings { negative, guidance_scale } = &config.real_score;
-        Self::new(texts, encoders, fingerprint::text(model)?, negative, *guidance_scale).map(Some)
+        let mut prompts = Self::new(texts, encoders, fingerprint::text(model)?, negative, *guidance_scale)?;
+        if let Some(captions) = captions {
+            prompts.first_caption = prompts.texts.len();
+            prompts.texts.extend(captions);
+        }
+        prompts.say_what_is_cut(negative)?;
+        Ok(Some(prompts))
     }
 
     /// Prompts with this guidance, away from `negative` where it is not empty; `text_sha256` is what the encoders are known
-    /// by. What is cut of prompts that are too long is said.
+    /// by.
     pub fn new(
         texts: Vec<String>,
         mut encoders: TextEncoders,
@@ -86,72 +89,68 @@ impl Prompts {
             "the negative prompt is {negative:?}, and this teacher imitates guidance: it is guided away from nothing"
         );
         let unsaid = if negative.is_empty() { encoders.unsaid()? } else { encoders.encode(&[negative])? };
-        let all: Vec<&str> = texts.iter().map(String::as_str).chain([negative]).collect();
+        let known = Known { text_sha256, prompts_sha256: fingerprint::prompts(&texts), negative: negative.into() };
+        Ok(Prompts {
+            n_drawn: texts.len(),
+            first_caption: 0,
+            texts,
+            unsaid,
+            guidance_scale,
+            known,
+            states: States::Made(encoders),
+        })
+    }
+
+    fn say_what_is_cut(&self, negative: &str) -> Result<()> {
+        let States::Made(encoders) = &self.states else { return Ok(()) };
+        let all: Vec<&str> = self.texts.iter().map(String::as_str).chain([negative]).collect();
         let cut = encoders.cut(&all)?;
         if let Some((i, left_out)) = cut.first() {
             warn(&format!(
                 "{} of {} prompts have more than the {} tokens that the text encoder reads; of \"{}\" is left out: \"{left_out}\"",
                 cut.len(),
-                texts.len(),
+                self.texts.len(),
                 encoders.room(),
                 all[*i]
             ));
         }
-        let known = Known { text_sha256, prompts_sha256: fingerprint::prompts(&texts), negative: negative.into() };
-        Ok(Prompts { texts, unsaid, guidance_scale, known, states: States::Made(encoders) })
+        Ok(())
     }
 
-    /// How many there are.
+    /// How many are drawn from.
     #[allow(clippy::len_without_is_empty)] // a file of prompts has at least one
     pub fn len(&self) -> usize {
-        self.texts.len()
+        self.n_drawn
     }
 
     /// Makes all states and keeps them in `folder`, going on where an earlier call stopped, and lets the encoders go; leaves
     /// it where they would take more than `most` bytes. Both are said.
     pub fn keep(&mut self, folder: &Path, most: u64) -> Result<()> {
         let States::Made(encoders) = &self.states else { return Ok(()) };
+        let n = self.texts.len();
         let values: usize = self.unsaid.iter().map(|(_, row)| row.elem_count()).sum();
-        let bytes = (values * size_of::<f32>()) as u64 * self.len() as u64;
-        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+        let bytes = (values * size_of::<f32>()) as u64 * n as u64;
         if bytes > most {
             say(&format!(
-                "the text states of {} prompts would take {:.1} GB, more than the {:.1} that are kept: they are made as they are needed, and the text encoder stays in memory",
-                self.len(),
-                gigabytes(bytes),
-                gigabytes(most)
+                "text states of {n} prompts would take {:.1} GB, more than the {:.1} that are kept: they are made as they are needed, and the text encoder stays in memory",
+                bytes as f64 / 1e9,
+                most as f64 / 1e9
             ));
             return Ok(());
         }
-        let manifest = Manifest {
-            text_sha256: self.known.text_sha256.clone(),
-            prompts_sha256: self.known.prompts_sha256.clone(),
-            n: self.len(),
-            per_shard: PER_SHARD,
-        };
-        manifest.claim(folder)?;
-        let bar = output::progress(self.len() as u64, 0)?;
-        let mut made = 0;
-        for (i, texts) in self.texts.chunks(PER_SHARD).enumerate() {
-            let path = shard_path(folder, i);
-            let whole = |(way, row): (Way, &Tensor)| {
-                let shape = [&[texts.len()], &row.dims()[1..]].concat();
-                read_row(&path, name(way), 0, &shape, &Device::Cpu).is_ok()
-            };
-            if !self.unsaid.iter().all(whole) {
-                shard(encoders, texts)?.save(&path, &BTreeMap::new())?;
-                made += texts.len();
-            }
-            bar.inc(texts.len() as u64);
-        }
-        bar.finish_and_clear();
-        say(&format!(
-            "text states of {} prompts ({made} made now) in {}: {:.3} GB",
-            self.len(),
-            folder.display(),
-            gigabytes(bytes)
-        ));
-        self.states = States::Kept(folder.into());
+        let shapes = self.unsaid.iter().map(|(way, row)| (name(way), row.dims()[1..].to_vec())).collect();
+        let prompts_sha256 = fingerprint::prompts(&self.texts);
+        let of = [("text encoders or tokenizers", &*self.known.text_sha256), ("prompts", &*prompts_sha256)];
+        let made = Made { what: "text states", of: &of, shapes: &shapes };
+        let rows = made.keep(folder, n, |range| {
+            let texts: Vec<&str> = self.texts[range].iter().map(String::as_str).collect();
+            let encode = |texts: &[&str]| Ok(encoders.encode(texts)?.try_map(|rows| rows.to_device(&Device::Cpu))?);
+            let parts = texts.chunks(AT_ONCE).map(encode).collect::<Result<Vec<_>>>()?;
+            let mut shard = Weights::default();
+            Condition::cat(&parts)?.iter().for_each(|(way, states)| shard.insert(name(way), states.clone()));
+            Ok(shard)
+        })?;
+        self.states = States::Kept(rows);
         Ok(())
     }
 
@@ -162,7 +161,13 @@ impl Prompts {
                 let texts: Vec<&str> = picks.iter().map(|&i| self.texts[i as usize].as_str()).collect();
                 texts.chunks(AT_ONCE).map(|texts| Ok(encoders.encode(texts)?)).collect::<Result<_>>()?
             }
-            States::Kept(folder) => picks.iter().map(|&i| self.row(folder, i as usize)).collect::<Result<_>>()?,
+            States::Kept(rows) => {
+                let row = |&i: &u32| {
+                    let ways = self.unsaid.iter();
+                    ways.map(|(way, row)| Ok((way, rows.row(name(way), i as usize, &row.dims()[1..])?))).collect()
+                };
+                picks.iter().map(row).collect::<Result<_>>()?
+            }
         };
         Ok(Condition::cat(&rows)?.try_map(|rows| rows.to_device(device))?)
     }
@@ -176,68 +181,10 @@ impl Prompts {
     pub fn guide(&self, denoiser: Denoiser) -> Denoiser {
         Denoiser { unconditional: Some(self.unsaid.clone()), ..denoiser }
     }
-
-    fn row(&self, folder: &Path, i: usize) -> Result<Condition<Tensor>> {
-        let (path, first) = (shard_path(folder, i / PER_SHARD), i / PER_SHARD * PER_SHARD);
-        let len = PER_SHARD.min(self.len() - first);
-        let ways = self.unsaid.iter().map(|(way, row)| {
-            let shape = [&[len], &row.dims()[1..]].concat();
-            Ok((way, read_row(&path, name(way), i - first, &shape, &Device::Cpu)?))
-        });
-        ways.collect()
-    }
 }
 
-/// Prompts in a shard: 60 MB for Stable Diffusion 1.5.
-const PER_SHARD: usize = 256;
 /// Prompts through the encoders at a time.
 const AT_ONCE: usize = 16;
-
-impl Manifest {
-    /// Writes it into a folder that holds none; one that holds another's is refused.
-    fn claim(&self, folder: &Path) -> Result<()> {
-        let path = folder.join("states.json");
-        if !path.exists() {
-            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-            return Ok(write_whole(&path, format!("{:#}\n", serde_json::to_value(self)?).as_bytes())?);
-        }
-        let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
-        let found: Manifest = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
-        let of = match () {
-            () if found.text_sha256 != self.text_sha256 => "another text encoder or tokenizer",
-            () if found.prompts_sha256 != self.prompts_sha256 => "other prompts",
-            () => "another version of this program",
-        };
-        ensure!(
-            found == *self,
-            "{}: holds the text states of {of}; remove it, or give --force, which begins anew",
-            folder.display()
-        );
-        Ok(())
-    }
-}
-
-/// The states of a shard's prompts, on the CPU; refused where one is not finite.
-fn shard(encoders: &TextEncoders, texts: &[String]) -> Result<Weights> {
-    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-    let encode = |texts: &[&str]| Ok(encoders.encode(texts)?.try_map(|rows| rows.to_device(&Device::Cpu))?);
-    let parts = texts.chunks(AT_ONCE).map(encode).collect::<Result<Vec<_>>>()?;
-    let mut shard = Weights::default();
-    for (way, states) in Condition::cat(&parts)?.iter() {
-        let sum: f32 = states.abs()?.sum_all()?.to_dtype(DType::F32)?.to_scalar()?;
-        ensure!(
-            sum.is_finite(),
-            "the text encoder makes values that are not finite of \"{}\" or a prompt after it",
-            texts[0]
-        );
-        shard.insert(name(way), states.clone());
-    }
-    Ok(shard)
-}
-
-fn shard_path(folder: &Path, i: usize) -> PathBuf {
-    folder.join(format!("shard-{i:05}.safetensors"))
-}
 
 /// What the states of a way are called in a shard.
 fn name(way: Way) -> &'static str {

@@ -55,7 +55,7 @@ impl Run {
             for old in ["config.toml", "metrics.jsonl", "changes.jsonl"] {
                 _ = fs::remove_file(folder.join(old));
             }
-            for old in ["checkpoints", "samples", "text"] {
+            for old in ["checkpoints", "samples", "text", "latents"] {
                 _ = fs::remove_dir_all(folder.join(old));
             }
         }

@@ -13,5 +13,6 @@ mod tokenizer;
 pub mod vq_model;
 
 pub use autoencoder::{Autoencoder, Encoded};
+pub(crate) use text::WEIGHTS as TEXT_WEIGHTS;
 pub use text::{Layer, TextEncoder, TextEncoders};
 pub use tokenizer::{Tokenizer, Tokens};

@@ -208,7 +208,7 @@ impl TextEncoder {
 }
 
 /// The stem of a text encoder's weights.
-const WEIGHTS: &str = "model";
+pub(crate) const WEIGHTS: &str = "model";
 
 /// A text transformer on weights by transformers' names of either generation: version 5 writes a `CLIPTextModel` without
 /// `text_model` before its names, and no positions that only count.

@@ -2,8 +2,10 @@
 //! the hub have them. Parts that make it another kind of model are refused, whatever they are called.
 
 use super::json;
+use crate::encoders::TEXT_WEIGHTS;
 use crate::weights::{missing, tensor_names, what_it_is};
-use crate::{Error, Result};
+use crate::{Error, Result, Weights};
+use candle_core::Device;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
@@ -136,6 +138,16 @@ pub struct Part {
 }
 
 impl Part {
+    /// Its weights, in the file's own dtype, on the CPU; none where it has none, as a tokenizer.
+    pub fn weights(&self) -> Result<Option<Weights>> {
+        let has = |stem: &str| {
+            let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+            entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(&format!("{stem}.")))
+        };
+        let stem = [TEXT_WEIGHTS, WEIGHTS].into_iter().find(|stem| has(stem));
+        stem.map(|stem| Weights::load(&weights_file(&self.path, stem)?, &Device::Cpu)).transpose()
+    }
+
     /// Puts its files into this folder, by a second name where the disk can, for they may be many gigabytes.
     pub(super) fn copy_to(&self, path: &Path) -> Result<()> {
         copy_folder(&self.path, path)
