@@ -242,8 +242,8 @@ pub struct SettingsArgs {
     /// `dmd config show` prints every key below its meaning, the values it takes and the paper it is from. The groups:
     /// the run (steps, batch, accumulate, grad_checkpoint, precision, seed, ratio, samples fresh or shared, data, prompts,
     /// log_every, sample_every, checkpoint_every); generator (sigma, steps or timestep, start, rate, warmup, decay, ema,
-    /// t_range); real_score (guidance_scale, negative); fake_score (rate, warmup, decay, weight, t_range); loss (scores,
-    /// divergence, ratio_memory, regression: weight, distance, pairs; gan: weight, critic_weight, r1, start_step,
+    /// t_range); real_score (guidance_scale, negative, rescale); fake_score (rate, warmup, decay, weight, t_range,
+    /// guidance_scale, dropout, pull); loss (scores, divergence, ratio_memory, floor, regression: weight, distance, pairs; gan: weight, critic_weight, r1, start_step,
     /// resolutions, t_range); guards (skip, returns); optimizer (betas, weight_decay, eps, clip).
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,

@@ -108,6 +108,9 @@ pub struct RealScoreSettings {
     /// The prompt that a teacher of text is guided away from; "" for nothing, which is the empty prompt, or zeros where the
     /// teacher's pipeline says so (SDXL).
     pub negative: String,
+    /// How much of the condition's own norm a guided answer is given back, against colours that burn: 0 (none, as in the
+    /// papers of DMD) to 1 (all of it, as in the trainers of Qwen-Image and FLUX) (Lin et al. 2024, section 3.4).
+    pub rescale: f64,
 }
 
 /// Settings of the fake score.
@@ -125,6 +128,14 @@ pub struct FakeScoreSettings {
     pub weight: CriticWeight,
     /// Range of noise levels that it learns, as fractions of T: 0 <= low < high <= 1. All of them in DMD and DMD2.
     pub t_range: [f64; 2],
+    /// Guidance of its own answers, as it learns and as it is asked: 0 or more; 1 is none. Of the real score's scale, with
+    /// dropout, it is long and short guidance (Zhou et al. 2024, SiD-LSG).
+    pub guidance_scale: f64,
+    /// Share of samples that it learns without their condition: 0 or more and below 1. 0.1 in SiD-LSG.
+    pub dropout: f64,
+    /// How far its weights are drawn to the generator's after each of the generator's updates: 0 or more and below 1. 0.03 in
+    /// SenseFlow (Ge et al. 2025), which so makes do with a lower ratio.
+    pub pull: f64,
 }
 
 /// What the generator learns from.
@@ -142,6 +153,9 @@ pub struct LossSettings {
     /// What a batch leaves of the mean r of its range of noise levels, for those divergences: 0 or more and below 1. In
     /// f-distill 0 for CIFAR-10 and 0.5 for ImageNet-64.
     pub ratio_memory: f64,
+    /// What the teacher's mean error, by which a sample's pull is divided, counts for at least: 0 or more. 0 in DMD; 0.1 is
+    /// offered by LightX2V's trainer, against the strong pull where the generator is nearly right.
+    pub floor: f64,
     /// The regression term, towards the teacher's picture of the same noise (DMD, equation 9).
     pub regression: RegressionSettings,
     /// The adversarial term: heads on the fake score's encoder tell real pictures from the generator's (DMD2, section
@@ -384,7 +398,7 @@ impl Default for GeneratorSettings {
 
 impl Default for RealScoreSettings {
     fn default() -> Self {
-        RealScoreSettings { guidance_scale: 1.0, negative: String::new() }
+        RealScoreSettings { guidance_scale: 1.0, negative: String::new(), rescale: 0.0 }
     }
 }
 
@@ -396,6 +410,9 @@ impl Default for FakeScoreSettings {
             decay: Decay::Constant,
             weight: CriticWeight::Edm,
             t_range: [0.0, 1.0],
+            guidance_scale: 1.0,
+            dropout: 0.0,
+            pull: 0.0,
         }
     }
 }
@@ -441,6 +458,16 @@ impl Config {
         at_least_one("checkpoint_every", self.checkpoint_every)?;
         self.generator.validate()?;
         positive("fake_score.rate", self.fake_score.rate)?;
+        not_negative("fake_score.guidance_scale", self.fake_score.guidance_scale)?;
+        fraction("fake_score.dropout", self.fake_score.dropout)?;
+        fraction("fake_score.pull", self.fake_score.pull)?;
+        not_negative("loss.floor", self.loss.floor)?;
+        let rescale = self.real_score.rescale;
+        require((0.0..=1.0).contains(&rescale), || format!("real_score.rescale is {rescale}, expected 0 to 1"))?;
+        ensure!(
+            rescale == 0.0 || self.real_score.guidance_scale != 1.0,
+            "real_score.rescale is {rescale} and real_score.guidance_scale is 1: there is no guidance to rescale"
+        );
         t_range("fake_score.t_range", self.fake_score.t_range)?;
         not_negative("real_score.guidance_scale", self.real_score.guidance_scale)?;
         ensure!(
@@ -542,6 +569,14 @@ pub fn check_guidance(setting: &str, scale: f64, takes: &Takes, null_class: bool
     Ok(())
 }
 
+/// Refuses a fake score that is guided, or shown samples without a condition, where the teacher knows none such.
+pub fn check_critic(config: &Config, takes: &Takes, null_class: bool) -> Result<()> {
+    let FakeScoreSettings { guidance_scale, dropout, .. } = config.fake_score;
+    check_guidance("fake_score.guidance_scale", guidance_scale, takes, null_class)?;
+    // Dropout asks of the teacher what guidance does.
+    check_guidance("fake_score.dropout", if dropout > 0.0 { dropout } else { 1.0 }, takes, null_class)
+}
+
 /// Refuses prompts for a teacher that is told no text, and a teacher of text without prompts.
 pub fn check_prompts(config: &Config, takes: &Takes) -> Result<()> {
     let (given, negative) = (!config.prompts.is_empty(), &config.real_score.negative);
@@ -576,6 +611,8 @@ pub enum Recipe {
     FJs,
     /// Distribution matching for Stable Diffusion 1.5: the first stage of DMD2 there, without pictures. Needs --prompts.
     Sd15,
+    /// Score identity with long and short guidance for Stable Diffusion 1.5 (Zhou et al. 2024, SiD-LSG). Needs --prompts.
+    Sd15Lsg,
     /// Distribution matching for a small teacher of text. Needs --prompts.
     TextSmall,
 }
@@ -592,6 +629,7 @@ impl Recipe {
             Recipe::Dmd2 => include_str!("recipes/dmd2.toml"),
             Recipe::FJs => include_str!("recipes/f-js.toml"),
             Recipe::Sd15 => include_str!("recipes/sd15.toml"),
+            Recipe::Sd15Lsg => include_str!("recipes/sd15-lsg.toml"),
             Recipe::TextSmall => include_str!("recipes/text-small.toml"),
         }
     }

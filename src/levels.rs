@@ -84,7 +84,7 @@ impl Players {
     /// The picture, and its numbers by noise level.
     pub fn panel(&self, seed: u64) -> Result<(RgbImage, Value)> {
         let mut pipeline = self.teacher.pipeline(&Device::Cpu)?;
-        let RealScoreSettings { mut guidance_scale, ref negative } = self.guidance;
+        let RealScoreSettings { mut guidance_scale, ref negative, .. } = self.guidance;
         if let Some(text) = &mut pipeline.text {
             guidance_scale = text.guide(guidance_scale);
         }
@@ -138,7 +138,7 @@ impl Players {
 /// The loss's own gradient at x, in units of its elements, with mean|x − x0_real|, mean|x0_fake − x0_real| and mean|grad|.
 fn gradient(x: &Tensor, x0_real: &Tensor, x0_fake: &Tensor) -> Result<(Tensor, [f64; 3])> {
     let var = Var::from_tensor(x)?;
-    let matching = distribution_matching(&var, x0_real, x0_fake, None)?;
+    let matching = distribution_matching(&var, x0_real, x0_fake, None, 0.0)?;
     let grads = matching.loss.backward()?;
     // The loss is a mean: its gradient with respect to one element is that element's own over their number.
     let grad = (grads.get(&var).context("the loss has no gradient")? * x.elem_count() as f64)?;

@@ -80,6 +80,8 @@ pub enum Purpose {
     Caption = 40,
     /// What is drawn of the latents of a real picture.
     Latents = 41,
+    /// Which samples the critic is shown without their condition.
+    CriticDropout = 42,
     /// Points of the plane's data (benches/lab).
     AblationData = 48,
     /// Which mode each of them belongs to.

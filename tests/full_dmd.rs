@@ -254,7 +254,7 @@ fn few_steps_are_simulated_backwards_without_a_gradient() {
             let eps = random.normal(Purpose::GeneratorEps, step, &shape).unwrap();
             let x_t = (x.detach() + eps.broadcast_mul(&scale.reshape((4, 1, 1, 1)).unwrap()).unwrap()).unwrap();
             let score = |d: &Denoiser| d.denoise(&Eager, &x_t, &sigma, &cond).unwrap();
-            let loss = distribution_matching(&x, &score(&frozen), &score(&fake_score), None).unwrap().loss;
+            let loss = distribution_matching(&x, &score(&frozen), &score(&fake_score), None, 0.0).unwrap().loss;
             let grads = loss.backward().unwrap();
             let (mut error, mut largest) = (0f32, 0f32);
             for (name, var) in &vars {
@@ -384,6 +384,27 @@ fn guidance_is_a_straight_line_through_both_answers() {
         2.0,
     );
     assert!(error.unwrap_err().to_string().contains("label dropout"));
+}
+
+/// After one update the critic is 0.97 of the teacher and 0.03 of the generator.
+#[test]
+fn the_critic_is_drawn_to_the_generator() {
+    let config = config("[fake_score]\npull = 0.03\n");
+    let mut networks = networks(&config);
+    // Where both scores agree there is nothing to follow.
+    networks.update_fake_score(&config, &random(), 0, 0).unwrap();
+    let before = values_of(&networks.fake_vars);
+    networks.update_generator(&config, &random(), 0).unwrap();
+    let (after, generator) = (values_of(&networks.fake_vars), values_of(&networks.generator_vars));
+    assert!(before != after);
+    for ((before, after), generator) in before.iter().zip(after).zip(generator) {
+        assert!((after - (0.97 * before + 0.03 * generator)).abs() < 1e-6, "{before} {after} {generator}");
+    }
+}
+
+fn values_of(vars: &std::collections::BTreeMap<String, candle_core::Var>) -> Vec<f32> {
+    let values = |var: &candle_core::Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    vars.values().flat_map(values).collect()
 }
 
 /// Real pictures get the teacher's numbers for their classes, whatever order they came in.

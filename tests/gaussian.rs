@@ -97,7 +97,7 @@ fn number(tensor: &Tensor) -> f64 {
 /// The loss, and its gradient for x.
 fn matching(x: &Tensor, real: &Tensor, fake: &Tensor, h: Option<&[f64]>) -> (Matching, Vec<f64>) {
     let x = Var::from_tensor(x).unwrap();
-    let matching = distribution_matching(&x, real, fake, h).unwrap();
+    let matching = distribution_matching(&x, real, fake, h, 0.0).unwrap();
     let grads = matching.loss.backward().unwrap();
     let gradient = numbers(grads.get(&x).unwrap());
     (matching, gradient)

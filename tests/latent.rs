@@ -317,6 +317,35 @@ fn a_run_of_text_goes_on_as_if_it_had_not_stopped() {
     w.refuses(&other, 1, &["the run was started with other text encoders or tokenizers"]);
 }
 
+/// With the same guidance of both scores nothing is left to follow at the first update, as without any; a critic that is
+/// shown samples without their prompt learns something else.
+#[test]
+fn long_and_short_guidance_guides_the_critic_too() {
+    let (w, _) = with_latent_teacher("sd");
+    let run = |name: &str, more: &str| {
+        let line =
+            format!("{} --recipe plain --steps 2 --prompts prompts.txt --guidance 2", SHORT.replace("run", name));
+        w.ok(&format!("{line} {more}"));
+        [metric(&w, name, "score_gap")[0], metric(&w, name, "loss_fake")[0]]
+    };
+    let alone = run("alone", "");
+    let both = run("both", "--set fake_score.guidance_scale=2");
+    let silent = run("silent", "--set fake_score.dropout=0.5");
+    assert!(alone[0] > 1e-6 && both[0] == 0.0 && silent[0] == alone[0], "{alone:?} {both:?} {silent:?}");
+    assert!(both[1] != alone[1] && silent[1] != alone[1], "{alone:?} {both:?} {silent:?}");
+    let rescaled = run("rescaled", "--set real_score.rescale=1");
+    assert!(rescaled[0] > 1e-6 && rescaled[0] != alone[0], "{alone:?} {rescaled:?}");
+    let w = Workplace::new().with_fixture("ddpm-tiny");
+    let line = "distill --teacher teacher --out run --set";
+    w.refuses(
+        &format!("{line} fake_score.guidance_scale=2"),
+        1,
+        &["fake_score.guidance_scale is 2, but the teacher has no"],
+    );
+    w.refuses(&format!("{line} fake_score.dropout=0.1"), 1, &["fake_score.dropout is 0.1, but the teacher has no"]);
+    w.refuses(&format!("{line} real_score.rescale=0.5"), 2, &["there is no guidance to rescale"]);
+}
+
 /// Stable Diffusion's table: sigma of 999, 749, 499, 249 and 399 by the formula of its betas, in f64 (numpy).
 #[test]
 fn a_generator_is_held_at_places_of_the_teacher_s_table() {
@@ -460,7 +489,7 @@ fn a_critic_of_latents_learns_from_captioned_pictures() {
 #[test]
 fn recipes_of_text_begin_as_they_are() {
     let (w, _) = with_latent_teacher("sd");
-    for recipe in ["sd15", "text-small"] {
+    for recipe in ["sd15", "sd15-lsg", "text-small"] {
         w.ok(&format!("distill --teacher teacher --recipe {recipe} --prompts prompts.txt --out {recipe} --steps 2 --batch 2 --set ratio=2"));
     }
 }

@@ -83,7 +83,7 @@ fn an_affine_student_finds_the_target() {
         let x_t = (x.detach() + normal(Purpose::GeneratorEps).broadcast_mul(&sigma).unwrap()).unwrap();
         let of = |mean: &Tensor, spread: &Tensor| denoise(&x_t, mean, spread, &sigma.sqr().unwrap());
         let x0_fake = of(&student.a.detach(), &student.b.detach());
-        let matching = distribution_matching(&x, &of(&scalar(0.3), &scalar(0.5)), &x0_fake, None).unwrap();
+        let matching = distribution_matching(&x, &of(&scalar(0.3), &scalar(0.5)), &x0_fake, None, 0.0).unwrap();
         let grads = optimizer.gradients(&matching.loss.backward().unwrap());
         optimizer.descend(&matching.loss, &grads, 0.01).unwrap();
     }
@@ -152,7 +152,7 @@ fn an_affine_student_whose_critic_learns_finds_the_target() {
         let x = student.generate(&z);
         let x_t = noised(&x.detach(), eps);
         let x0_real = denoise(&x_t, &scalar(0.3), &scalar(0.5), &sigma.sqr().unwrap());
-        let matching = distribution_matching(&x, &x0_real, &critic.denoise(&x_t), None).unwrap();
+        let matching = distribution_matching(&x, &x0_real, &critic.denoise(&x_t), None, 0.0).unwrap();
         descend(&mut of_student, &matching.loss, rate_at(0.01, Decay::Cosine, 0, step, STEPS));
         for turn in step * RATIO..(step + 1) * RATIO {
             let purposes = [Purpose::CriticNoise, Purpose::CriticEps];

@@ -80,6 +80,18 @@ impl Condition<Tensor> {
         .collect()
     }
 
+    /// The same rows, but for those that are `silent`: these are `unconditional`'s, one row `(1, …)` of each way.
+    pub fn without(&self, unconditional: &Self, silent: &[bool]) -> Result<Self> {
+        let n = silent.len() as u32;
+        let picks: Vec<u32> = (0..n).zip(silent).map(|(i, silent)| if *silent { n } else { i }).collect();
+        let of_way = |(way, rows): (Way, &Tensor)| {
+            let Some(row) = unconditional.get(way) else { return Ok((way, rows.clone())) };
+            let picks = Tensor::new(&picks[..], rows.device())?;
+            Ok((way, Tensor::cat(&[rows, row], 0)?.index_select(&picks, 0)?))
+        };
+        self.iter().map(of_way).collect()
+    }
+
     /// One row `(1, …)` of each way as a batch of `n`.
     pub fn repeated(&self, n: usize) -> Result<Self> {
         self.try_map(|row| Ok(row.broadcast_as([&[n], &row.dims()[1..]].concat())?.contiguous()?))
@@ -109,6 +121,19 @@ mod tests {
         let doubled = both.try_map(|value| Ok::<_, ()>(2 * value)).unwrap();
         assert_eq!(doubled.iter().collect::<Vec<_>>(), [(Way::Label, &2), (Way::Map, &4)]);
         assert_eq!(both.try_map(|value| if *value == 2 { Err("map") } else { Ok(()) }), Err("map"));
+    }
+
+    #[test]
+    fn silent_rows_are_told_nothing() {
+        let of = |ids: &[i64], vectors: &[[f32; 2]]| -> Condition<Tensor> {
+            let tensors = [Tensor::new(ids, &Device::Cpu).unwrap(), Tensor::new(vectors, &Device::Cpu).unwrap()];
+            [Way::Label, Way::Vector].into_iter().zip(tensors).collect()
+        };
+        let told = of(&[1, 2, 3], &[[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]);
+        let told = told.without(&of(&[7], &[[0.0, -1.0]]), &[false, true, false]).unwrap();
+        assert_eq!(told.get(Way::Label).unwrap().to_vec1::<i64>().unwrap(), [1, 7, 3]);
+        let vectors = told.get(Way::Vector).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(vectors, [[1.0, 1.0], [0.0, -1.0], [3.0, 3.0]]);
     }
 
     #[test]

@@ -124,6 +124,18 @@ impl Denoiser {
         if scale == 1.0 {
             return self.denoise(b, x, sigma, cond);
         }
+        let [cond, uncond] = self.denoise_both(b, x, sigma, cond)?;
+        b.add(&b.affine(&cond, &[scale], 0.0)?, &b.affine(&uncond, &[1.0 - scale], 0.0)?)
+    }
+
+    /// The clean picture under the condition, and without one. Arguments as in [`Denoiser::denoise`].
+    pub fn denoise_both<B: Backend>(
+        &self,
+        b: &B,
+        x: &B::Value,
+        sigma: &[f64],
+        cond: &Condition<B::Value>,
+    ) -> Result<[B::Value; 2]> {
         let Some(unconditional) = &self.unconditional else {
             return Err(Error::Config(match self.network.takes().told.is_empty() {
                 true => "guidance needs a teacher with classes, and this one has none".into(),
@@ -134,8 +146,7 @@ impl Denoiser {
             }));
         };
         let without = unconditional.repeated(b.dims(x)[0])?.try_map(|told| b.constant(told))?;
-        let (cond, uncond) = (self.denoise(b, x, sigma, cond)?, self.denoise(b, x, sigma, &without)?);
-        b.add(&b.affine(&cond, &[scale], 0.0)?, &b.affine(&uncond, &[1.0 - scale], 0.0)?)
+        Ok([self.denoise(b, x, sigma, cond)?, self.denoise(b, x, sigma, &without)?])
     }
 
     /// What the network's encoder sees in x: one map per resolution, finest first, the last from the bottleneck

@@ -2,7 +2,7 @@
 
 use super::{model_path, without_effect};
 use crate::cli::{DistillArgs, SettingsArgs};
-use crate::config::{self, Config, check_guidance, check_prompts};
+use crate::config::{self, Config, check_critic, check_guidance, check_prompts};
 use crate::output::say;
 use crate::{device, distill, memory, pairs};
 use anyhow::{Context, Result};
@@ -65,6 +65,7 @@ fn check_beforehand(config: &Config, teacher: &Path) -> Result<()> {
     let Some((takes, null_class)) = small_files(teacher) else { return Ok(()) };
     let guidance = config.real_score.guidance_scale;
     check_guidance("real_score.guidance_scale", guidance, &takes, null_class)?;
+    check_critic(config, &takes, null_class)?;
     check_prompts(config, &takes)?;
     if let Some([height, width]) = takes.size.filter(|_| regression.weight > 0.0) {
         pairs::manifest_for(Path::new(&regression.pairs), [takes.channels, height, width], guidance)?;

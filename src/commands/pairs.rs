@@ -27,6 +27,7 @@ pub fn run(args: &PairsArgs) -> Result<Value> {
         real_score: RealScoreSettings {
             guidance_scale: args.guidance,
             negative: args.negative.clone().unwrap_or_default(),
+            rescale: 0.0,
         },
         ..Config::default()
     };

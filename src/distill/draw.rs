@@ -53,6 +53,8 @@ pub struct Draw {
     pub level: f64,
     /// Of each way one row per sample.
     pub cond: Condition<Tensor>,
+    /// What the critic is told in their place, where some samples are shown without a condition.
+    pub told: Option<Condition<Tensor>>,
     /// Samples made before, in the place of new ones.
     pub samples: Option<Tensor>,
     /// Noise before the scores, or for the critic's loss.
@@ -79,6 +81,7 @@ impl Draw {
             input: narrow(&self.input)?,
             level: self.level,
             cond: self.cond.try_map(narrow)?,
+            told: self.told.as_ref().map(|told| told.try_map(narrow)).transpose()?,
             samples,
             injection: self.injection.part(first, len)?,
             adversary: self.adversary.as_ref().map(|injection| injection.part(first, len)).transpose()?,
@@ -226,7 +229,7 @@ impl Networks {
         };
         let purposes = [Purpose::GeneratorLevel, Purpose::GeneratorEps];
         let injection = self.injection(random, purposes, step, n, config.generator.t_range)?;
-        Ok(Draw { input, level, cond, samples: None, injection, adversary, real: None, pair })
+        Ok(Draw { input, level, cond, told: None, samples: None, injection, adversary, real: None, pair })
     }
 
     pub(super) fn draw_for_fake_score(&self, config: &Config, random: &Random, step: u64, turn: u64) -> Result<Draw> {
@@ -255,7 +258,16 @@ impl Networks {
         let purposes = [Purpose::CriticLevel, Purpose::CriticEps];
         let injection = self.injection(random, purposes, update, n, config.fake_score.t_range)?;
         let samples = shared.map(|samples| samples.x.clone());
-        Ok(Draw { input, level, cond, samples, injection, adversary, real, pair: None })
+        let dropout = config.fake_score.dropout;
+        let told = match &self.real_score.unconditional {
+            Some(unconditional) if dropout > 0.0 => {
+                let silent = random.stream(Purpose::CriticDropout, update).uniform(n);
+                let silent: Vec<bool> = silent.into_iter().map(|u| f64::from(u) < dropout).collect();
+                Some(cond.without(unconditional, &silent)?)
+            }
+            _ => None,
+        };
+        Ok(Draw { input, level, cond, told, samples, injection, adversary, real, pair: None })
     }
 
     /// What the networks are told of `n` samples: prompts, or classes where there are any.

@@ -12,7 +12,7 @@ pub use health::Health;
 mod monitor;
 use monitor::Monitor;
 
-use crate::config::{Config, Distance, ScoreLoss, Sigma, SigmaName, check_guidance, check_prompts};
+use crate::config::{Config, Distance, ScoreLoss, Sigma, SigmaName, check_critic, check_guidance, check_prompts};
 use crate::data::{self, DataOptions};
 use crate::device::check_precision;
 use crate::fingerprint::{self, Fingerprint};
@@ -105,14 +105,17 @@ fn passes(config: &Config) -> [f64; 2] {
     const ENCODER: f64 = 0.4;
     let if_so = |condition: bool, passes: f64| if condition { passes } else { 0.0 };
     let (gan, regression) = (&config.loss.gan, &config.loss.regression);
+    let guided_fake = config.fake_score.guidance_scale != 1.0;
     // Score identity goes back through both scores, and through both answers of a guided one.
     let scores = match config.loss.scores {
         ScoreLoss::DistributionMatching => 0.0,
-        ScoreLoss::ScoreIdentity { .. } => 2.0 + if_so(config.real_score.guidance_scale != 1.0, 1.0),
+        ScoreLoss::ScoreIdentity { .. } => {
+            2.0 + if_so(config.real_score.guidance_scale != 1.0, 1.0) + if_so(guided_fake, 1.0)
+        }
     };
     let regresses = regression.weight > 0.0;
     let generator = 1.0 + scores + if_so(gan.weight > 0.0, ENCODER) + if_so(regresses, 1.0);
-    let fake_score = 1.0 + if_so(gan.on(), 2.0 * ENCODER + if_so(gan.r1 > 0.0, ENCODER));
+    let fake_score = 1.0 + if_so(guided_fake, 1.0) + if_so(gan.on(), 2.0 * ENCODER + if_so(gan.r1 > 0.0, ENCODER));
     let distance = if_so(regresses && regression.distance == Distance::TeacherFeatures, ENCODER);
     [generator.max(fake_score), distance]
 }
@@ -125,6 +128,7 @@ impl<'a> Distillation<'a> {
         let sigmas = noise_levels(config, &teacher)?;
         let guidance = config.real_score.guidance_scale;
         check_guidance("real_score.guidance_scale", guidance, &teacher.config.takes(), teacher.about.null_class)?;
+        check_critic(config, &teacher.config.takes(), teacher.about.null_class)?;
         check_memory(config, &teacher, device)?;
         let random = Random { seed: config.seed, device: device.clone() };
         let beginning = beginning(config, &teacher, &sigmas, begins, device)?;

@@ -15,7 +15,7 @@ use super::networks::{Networks, Samples};
 use crate::config::{Config, ScoreLoss};
 use crate::loss::{
     Matching, approximate_r1, denoising, density_ratio, discriminator, distribution_matching, generator_adversarial,
-    score_identity,
+    rescaled_guidance, score_identity,
 };
 use crate::optim::{Gradients, average_into, ramped_decay, rate_at};
 use crate::random::Random;
@@ -24,7 +24,7 @@ use candle_core::Tensor;
 use dmd_models::Condition;
 
 impl Networks {
-    /// One update of the generator and of its averages; nothing else changes.
+    /// One update of the generator and of its averages; nothing else changes, unless the settings draw the fake score after.
     pub fn update_generator(&mut self, config: &Config, random: &Random, step: u64) -> Result<Health> {
         let draw = self.draw_for_generator(config, random, step)?;
         let (mut health, mut gradients, mut samples) = (Health::default(), Gradients::default(), Vec::new());
@@ -45,6 +45,10 @@ impl Networks {
         for average in &self.averages {
             average_into(&average.vars, &self.generator_vars, ramped_decay(average.decay, step), &norm)?;
         }
+        if config.fake_score.pull > 0.0 {
+            // What the generator has just become, the critic has to learn anyway.
+            average_into(&self.fake_vars, &self.generator_vars, 1.0 - config.fake_score.pull, &norm)?;
+        }
         let x = Tensor::cat(&samples, 0)?;
         health.pend_samples(&x)?;
         // The one moment that an update waits for the device.
@@ -64,11 +68,12 @@ impl Networks {
         // Distribution matching stops here: the scores judge the sample, no gradient passes through them.
         let through = matches!(terms.scores, ScoreLoss::ScoreIdentity { .. });
         let x_t = draw.injection.add_to(&if through { x.clone() } else { x.detach() })?;
-        let x0_real = self.real_score.denoise_guided(&self.training, &x_t, sigma, cond, self.guidance_scale)?;
-        let x0_fake = self.fake_score_still.denoise(&self.training, &x_t, sigma, cond)?;
+        let x0_real = self.x0_real(config, &x_t, sigma, cond)?;
+        let of_fake = config.fake_score.guidance_scale;
+        let x0_fake = self.fake_score_still.denoise_guided(&self.training, &x_t, sigma, cond, of_fake)?;
         let Matching { mut loss, real_error, score_gap } = match terms.scores {
-            ScoreLoss::DistributionMatching => distribution_matching(&x, &x0_real, &x0_fake, h)?,
-            ScoreLoss::ScoreIdentity { alpha } => score_identity(&x, &x0_real, &x0_fake, alpha)?,
+            ScoreLoss::DistributionMatching => distribution_matching(&x, &x0_real, &x0_fake, h, terms.floor)?,
+            ScoreLoss::ScoreIdentity { alpha } => score_identity(&x, &x0_real, &x0_fake, alpha, terms.floor)?,
         };
         health.pend_loss("loss_dm", &loss);
         health.pend("real_error", &real_error);
@@ -93,6 +98,16 @@ impl Networks {
             loss = (loss + (loss_regression * terms.regression.weight)?)?;
         }
         Ok((x, loss, health))
+    }
+
+    /// The teacher's answer, guided as the settings say.
+    fn x0_real(&self, config: &Config, x_t: &Tensor, sigma: &[f64], cond: &Condition<Tensor>) -> Result<Tensor> {
+        let (scale, share) = (self.guidance_scale, config.real_score.rescale);
+        if scale == 1.0 || share == 0.0 {
+            return Ok(self.real_score.denoise_guided(&self.training, x_t, sigma, cond, scale)?);
+        }
+        let [with, without] = self.real_score.denoise_both(&self.training, x_t, sigma, cond)?;
+        rescaled_guidance(&with, &without, scale, share)
     }
 
     /// h(r) of every sample of a batch, mean 1, from the discriminator's logit at x_t; none for reverse KL, and none before
@@ -158,7 +173,10 @@ impl Networks {
             Some(x) => x.clone(),
             None => self.generator_still.denoise(&self.training, &draw.input, &[draw.level], cond)?,
         };
-        let denoised = self.fake_score.denoise(&self.training, &injection.add_to(&x)?, &injection.sigma, cond)?;
+        // A few may be told nothing, so that the critic learns what the guidance of its own answers needs.
+        let (told, scale) = (draw.told.as_ref().unwrap_or(cond), config.fake_score.guidance_scale);
+        let (x_t, sigma) = (injection.add_to(&x)?, &injection.sigma);
+        let denoised = self.fake_score.denoise_guided(&self.training, &x_t, sigma, told, scale)?;
         let weight = |&sigma: &f64| config.fake_score.weight.at(sigma, self.sigma_data());
         let mut loss = denoising(&denoised, &x, &injection.sigma.iter().map(weight).collect::<Vec<_>>())?;
         health.pend_loss("loss_fake", &loss);

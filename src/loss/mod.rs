@@ -4,6 +4,7 @@ mod adversarial;
 mod denoising;
 mod distribution_matching;
 mod f_divergence;
+mod guidance;
 mod reconstruction;
 mod regression;
 mod score_identity;
@@ -12,6 +13,7 @@ pub use adversarial::{approximate_r1, discriminator, generator_adversarial, soft
 pub use denoising::{denoising, edm_weight, fake_score_weight};
 pub use distribution_matching::distribution_matching;
 pub use f_divergence::{Divergence, RatioBins, density_ratio};
+pub use guidance::rescaled_guidance;
 pub use reconstruction::{kl_to_noise, l1};
 pub use regression::{l2, perceptual, pseudo_huber};
 pub use score_identity::score_identity;

@@ -9,15 +9,16 @@ const EPS: f64 = 1e-5;
 
 /// mean of (x0_real − x0_fake)·[(x0_real − x) − alpha·(x0_real − x0_fake)] / mean|x − x0_real|, the divisor per sample
 /// and a constant. All f32 `(B, C, H, W)`. Unlike distribution matching, the gradient also flows through both scores
-/// (whose weights are frozen) to the noised sample. The paper's alpha is 1.2 for one step at low resolution, 1 elsewhere.
-pub fn score_identity(x: &Tensor, x0_real: &Tensor, x0_fake: &Tensor, alpha: f64) -> Result<Matching> {
+/// (whose weights are frozen) to the noised sample. The paper's alpha is 1.2 for one step at low resolution, 1 elsewhere. `floor`:
+/// what the divisor is at least.
+pub fn score_identity(x: &Tensor, x0_real: &Tensor, x0_fake: &Tensor, alpha: f64, floor: f64) -> Result<Matching> {
     let error = (x.detach() - x0_real.detach())?.abs()?.mean_keepdim((1, 2, 3))?;
     let gap = (x0_real - x0_fake)?;
     let identity = ((x0_real - x)? - (&gap * alpha)?)?;
     Ok(Matching {
         real_error: error.mean_all()?,
         score_gap: gap.detach().abs()?.mean_all()?,
-        loss: (gap * identity)?.broadcast_div(&error.maximum(EPS)?)?.mean_all()?,
+        loss: (gap * identity)?.broadcast_div(&error.maximum(EPS.max(floor))?)?.mean_all()?,
     })
 }
 
@@ -40,7 +41,7 @@ mod tests {
         let x_t = (x.as_tensor() - 1.0).unwrap();
         let real = x_t.affine(0.2, 0.24).unwrap();
         let fake = x_t.affine(0.64 / 1.64, -0.2 / 1.64).unwrap();
-        let Matching { loss, real_error, score_gap } = score_identity(&x, &real, &fake, 1.2).unwrap();
+        let Matching { loss, real_error, score_gap } = score_identity(&x, &real, &fake, 1.2, 0.0).unwrap();
         assert!((real_error.to_scalar::<f32>().unwrap() - 0.12).abs() < 1e-6);
         assert!((score_gap.to_scalar::<f32>().unwrap() - 0.514_146_3).abs() < 1e-6);
         let found = f64::from(loss.to_scalar::<f32>().unwrap());
@@ -55,7 +56,7 @@ mod tests {
     fn equal_scores_lose_nothing() {
         let x = Tensor::full(0.3f32, (2, 1, 1, 2), &Device::Cpu).unwrap();
         let score = Tensor::full(0.1f32, (2, 1, 1, 2), &Device::Cpu).unwrap();
-        assert_eq!(score_identity(&x, &score, &score, 1.2).unwrap().loss.to_scalar::<f32>().unwrap(), 0.0);
-        assert_eq!(score_identity(&x, &x, &x, 1.2).unwrap().loss.to_scalar::<f32>().unwrap(), 0.0);
+        assert_eq!(score_identity(&x, &score, &score, 1.2, 0.0).unwrap().loss.to_scalar::<f32>().unwrap(), 0.0);
+        assert_eq!(score_identity(&x, &x, &x, 1.2, 0.0).unwrap().loss.to_scalar::<f32>().unwrap(), 0.0);
     }
 }

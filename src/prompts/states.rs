@@ -64,7 +64,7 @@ impl Prompts {
             true => (captions, None),
             false => (super::read(Path::new(&config.prompts))?, Some(captions)),
         };
-        let RealScoreSettings { negative, guidance_scale } = &config.real_score;
+        let RealScoreSettings { negative, guidance_scale, .. } = &config.real_score;
         let mut prompts = Self::new(texts, encoders, fingerprint::text(model)?, negative, *guidance_scale)?;
         if let Some(captions) = captions {
             prompts.first_caption = prompts.texts.len();

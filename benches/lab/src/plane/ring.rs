@@ -93,7 +93,7 @@ pub fn train(method: Method, random: &Random, n_steps: u64, n: usize) -> Result<
             let x_t = noised(&x.detach(), &sigma, &normal(Purpose::GeneratorEps, step)?)?;
             let x0_real = denoise_all(&teacher, &x_t, &sigma)?;
             let x0_fake = if method.fake_score { fake_score.denoise(&x_t, &sigma, false)? } else { x.detach() };
-            loss = distribution_matching(&x, &x0_real, &x0_fake, None)?.loss;
+            loss = distribution_matching(&x, &x0_real, &x0_fake, None, 0.0)?.loss;
         }
         if let Some(pairs) = &pairs {
             let [noise, images] = pairs.batch(random, step)?;

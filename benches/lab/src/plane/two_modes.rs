@@ -45,7 +45,7 @@ pub fn train(divergence: Divergence, regression: f64, random: &Random, n_steps: 
         let h = bins.weights(divergence, &ratios, &indices.iter().map(place).collect::<Vec<_>>());
 
         let x0_real = denoise_all(&teacher, &x_t, &sigma)?;
-        let mut loss = distribution_matching(&x, &x0_real, &x0_fake, Some(&h))?.loss;
+        let mut loss = distribution_matching(&x, &x0_real, &x0_fake, Some(&h), 0.0)?.loss;
         if let Some(pairs) = &pairs {
             let [noise, images] = pairs.batch(random, step)?;
             loss = (loss + (l2(&generator.generate(&noise)?, &images)? * regression)?)?;

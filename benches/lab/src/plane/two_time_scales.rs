@@ -49,7 +49,7 @@ pub fn train(turns: Turns, random: &Random, n_steps: u64) -> Result<Vec<[f64; 2]
         let at = draw(Purpose::GeneratorLevel, step);
         let x_t = noised(&x.detach(), &sigma(&at), &random.normal(Purpose::GeneratorEps, step, &SHAPE)?)?;
         let x0_real = gaussian_denoiser(&x_t, &sigma(&at))?;
-        let matching = distribution_matching(&x, &x0_real, &critic.denoise(&x_t, &at)?, None)?;
+        let matching = distribution_matching(&x, &x0_real, &critic.denoise(&x_t, &at)?, None, 0.0)?;
         descend(&mut optimizer, "loss_dm", &matching.loss, turns.rate)?;
         for turn in step * turns.ratio..(step + 1) * turns.ratio {
             let x = generate(&random.normal(Purpose::CriticNoise, turn, &SHAPE)?)?.detach();
