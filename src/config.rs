@@ -613,6 +613,9 @@ pub enum Recipe {
     Sd15,
     /// Score identity with long and short guidance for Stable Diffusion 1.5 (Zhou et al. 2024, SiD-LSG). Needs --prompts.
     Sd15Lsg,
+    /// Distribution matching with the adversarial term for SDXL in four steps, as in DMD2. Needs --data with captions.
+    #[value(name = "sdxl-4step")]
+    Sdxl4Step,
     /// Distribution matching for a small teacher of text. Needs --prompts.
     TextSmall,
 }
@@ -630,6 +633,7 @@ impl Recipe {
             Recipe::FJs => include_str!("recipes/f-js.toml"),
             Recipe::Sd15 => include_str!("recipes/sd15.toml"),
             Recipe::Sd15Lsg => include_str!("recipes/sd15-lsg.toml"),
+            Recipe::Sdxl4Step => include_str!("recipes/sdxl-4step.toml"),
             Recipe::TextSmall => include_str!("recipes/text-small.toml"),
         }
     }

@@ -82,6 +82,8 @@ pub enum Purpose {
     Latents = 41,
     /// Which samples the critic is shown without their condition.
     CriticDropout = 42,
+    /// Noise that tells what another prompt changes.
+    PromptEffect = 43,
     /// Points of the plane's data (benches/lab).
     AblationData = 48,
     /// Which mode each of them belongs to.

@@ -232,8 +232,8 @@ fn with_latent_teacher(name: &str) -> (Workplace, &'static str) {
 }
 
 fn metric(w: &Workplace, run: &str, name: &str) -> Vec<f64> {
-    let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()[name].as_f64().unwrap();
-    w.text(&format!("{run}/metrics.jsonl")).lines().map(line).collect()
+    let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()[name].as_f64();
+    w.text(&format!("{run}/metrics.jsonl")).lines().filter_map(line).collect()
 }
 
 #[test]
@@ -251,6 +251,12 @@ fn latent_teachers_become_generators_that_take_prompts() {
             index["_class_name"].clone()
         };
         assert_eq!(class("run/generator"), class("teacher"));
+        // Measured at the checkpoint, where there are prompts.
+        let effect = metric(&w, "run", "prompt_effect");
+        assert!(
+            effect.len() == usize::from(!told.is_empty()) && effect.iter().all(|effect| *effect > 0.0),
+            "{effect:?}"
+        );
         // Grids are decoded pictures, 16×16 drawn eight times as large; prompts in turn in a line or two below.
         let grid = image::open(w.path("run/samples/step-00000003.png")).unwrap();
         let line = if told.is_empty() { 0 } else { 2 + 10 };
@@ -489,8 +495,15 @@ fn a_critic_of_latents_learns_from_captioned_pictures() {
 #[test]
 fn recipes_of_text_begin_as_they_are() {
     let (w, _) = with_latent_teacher("sd");
-    for recipe in ["sd15", "sd15-lsg", "text-small"] {
-        w.ok(&format!("distill --teacher teacher --recipe {recipe} --prompts prompts.txt --out {recipe} --steps 2 --batch 2 --set ratio=2"));
+    write_captioned(&w, ".txt");
+    for (recipe, given) in [
+        ("sd15", "--prompts prompts.txt"),
+        ("sd15-lsg", "--prompts prompts.txt"),
+        ("sdxl-4step", "--data captioned"),
+        ("text-small", "--prompts prompts.txt"),
+    ] {
+        let line = format!("distill --teacher teacher --recipe {recipe} {given} --out {recipe}");
+        w.ok(&format!("{line} --steps 2 --batch 2 --set ratio=2"));
     }
 }
 

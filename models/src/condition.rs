@@ -126,8 +126,9 @@ mod tests {
     #[test]
     fn silent_rows_are_told_nothing() {
         let of = |ids: &[i64], vectors: &[[f32; 2]]| -> Condition<Tensor> {
-            let tensors = [Tensor::new(ids, &Device::Cpu).unwrap(), Tensor::new(vectors, &Device::Cpu).unwrap()];
-            [Way::Label, Way::Vector].into_iter().zip(tensors).collect()
+            let ids = Tensor::new(ids, &Device::Cpu).unwrap();
+            let vectors = Tensor::from_slice(vectors.as_flattened(), (vectors.len(), 2), &Device::Cpu).unwrap();
+            [(Way::Label, ids), (Way::Vector, vectors)].into_iter().collect()
         };
         let told = of(&[1, 2, 3], &[[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]);
         let told = told.without(&of(&[7], &[[0.0, -1.0]]), &[false, true, false]).unwrap();

@@ -254,7 +254,7 @@ impl Trainee for Trainer<'_> {
     }
 
     /// How far held-out pictures are from what is left of them.
-    fn validate(&self) -> Result<Option<(&'static str, f64)>> {
+    fn validate(&mut self) -> Result<Option<(&'static str, f64)>> {
         if self.held_out.is_empty() {
             return Ok(None);
         }

@@ -196,7 +196,7 @@ impl Reality {
                 let chosen = random.stream(Purpose::Caption, key).uniform(n);
                 let captions = picks.iter().zip(chosen).map(|(i, chosen)| {
                     let Range { start, end } = self.captions[*i];
-                    let one = start + (f64::from(chosen) * (end - start) as f64) as usize;
+                    let one = start + (chosen * (end - start) as f64) as usize;
                     (prompts.first_caption + one.min(end - 1)) as u32
                 });
                 prompts.told(&captions.collect::<Vec<_>>(), &random.device)?
@@ -262,7 +262,7 @@ impl Networks {
         let told = match &self.real_score.unconditional {
             Some(unconditional) if dropout > 0.0 => {
                 let silent = random.stream(Purpose::CriticDropout, update).uniform(n);
-                let silent: Vec<bool> = silent.into_iter().map(|u| f64::from(u) < dropout).collect();
+                let silent: Vec<bool> = silent.into_iter().map(|u| u < dropout).collect();
                 Some(cond.without(unconditional, &silent)?)
             }
             _ => None,

@@ -180,12 +180,19 @@ impl Trainee for Distillation<'_> {
             let measured = self.networks.update_fake_score(self.config, &self.random, step, turn)?;
             health.add(&measured, 1.0 / self.config.ratio as f64);
         }
-        self.monitor.observe(&health).iter().for_each(|warning| output::warn(warning));
+        self.monitor
+            .observe(&health, self.networks.guidance_scale > 1.0)
+            .iter()
+            .for_each(|warning| output::warn(warning));
         Ok(health.values())
     }
 
-    fn validate(&self) -> Result<Option<(&'static str, f64)>> {
-        Ok(None)
+    /// Of a generator of text, what another prompt changes, in the parts of what another noise changes.
+    fn validate(&mut self) -> Result<Option<(&'static str, f64)>> {
+        let n = (self.config.batch / self.config.accumulate).clamp(2, GRID);
+        let effect = self.networks.prompt_effect(&self.random, n)?;
+        effect.and_then(|effect| self.monitor.prompts(effect)).iter().for_each(|warning| output::warn(warning));
+        Ok(effect.map(|effect| ("prompt_effect", effect)))
     }
 
     fn slow_down(&mut self, factor: f64) {

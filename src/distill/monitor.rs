@@ -17,6 +17,8 @@ const TURNS: usize = 3;
 const APART: f64 = 0.8;
 /// Factor by which the samples' standard deviation may leave that of the first window.
 const DRIFT: f64 = 1.6;
+/// Prompts that change less of a picture than this part of what another noise changes are ignored.
+const IGNORED: f64 = 0.02;
 /// What their mean may leave that of the first window by, of the values' [-1, 1].
 const DRIFT_OF_MEAN: f64 = 0.5;
 
@@ -33,8 +35,19 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Takes in one update's numbers; returns warnings that were not given before in this run.
-    pub fn observe(&mut self, health: &Health) -> Vec<String> {
+    /// Takes in what another prompt changes, in the parts of what another noise changes; returns a warning that was not given
+    /// before in this run.
+    pub fn prompts(&mut self, effect: f64) -> Option<String> {
+        let warning = || {
+            format!(
+                "another prompt changes the pictures by {effect:.3} of what another noise changes: prompts are ignored; raise real_score.guidance_scale, or see whether the prompts are such as the teacher knows"
+            )
+        };
+        if effect < IGNORED { self.once("prompts", warning) } else { None }
+    }
+
+    /// Takes in one update's numbers; returns warnings that were not given before in this run. `guided`: the real score is.
+    pub fn observe(&mut self, health: &Health, guided: bool) -> Vec<String> {
         let mut warnings = Vec::new();
         let (Some(mean), Some(std)) = (health.get("sample_mean"), health.get("sample_std")) else { return warnings };
         for (window, value) in [(&mut self.means, mean), (&mut self.stds, std)] {
@@ -67,8 +80,12 @@ impl Monitor {
             };
             if let Some((what, first, now)) = drifted {
                 warnings.extend(self.once("drift", || {
+                    let burns = match guided && now > first && what == "contrast" {
+                        true => "; guidance burns colours: lower real_score.guidance_scale, or raise real_score.rescale",
+                        false => "",
+                    };
                     format!(
-                        "the samples' {what} went from {first:.2} to {now:.2}: they drift away from the data; lower generator.rate, raise ratio, or add loss.regression"
+                        "the samples' {what} went from {first:.2} to {now:.2}: they drift away from the data; lower generator.rate, raise ratio, or add loss.regression{burns}"
                     )
                 }));
             }
@@ -121,7 +138,7 @@ mod tests {
 
     fn warnings(numbers: impl Fn(usize) -> Vec<(&'static str, f64)>) -> Vec<String> {
         let mut monitor = Monitor::default();
-        (0..3 * WINDOW).flat_map(|i| monitor.observe(&numbers(i).into_iter().collect())).collect()
+        (0..3 * WINDOW).flat_map(|i| monitor.observe(&numbers(i).into_iter().collect(), false)).collect()
     }
 
     fn calm(_: usize) -> Vec<(&'static str, f64)> {
@@ -145,15 +162,27 @@ mod tests {
     fn a_run_that_goes_on_remembers() {
         let numbers = |mean: f64| -> Health { [("sample_mean", mean), ("sample_std", 0.5)].into_iter().collect() };
         let mut before = Monitor::default();
-        assert!((0..WINDOW).all(|_| before.observe(&numbers(0.6)).is_empty()));
+        assert!((0..WINDOW).all(|_| before.observe(&numbers(0.6), false).is_empty()));
         let after = |saved: &str| -> (Vec<String>, String) {
             let mut monitor: Monitor = serde_json::from_str(saved).unwrap();
-            let warnings = (0..WINDOW).flat_map(|_| monitor.observe(&numbers(0.0))).collect();
+            let warnings = (0..WINDOW).flat_map(|_| monitor.observe(&numbers(0.0), false)).collect();
             (warnings, serde_json::to_string(&monitor).unwrap())
         };
         let (warnings, saved) = after(&serde_json::to_string(&before).unwrap());
         assert!(warnings.len() == 1 && warnings[0].contains("mean brightness went from 0.60"), "{warnings:?}");
         assert!(after(&saved).0.is_empty());
+    }
+
+    #[test]
+    fn burnt_colours_and_ignored_prompts_are_said_once() {
+        let mut monitor = Monitor::default();
+        let numbers =
+            |i: i32| -> Health { [("sample_mean", 0.0), ("sample_std", 0.5 * 1.01f64.powi(i))].into_iter().collect() };
+        let said: Vec<String> = (0..120).flat_map(|i| monitor.observe(&numbers(i), true)).collect();
+        assert!(said.len() == 1 && said[0].ends_with("or raise real_score.rescale"), "{said:?}");
+        assert_eq!(monitor.prompts(0.3), None);
+        assert!(monitor.prompts(0.001).unwrap().contains("by 0.001 of what another noise changes"));
+        assert_eq!(monitor.prompts(0.001), None);
     }
 
     #[test]

@@ -17,8 +17,8 @@ use crate::loss::{
     Matching, approximate_r1, denoising, density_ratio, discriminator, distribution_matching, generator_adversarial,
     rescaled_guidance, score_identity,
 };
-use crate::optim::{Gradients, average_into, ramped_decay, rate_at};
-use crate::random::Random;
+use crate::optim::{Gradients, average_into, ramped_decay, rate_at, read};
+use crate::random::{Purpose, Random};
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use dmd_models::Condition;
@@ -200,6 +200,27 @@ impl Networks {
             loss = (loss + (loss_d * gan.critic_weight)?)?;
         }
         Ok((loss, health))
+    }
+
+    /// mean|G(z, c) − G(z, c')| over mean|G(z, c) − G(z', c)| for `n` noises and prompts in turn, c' the next prompt of each:
+    /// 0 where prompts are ignored. None without text, or with one prompt.
+    pub fn prompt_effect(&self, random: &Random, n: usize) -> Result<Option<f64>> {
+        let Some(prompts) = self.prompts.as_ref().filter(|prompts| prompts.len() > 1) else { return Ok(None) };
+        let told = |first: usize| -> Result<Condition<Tensor>> {
+            let picks: Vec<u32> = (first..first + n).map(|i| (i % prompts.len()) as u32).collect();
+            prompts.told(&picks, &random.device)
+        };
+        let noise = |key: u64| random.normal(Purpose::PromptEffect, key, &self.shape_of(n));
+        let sigma = self.sigmas[0];
+        let generate = |noise: &Tensor, cond: &Condition<Tensor>| -> Result<Tensor> {
+            Ok(self.generator_still.denoise(&self.training, &(noise * sigma)?, &[sigma], cond)?)
+        };
+        let (z, cond) = (noise(0)?, told(0)?);
+        let x = generate(&z, &cond)?;
+        let far = |other: Tensor| -> Result<Tensor> { Ok((&x - other)?.abs()?.mean_all()?) };
+        let distances = read(&[far(generate(&z, &told(1)?)?)?, far(generate(&noise(1)?, &cond)?)?])?;
+        // Where other noise changes nothing either, the generator makes one picture, which the monitor says otherwise.
+        Ok(Some(distances[0] / distances[1].max(f64::MIN_POSITIVE)))
     }
 
     /// The generator's samples without gradient, `(B, C, H, W)`, from the noise of the critic's first turn of a step.

@@ -266,7 +266,7 @@ impl Trainee for Trainer<'_> {
     }
 
     /// Weights that an update has ruined are not saved: a run that goes on would begin with them.
-    fn validate(&self) -> Result<Option<(&'static str, f64)>> {
+    fn validate(&mut self) -> Result<Option<(&'static str, f64)>> {
         let loss = self.validation_loss()?;
         loss.map(|loss| Ok(("validation_loss", finite("validation_loss", loss)?))).transpose()
     }

@@ -31,7 +31,7 @@ pub trait Trainee {
     /// weight.
     fn update(&mut self, step: u64) -> Result<Numbers>;
     /// What is measured before a checkpoint, if anything; not finite, the checkpoint is not written.
-    fn validate(&self) -> Result<Option<(&'static str, f64)>>;
+    fn validate(&mut self) -> Result<Option<(&'static str, f64)>>;
     /// From now on at this factor of the rates.
     fn slow_down(&mut self, factor: f64);
     /// What a checkpoint holds: weights and moments,
