@@ -644,12 +644,29 @@ pub struct BenchTrainArgs {
 pub struct BenchRunArgs {
     /// An exported file.
     pub onnx: PathBuf,
-    /// Timed passes.
+    /// Timed calls.
     #[arg(long, default_value_t = 50, value_name = "N")]
     pub runs: usize,
-    /// What runs it.
+    /// What runs it on the processor.
     #[arg(long, default_value = "auto", value_enum)]
     pub engine: Engine,
+    /// An accelerator, as often as there are: each is timed in a process of its own. `cpu`, `openvino:DEVICE`, `xnnpack`,
+    /// `coreml`, `nnapi`, `directml:N`, `cuda:N`, `tensorrt:N`, and plug-ins `webgpu=LIBRARY`, `qnn=LIBRARY`,
+    /// `openvino=LIBRARY`, `custom=LIBRARY`, options behind commas [default: cpu].
+    #[arg(long, value_name = "NAME")]
+    pub accelerator: Vec<String>,
+    /// Numbers of threads, each timed in a process of its own [default: that of --threads].
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
+    pub thread_counts: Vec<usize>,
+    /// Load the file so that ONNX Runtime holds less memory, for more time.
+    #[arg(long)]
+    pub low_memory: bool,
+    /// Draw how the times of the calls are spread.
+    #[arg(long, value_name = "FILE.png|svg")]
+    pub plot: Option<PathBuf>,
+    /// Replace an existing plot.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `dmd ablate`.

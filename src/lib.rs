@@ -33,6 +33,7 @@ pub mod npy;
 pub mod onnx_sizes;
 pub mod output;
 pub mod picture;
+pub mod plot;
 pub mod prompts;
 pub mod report;
 

@@ -10,8 +10,18 @@ pub fn peak_bytes(device: &Device) -> Option<u64> {
     if device.is_cuda() {
         return dmd_models::cuda::peak_bytes(device);
     }
+    status_bytes("VmHWM:")
+}
+
+/// The bytes that this process holds, where the system tells (Linux): its own, and those of files that are mapped, which the
+/// system may drop and shares between processes.
+pub fn resident_bytes() -> Option<[u64; 2]> {
+    Some([status_bytes("RssAnon:")?, status_bytes("RssFile:")?])
+}
+
+fn status_bytes(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let line = status.lines().find(|line| line.starts_with(field))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }

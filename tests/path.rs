@@ -40,9 +40,24 @@ fn pictures_become_a_teacher_a_generator_and_a_file_that_agree() {
     everything_can_be_inspected(&w);
     accelerators_take_what_was_exported(&w);
     let timed = w.ok("bench run generator.onnx --runs 3");
-    for number in ["median_ms", "p95_ms", "load_ms"] {
-        assert!(timed[number].as_f64().unwrap() > 0.0, "{timed}");
+    for number in ["load_ms", "first_ms", "min_ms", "median_ms", "p90_ms", "p99_ms", "max_ms", "engine_ms"] {
+        assert!(timed["rows"][0][number].as_f64().unwrap() > 0.0, "{timed}");
     }
+    // Without the --threads of the other commands.
+    let line = "--json bench run generator.onnx --runs 3 --thread-counts 1,2 --accelerator cpu --accelerator nnapi --plot a.svg";
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_dmd"));
+    let timed = command.current_dir(w.path("")).args(line.split_whitespace()).output().unwrap();
+    assert!(timed.status.success(), "{}", common::stderr(&timed));
+    let timed: serde_json::Value = serde_json::from_slice(&timed.stdout).unwrap();
+    let rows = timed["rows"].as_array().unwrap();
+    let told = |key: &str| rows.iter().map(|row| row[key].clone()).collect::<Vec<_>>();
+    assert_eq!(told("threads"), [1, 2, 1, 2].map(|n| json!(n)), "{timed}");
+    assert_eq!(told("asked"), ["CPU", "CPU", "NNAPI", "NNAPI"].map(|name| json!(name)), "{timed}");
+    for row in &rows[2..] {
+        assert!(row["passed_over"].as_str().is_some_and(|why| !why.is_empty()) && row["median_ms"].is_null(), "{row}");
+    }
+    assert_eq!(rows[0]["times_ms"].as_array().unwrap().len(), 3);
+    assert!(std::fs::read_to_string(w.path("a.svg")).unwrap().contains("2 threads"));
     let timed = w.run("--json bench train --unet unet.json --batch 2 --steps 1 --ratio 1 --device cpu");
     assert!(timed.status.success(), "{}", common::stderr(&timed));
     let stdout = String::from_utf8(timed.stdout).unwrap();
@@ -122,7 +137,7 @@ fn a_generator_of_several_passes_goes_the_whole_way() {
     let refused: Vec<_> = coreml["refused"].as_array().unwrap().iter().map(|r| &r["operator"]).collect();
     assert!(refused.iter().all(|operator| *operator == "Gather") && refused.len() == 4, "{coreml}");
     assert_eq!(coreml["partitions"].as_array().unwrap().len(), 1, "{coreml}");
-    assert!(w.ok("bench run generator.onnx --runs 2")["median_ms"].as_f64().unwrap() > 0.0);
+    assert!(w.ok("bench run generator.onnx --runs 2")["rows"][0]["median_ms"].as_f64().unwrap() > 0.0);
     w.ok("score generator.onnx --against run/generator -n 8");
 }
 

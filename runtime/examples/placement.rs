@@ -1,12 +1,11 @@
 //! What runs a file, and why: `cargo run --release --example placement -- MODEL.onnx ACCELERATOR... [--require] [--tabs]`.
 //!
-//! Accelerators in the order of preference: `cpu`, `openvino:DEVICE`, `xnnpack`, `coreml`, `nnapi`, `directml:N`, `cuda:N`,
-//! `tensorrt:N`, and plug-ins `webgpu=LIBRARY`, `qnn=LIBRARY`, `openvino=LIBRARY`, `custom=LIBRARY`, followed by their
-//! options: `qnn=/opt/qnn/libonnxruntime_providers_qnn.so,soc_model=57`.
+//! Accelerators in the order of preference, as `dmd_runtime::Accelerator` is read from words: `cpu`, `openvino:CPU`,
+//! `qnn=/opt/qnn/libonnxruntime_providers_qnn.so,soc_model=57`.
 
 use std::time::{Duration, Instant};
 
-use dmd_runtime::{Accelerator, CoreMl, Generator, Options, Placement, PlugIn, Qnn, Request};
+use dmd_runtime::{Generator, Options, Placement, Request};
 
 /// Pictures whose median time is told, and how long they may take.
 const TIMED: usize = 15;
@@ -19,7 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("usage: placement MODEL.onnx ACCELERATOR... [--require] [--tabs]".into());
     };
     let options = Options {
-        accelerators: accelerators.iter().map(|word| accelerator(word)).collect::<Result<_, _>>()?,
+        accelerators: accelerators.iter().map(|word| word.parse()).collect::<Result<_, _>>()?,
         require_accelerator: flags.iter().any(|flag| flag == "--require"),
         threads: Some(1),
         ..Options::default()
@@ -63,48 +62,5 @@ fn tabs(placement: &Placement, load_ms: f64, median_ms: f64) -> String {
                 probe.map_or((0.0, f64::INFINITY), |probe| (probe.max_difference, probe.psnr_db));
             format!("taken\t{taken}\t{all}\t{difference:.1e}\t{psnr_db:.1}\t{load_ms:.0}\t{median_ms:.2}")
         }
-    }
-}
-
-fn accelerator(word: &str) -> Result<Accelerator, String> {
-    let (plug_in, options) = word.split_once(',').unwrap_or((word, ""));
-    if let Some((name, library)) = plug_in.split_once('=') {
-        let option = |option: &str| option.split_once('=').map(|(key, value)| (key.into(), value.into()));
-        let options = options.split(',').filter(|option| !option.is_empty());
-        let options: Option<Vec<(String, String)>> = options.map(option).collect();
-        let options = options.ok_or(format!("{word}: options are NAME=VALUE"))?;
-        let plug_in = PlugIn { options, ..PlugIn::new(library) };
-        return match name {
-            "webgpu" => Ok(Accelerator::WebGpu(plug_in)),
-            "openvino" => Ok(Accelerator::OpenVinoPlugIn(plug_in)),
-            "custom" => Ok(Accelerator::Custom { name: "Custom".into(), plug_in, fp16: false }),
-            "qnn" => {
-                let number = |name: &str| {
-                    let of = |(key, value): &(String, String)| (key == name).then(|| value.parse().ok()).flatten();
-                    plug_in.options.iter().find_map(of)
-                };
-                let (soc_model, htp_arch) = (number("soc_model"), number("htp_arch"));
-                let backend = plug_in.options.iter().find(|(key, _)| key == "backend_type");
-                let backend = backend.map_or("htp".into(), |(_, value)| value.clone());
-                Ok(Accelerator::Qnn(Qnn { backend, soc_model, htp_arch, ..Qnn::new(library) }))
-            }
-            _ => Err(format!("{name} is no plug-in that is known here")),
-        };
-    }
-    let (name, device) = word.split_once(':').unwrap_or((word, "0"));
-    let number = device.parse().map_err(|_| format!("{word}: expected the number of a device"));
-    match name {
-        "cpu" => Ok(Accelerator::Cpu),
-        "openvino" => {
-            let device = if device == "0" { "CPU" } else { device };
-            Ok(Accelerator::OpenVino { device: device.into(), cache: None })
-        }
-        "xnnpack" => Ok(Accelerator::Xnnpack),
-        "coreml" => Ok(Accelerator::CoreMl(CoreMl::default())),
-        "nnapi" => Ok(Accelerator::Nnapi { fp16: false }),
-        "directml" => Ok(Accelerator::DirectMl { device: number? }),
-        "cuda" => Ok(Accelerator::Cuda { device: number? }),
-        "tensorrt" => Ok(Accelerator::TensorRt { device: number?, fp16: false, cache: None }),
-        _ => Err(format!("{name} is no accelerator that is known here")),
     }
 }

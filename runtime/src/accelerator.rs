@@ -3,8 +3,11 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde::Deserialize;
+
+use crate::Error;
 
 /// An accelerator that ONNX Runtime can hand a graph to, as far as the library or the plug-in at hand has it.
 ///
@@ -165,6 +168,77 @@ impl fmt::Display for Accelerator {
             Self::OpenVinoPlugIn(_) => f.write_str("OpenVINO (plug-in)"),
             Self::Custom { name, .. } => f.write_str(name),
         }
+    }
+}
+
+/// As command lines name it: `cpu`, `openvino:DEVICE`, `xnnpack`, `coreml`, `nnapi`, `directml:N`, `cuda:N`, `tensorrt:N`;
+/// and plug-ins `webgpu=LIBRARY`, `qnn=LIBRARY`, `openvino=LIBRARY`, `custom=LIBRARY`, with options behind commas:
+/// `qnn=/opt/qnn/libonnxruntime_providers_qnn.so,soc_model=57`. Devices that are not named are `CPU` and 0.
+impl FromStr for Accelerator {
+    type Err = Error;
+
+    fn from_str(given: &str) -> Result<Self, Error> {
+        let named = if given.contains('=') { plug_in(given) } else { built_in(given) };
+        named.map_err(|reason| Error::Accelerator { given: given.into(), reason })
+    }
+}
+
+fn built_in(given: &str) -> Result<Accelerator, String> {
+    let (name, device) = given.split_once(':').map_or((given, None), |(name, device)| (name, Some(device)));
+    let number = || {
+        let number = device.unwrap_or("0").parse();
+        number.map_err(|_| format!("{:?} is no number of a device", device.unwrap_or_default()))
+    };
+    let found = match name {
+        "openvino" => Accelerator::OpenVino { device: device.unwrap_or("CPU").into(), cache: None },
+        "directml" => Accelerator::DirectMl { device: number()? },
+        "cuda" => Accelerator::Cuda { device: number()? },
+        "tensorrt" => Accelerator::TensorRt { device: number()?, fp16: false, cache: None },
+        "cpu" | "xnnpack" | "coreml" | "nnapi" if device.is_some() => return Err(format!("{name} has no devices")),
+        "cpu" => Accelerator::Cpu,
+        "xnnpack" => Accelerator::Xnnpack,
+        "coreml" => Accelerator::CoreMl(CoreMl::default()),
+        "nnapi" => Accelerator::Nnapi { fp16: false },
+        "webgpu" | "qnn" | "custom" => return Err(format!("is a plug-in, expected {name}=LIBRARY")),
+        _ => {
+            return Err(
+                "expected cpu, openvino[:DEVICE], xnnpack, coreml, nnapi, directml[:N], cuda[:N], tensorrt[:N], \
+                        or one of the plug-ins webgpu, qnn, openvino and custom as NAME=LIBRARY"
+                    .into(),
+            );
+        }
+    };
+    Ok(found)
+}
+
+fn plug_in(given: &str) -> Result<Accelerator, String> {
+    let (named, options) = given.split_once(',').unwrap_or((given, ""));
+    let (name, library) = named.split_once('=').ok_or("expected NAME=LIBRARY before the first comma")?;
+    let option = |option: &str| match option.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => Err(format!("{option:?} is no option, expected NAME=VALUE")),
+    };
+    let options = options.split(',').filter(|option| !option.is_empty());
+    let mut plug_in = PlugIn { options: options.map(option).collect::<Result<_, _>>()?, ..PlugIn::new(library) };
+    let mut take = |key: &str| {
+        let at = plug_in.options.iter().position(|(name, _)| name == key)?;
+        Some(plug_in.options.remove(at).1)
+    };
+    match name {
+        "webgpu" => Ok(Accelerator::WebGpu(plug_in)),
+        "openvino" => Ok(Accelerator::OpenVinoPlugIn(plug_in)),
+        "custom" => Ok(Accelerator::Custom { name: "Custom".into(), plug_in, fp16: false }),
+        "qnn" => {
+            let backend = take("backend_type").unwrap_or_else(htp);
+            let mut number = |key: &str| {
+                let number = take(key).map(|value| value.parse().map_err(|_| format!("{key} {value:?} is no number")));
+                number.transpose()
+            };
+            let (soc_model, htp_arch) = (number("soc_model")?, number("htp_arch")?);
+            let PlugIn { library, options } = plug_in;
+            Ok(Accelerator::Qnn(Qnn { library, backend, soc_model, htp_arch, options }))
+        }
+        _ => Err(format!("{name:?} is no plug-in, expected webgpu, qnn, openvino or custom")),
     }
 }
 

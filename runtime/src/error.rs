@@ -82,6 +82,14 @@ pub enum Error {
         /// The engine's reason.
         reason: String,
     },
+    /// Words that name no accelerator.
+    #[error("accelerator {given:?}: {reason}")]
+    Accelerator {
+        /// The words.
+        given: String,
+        /// What was expected.
+        reason: String,
+    },
     /// None of the accelerators of the list was taken, and one is required.
     #[error("no accelerator of the list was taken, and one is required:{}", crate::placement::list(passed_over))]
     NoAccelerator {

@@ -55,6 +55,10 @@ pub struct Options {
     pub accelerators: Vec<Accelerator>,
     /// Whether an accelerator of the list must run every node: otherwise the processor runs what they leave, or all.
     pub require_accelerator: bool,
+    /// Whether ONNX Runtime is to hold less memory, for a quarter more time: it keeps the weights as the file has them, and
+    /// gives back after a call what the call took. Weights beside the file (`dmd export --external-data`) then stay there,
+    /// and are mapped. tract has no such choice.
+    pub low_memory: bool,
 }
 
 impl Generator {

@@ -40,6 +40,36 @@ fn passed_over(accelerators: &[Accelerator]) -> Vec<PassedOver> {
     placement.passed_over
 }
 
+#[test]
+fn an_accelerator_is_read_from_the_words_of_a_command_line() {
+    let qnn = "qnn=/opt/qnn.so,soc_model=57,backend_type=gpu,profiling_level=off".parse::<Accelerator>().unwrap();
+    let expected = Qnn {
+        backend: "gpu".into(),
+        soc_model: Some(57),
+        options: vec![("profiling_level".into(), "off".into())],
+        ..Qnn::new("/opt/qnn.so")
+    };
+    assert_eq!(qnn, Accelerator::Qnn(expected));
+    assert_eq!("cuda:1".parse::<Accelerator>().unwrap(), Accelerator::Cuda { device: 1 });
+    let names = ["cpu", "openvino", "openvino:NPU", "openvino=/a.so", "coreml", "tensorrt:2", "custom=/b.so"];
+    let names = names.map(|words| words.parse::<Accelerator>().unwrap().to_string());
+    let expected =
+        ["CPU", "OpenVINO (CPU)", "OpenVINO (NPU)", "OpenVINO (plug-in)", "Core ML", "TensorRT (2)", "Custom"];
+    assert_eq!(names, expected);
+    for (words, expected) in [
+        ("warp", "accelerator \"warp\": expected cpu, openvino[:DEVICE], "),
+        ("cuda:first", "\"first\" is no number of a device"),
+        ("coreml:1", "coreml has no devices"),
+        ("webgpu", "is a plug-in, expected webgpu=LIBRARY"),
+        ("tpu=/a.so", "\"tpu\" is no plug-in"),
+        ("qnn=/a.so,soc_model=SM8650", "soc_model \"SM8650\" is no number"),
+        ("webgpu=/a.so,fast", "\"fast\" is no option, expected NAME=VALUE"),
+    ] {
+        let error = words.parse::<Accelerator>().unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
 /// What only Apple's and Android's builds have; no build for Linux has them.
 #[cfg(target_os = "linux")]
 #[test]

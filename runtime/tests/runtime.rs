@@ -121,6 +121,20 @@ fn ramp(n: usize) -> Array4<f32> {
 }
 
 #[test]
+fn low_memory_makes_the_same_pictures() {
+    for engine in present() {
+        for name in ["classes-f32.onnx", "plain-f32.onnx", "steps-f32.onnx"] {
+            let options = Options { engine, low_memory: true, ..Options::default() };
+            let low = Generator::load(fixture(name), options).unwrap();
+            let request = Request { seed: 3, batch: 5, ..Request::default() };
+            let (found, expected) = (low.generate(&request).unwrap(), load(name, engine).generate(&request).unwrap());
+            let difference = (found.to_f32() - expected.to_f32()).mapv(f32::abs).fold(0.0f32, |a, b| a.max(*b));
+            assert!(difference < 1e-5, "{name}: {difference}");
+        }
+    }
+}
+
+#[test]
 fn the_files_own_description_is_read() {
     let info = Info::read(fixture("classes-u8.onnx")).unwrap();
     assert_eq!(info.shape(), [3, 8, 6]);

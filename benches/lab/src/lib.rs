@@ -5,5 +5,4 @@ pub mod plane;
 pub mod recipes;
 pub mod scaling;
 
-mod plot;
 mod table;

@@ -1,6 +1,5 @@
 //! How an update's time grows with the batch and with the area of the pictures, as a plot.
 
-use crate::plot::growth;
 use anyhow::Result;
 use candle_core::Device;
 use dmd::commands::bench_train::random_teacher;
@@ -10,6 +9,7 @@ use dmd::distill::{Beginning, Networks};
 use dmd::eval::median;
 use dmd::output::{result, say};
 use dmd::picture::{labelled_panel, save};
+use dmd::plot::growth;
 use dmd::random::Random;
 use std::path::PathBuf;
 use std::time::Instant;

@@ -85,6 +85,8 @@ typedef struct dmd_options {
   // What may run the graph in the place of the processor, in the order in which they are asked: a JSON array, or null for
   // none. docs/runtime.md has its words; `dmd_describe_json` tells which was taken, and why not the others.
   const char *accelerators;
+  // 1 where ONNX Runtime is to hold less memory, for a quarter more time; 0 otherwise.
+  uint32_t low_memory;
 } dmd_options;
 
 // An open file, ready to make pictures from any number of threads at once. 0 is none. Numbers are never given out twice in

@@ -52,6 +52,8 @@ pub struct Options {
     /// What may run the graph in the place of the processor, in the order in which they are asked: a JSON array, or null for
     /// none. docs/runtime.md has its words; `dmd_describe_json` tells which was taken, and why not the others.
     pub accelerators: *const c_char,
+    /// 1 where ONNX Runtime is to hold less memory, for a quarter more time; 0 otherwise.
+    pub low_memory: u32,
 }
 
 /// Which pictures to make.
@@ -439,11 +441,10 @@ unsafe fn read_options(options: *const Options) -> Result<runtime::Options> {
     };
     let accelerators = serde_json::from_str(accelerators.unwrap_or("[]"))
         .or_else(|error| bad_argument(format!("dmd_options.accelerators is no list of accelerators: {error}")))?;
-    if options.require_accelerator > 1 {
-        return bad_argument(format!(
-            "dmd_options.require_accelerator is {}, expected 0 or 1",
-            options.require_accelerator
-        ));
+    for (name, flag) in [("require_accelerator", options.require_accelerator), ("low_memory", options.low_memory)] {
+        if flag > 1 {
+            return bad_argument(format!("dmd_options.{name} is {flag}, expected 0 or 1"));
+        }
     }
     const ENGINES: [(Engine, EngineChoice); 3] = [
         (Engine::Auto, EngineChoice::Auto),
@@ -459,5 +460,6 @@ unsafe fn read_options(options: *const Options) -> Result<runtime::Options> {
         threads: (options.threads > 0).then_some(options.threads),
         accelerators,
         require_accelerator: options.require_accelerator == 1,
+        low_memory: options.low_memory == 1,
     })
 }

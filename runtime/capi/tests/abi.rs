@@ -21,6 +21,7 @@ const TRACT: Options = Options {
     engine: Engine::Tract as u32,
     require_accelerator: 0,
     accelerators: null(),
+    low_memory: 0,
 };
 
 fn open(name: &str) -> Generator {

@@ -45,6 +45,9 @@ int main(int argc, char **argv) {
     bad.require_accelerator = 2;
     expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "require_accelerator is 2, expected 0 or 1");
     bad = options;
+    bad.low_memory = 7;
+    expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "low_memory is 7, expected 0 or 1");
+    bad = options;
     bad.accelerators = "[{\"warp\": {}}]";
     expect(dmd_open(model, &bad, &generator), BAD_ARGUMENT, "unknown variant `warp`, expected one of `cpu`");
     bad.accelerators = "[{\"cuda\": {\"device\": 0, \"tf32\": true}}]";

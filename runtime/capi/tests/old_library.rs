@@ -33,6 +33,7 @@ fn a_library_that_is_too_old_is_no_engine() {
         engine: Engine::Auto as u32,
         require_accelerator: 0,
         accelerators: null(),
+        low_memory: 0,
     };
     let mut generator = 0;
     assert_eq!(unsafe { dmd_open(path.as_ptr(), &options, &mut generator) }, Status::NoEngine);

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use ort::session::{Session, SessionInputValue};
 use ort::value::{TensorElementType, TensorRef};
 
+use super::EngineKind;
 use super::onnxruntime::{runtime, session};
-use super::{EngineKind, threads};
 use crate::contract::Source;
 use crate::printable::printable_lines;
 use crate::{Error, Options, Result};
@@ -31,7 +31,7 @@ impl Network {
         let failed = |reason: String| Error::Load { path: path.into(), engine: EngineKind::OnnxRuntime, reason };
         let runtime = runtime(options.library.as_deref())?;
         let source = bytes.map_or(Source::File(path), Source::Bytes);
-        let session = session(&runtime.environment, source, threads(options));
+        let session = session(&runtime.environment, source, options);
         let session = session.map_err(|error| failed(printable_lines(&error.to_string())))?;
         let [input] = session.inputs() else {
             return Err(failed(format!("it has {} inputs, expected one, the pictures", session.inputs().len())));

@@ -2,8 +2,8 @@
 
 use super::Point;
 use super::mixture::Mixture;
-use crate::plot::{INK, OVERSIZE, PAPER, SECOND_INK, draw, paper};
 use anyhow::Result;
+use dmd::plot::{INK, OVERSIZE, PAPER, SECOND_INK, draw, paper};
 use image::imageops::replace;
 use image::{Rgb, RgbImage};
 use plotters::prelude::*;

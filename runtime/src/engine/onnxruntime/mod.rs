@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::Mmap;
 use ort::environment::Environment;
+use ort::ep;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
@@ -40,7 +41,7 @@ pub(super) fn info(library: Option<&Path>) -> Result<EngineInfo> {
 pub(super) fn open(source: Source<'_>, info: &ModuleInfo, options: &Options) -> Result<(Box<dyn Engine>, EngineInfo)> {
     let runtime = runtime(options.library.as_deref())?;
     let failed = |reason: String| Error::Load { path: source.path().into(), engine: EngineKind::OnnxRuntime, reason };
-    let session = session(&runtime.environment, source, threads(options));
+    let session = session(&runtime.environment, source, options);
     let session = session.map_err(|error| failed(printable_lines(&error.to_string())))?;
     let runner = Runner::new(Arc::new(session), info).map_err(failed)?;
     let engine = OnnxRuntime { runner, one_at_a_time: None, _map: kept_map(source) };
@@ -61,7 +62,7 @@ pub(super) fn accelerated(
     let folder =
         if profiled { Some(ProfileFolder::new().map_err(|error| no_session(error.to_string()))?) } else { None };
     let builder = || -> ort::Result<SessionBuilder> {
-        let builder = builder(&runtime.environment, source, threads(options))?;
+        let builder = builder(&runtime.environment, source, options)?;
         let builder = builder.with_config_entry("session.record_ep_graph_assignment_info", "1")?;
         Ok(match &folder {
             Some(folder) => builder.with_profiling(folder.prefix())?,
@@ -89,17 +90,23 @@ fn kept_map(source: Source<'_>) -> Option<Arc<Mmap>> {
     if let Source::Map(_, map) = source { source.is_ort().then(|| map.clone()) } else { None }
 }
 
-pub(super) fn session(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<Session> {
-    commit(builder(environment, source, threads)?, source)
+pub(super) fn session(environment: &Environment, source: Source<'_>, options: &Options) -> ort::Result<Session> {
+    commit(builder(environment, source, options)?, source)
 }
 
-fn builder(environment: &Environment, source: Source<'_>, threads: usize) -> ort::Result<SessionBuilder> {
+fn builder(environment: &Environment, source: Source<'_>, options: &Options) -> ort::Result<SessionBuilder> {
+    // The highest level keeps weights a second time, in layouts of this processor's.
+    let level = if options.low_memory { GraphOptimizationLevel::Level2 } else { GraphOptimizationLevel::All };
     let mut builder = Session::builder(environment)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_intra_threads(threads)?
+        .with_optimization_level(level)?
+        .with_intra_threads(threads(options))?
         .with_inter_threads(1)?
         // It must read the bytes as they were read for the checks.
         .with_config_entry("session.load_model_format", if source.is_ort() { "ORT" } else { "ONNX" })?;
+    if options.low_memory {
+        let frees = ep::CPU::default().with_arena_allocator(false).build().error_on_failure();
+        builder = builder.with_memory_pattern(false)?.with_execution_providers([frees])?;
+    }
     if matches!(source, Source::Map(..)) && source.is_ort() {
         builder = builder
             .with_config_entry("session.use_ort_model_bytes_directly", "1")?

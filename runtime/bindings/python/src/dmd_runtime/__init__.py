@@ -35,7 +35,7 @@ class DmdError(Exception):
 
 class _Options(Structure):
     _fields_ = [("size", c_size_t), ("threads", c_size_t), ("library", c_char_p), ("engine", c_uint32)]
-    _fields_ += [("require_accelerator", c_uint32), ("accelerators", c_char_p)]
+    _fields_ += [("require_accelerator", c_uint32), ("accelerators", c_char_p), ("low_memory", c_uint32)]
 
 
 class _Request(Structure):
@@ -55,18 +55,18 @@ class Generator:
 
     `engine` is "auto", "onnxruntime" or "tract"; `threads` 0 for all; `library` ONNX Runtime's library or its folder;
     `accelerators` what may run it in the place of the processor, as docs/runtime.md spells them, and `require` whether one of
-    them must run every node. `placement` says what runs it, how that was proven, and why nothing before it in the list does.
+    them must run every node; `low_memory` whether ONNX Runtime is to hold less, for a quarter more time. `placement` says what runs it, how that was proven, and why nothing before it in the list does.
     Usable in a `with` statement; otherwise closed when it is collected.
     """
 
-    def __init__(self, model, *, engine="auto", threads=0, library=None, accelerators=(), require=False):
+    def __init__(self, model, *, engine="auto", threads=0, library=None, accelerators=(), require=False, low_memory=False):
         self._handle = c_uint64()
         if engine not in ENGINES:
             raise ValueError(f"there is no engine {engine!r}, expected one of {', '.join(ENGINES)}")
         library = None if library is None else os.fsencode(library)
         accelerators = json.dumps(list(accelerators)).encode()
         threads = _whole("threads", threads, 32)
-        options = _Options(sizeof(_Options), threads, library, ENGINES[engine], bool(require), accelerators)
+        options = _Options(sizeof(_Options), threads, library, ENGINES[engine], bool(require), accelerators, bool(low_memory))
         if isinstance(model, (bytes, bytearray, memoryview)):
             model = bytes(model)
             _check(_lib.dmd_open_bytes(model, len(model), byref(options), byref(self._handle)))

@@ -57,20 +57,21 @@ public final class Generator: @unchecked Sendable {
     public let classes: [String]
 
     /// Opens a file. `threads` 0 for all; `library` is ONNX Runtime's, or the folder that holds it; `accelerators` are what
-    /// may run it in the place of the processor, as JSON (docs/runtime.md); `require`: one of them must run every node.
+    /// may run it in the place of the processor, as JSON (docs/runtime.md); `require`: one of them must run every node;
+    /// `lowMemory`: ONNX Runtime is to hold less, for a quarter more time.
     public convenience init(
         path: String, engine: Engine = .auto, threads: Int = 0, library: String? = nil, accelerators: String = "[]",
-        require: Bool = false
+        require: Bool = false, lowMemory: Bool = false
     ) throws {
-        try self.init(engine, threads, library, accelerators, require) { dmd_open(path, $0, $1) }
+        try self.init(engine, threads, library, accelerators, require, lowMemory) { dmd_open(path, $0, $1) }
     }
 
     /// Opens the bytes of such a file.
     public convenience init(
         data: Data, engine: Engine = .auto, threads: Int = 0, library: String? = nil, accelerators: String = "[]",
-        require: Bool = false
+        require: Bool = false, lowMemory: Bool = false
     ) throws {
-        try self.init(engine, threads, library, accelerators, require) { options, opened in
+        try self.init(engine, threads, library, accelerators, require, lowMemory) { options, opened in
             data.withUnsafeBytes { bytes in
                 dmd_open_bytes(bytes.baseAddress?.assumingMemoryBound(to: UInt8.self), bytes.count, options, opened)
             }
@@ -79,6 +80,7 @@ public final class Generator: @unchecked Sendable {
 
     private init(
         _ engine: Engine, _ threads: Int, _ library: String?, _ accelerators: String, _ require: Bool,
+        _ lowMemory: Bool,
         open: (UnsafePointer<dmd_options>, UnsafeMutablePointer<dmd_generator>) -> dmd_status
     ) throws {
         precondition(threads >= 0, "threads are \(threads), expected 0 for all, or more")
@@ -90,6 +92,7 @@ public final class Generator: @unchecked Sendable {
             options.library = library == nil ? nil : text
             options.engine = engine.rawValue
             options.require_accelerator = require ? 1 : 0
+            options.low_memory = lowMemory ? 1 : 0
             try accelerators.withCString { list in
                 options.accelerators = list
                 try check(open(&options, &opened))

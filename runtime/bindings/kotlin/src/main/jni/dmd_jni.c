@@ -73,7 +73,8 @@ static void *memory_of(JNIEnv *env, jobject buffer, size_t *n) {
     return memory;
 }
 
-static dmd_options options_of(const char *library, const char *accelerators, jint engine, jint threads, jboolean require) {
+static dmd_options options_of(const char *library, const char *accelerators, jint engine, jint threads, jboolean require,
+                              jboolean low_memory) {
     dmd_options options = {0};
     options.size = sizeof options;
     options.threads = (size_t)threads;
@@ -81,6 +82,7 @@ static dmd_options options_of(const char *library, const char *accelerators, jin
     options.engine = (uint32_t)engine;
     options.require_accelerator = require == JNI_TRUE;
     options.accelerators = accelerators;
+    options.low_memory = low_memory == JNI_TRUE;
     return options;
 }
 
@@ -92,14 +94,14 @@ NATIVE(jint, abiVersion)(JNIEnv *env, jclass class) {
 }
 
 NATIVE(jlong, open)(JNIEnv *env, jclass class, jbyteArray path, jbyteArray library, jbyteArray accelerators, jint engine,
-                    jint threads, jboolean require) {
+                    jint threads, jboolean require, jboolean low_memory) {
     (void)class;
     int ok = 1;
     dmd_generator generator = 0;
     char *path_text = text_of(env, path, &ok), *library_text = ok ? text_of(env, library, &ok) : NULL;
     char *list = ok ? text_of(env, accelerators, &ok) : NULL;
     if (ok) {
-        dmd_options options = options_of(library_text, list, engine, threads, require);
+        dmd_options options = options_of(library_text, list, engine, threads, require, low_memory);
         done(env, dmd_open(path_text, &options, &generator));
     }
     free(path_text);
@@ -109,7 +111,7 @@ NATIVE(jlong, open)(JNIEnv *env, jclass class, jbyteArray path, jbyteArray libra
 }
 
 NATIVE(jlong, openBytes)(JNIEnv *env, jclass class, jobject buffer, jbyteArray library, jbyteArray accelerators, jint engine,
-                         jint threads, jboolean require) {
+                         jint threads, jboolean require, jboolean low_memory) {
     (void)class;
     int ok = 1;
     size_t n;
@@ -118,7 +120,7 @@ NATIVE(jlong, openBytes)(JNIEnv *env, jclass class, jobject buffer, jbyteArray l
     if (!bytes) return 0;
     char *library_text = text_of(env, library, &ok), *list = ok ? text_of(env, accelerators, &ok) : NULL;
     if (ok) {
-        dmd_options options = options_of(library_text, list, engine, threads, require);
+        dmd_options options = options_of(library_text, list, engine, threads, require, low_memory);
         done(env, dmd_open_bytes(bytes, n, &options, &generator));
     }
     free(library_text);

@@ -22,7 +22,8 @@ enum class Engine { AUTO, ONNX_RUNTIME, TRACT }
 
 /**
  * How a file is run: [threads] 0 for all, [library] ONNX Runtime's library or the folder that holds it, [accelerators] what
- * may run it in the place of the processor, as JSON (docs/runtime.md), [require] whether one of them must run every node.
+ * may run it in the place of the processor, as JSON (docs/runtime.md), [require] whether one of them must run every node,
+ * [lowMemory] whether ONNX Runtime is to hold less, for a quarter more time.
  */
 data class Options(
     val engine: Engine = Engine.AUTO,
@@ -30,6 +31,7 @@ data class Options(
     val library: String? = null,
     val accelerators: String = "[]",
     val require: Boolean = false,
+    val lowMemory: Boolean = false,
 ) {
     init {
         require(threads >= 0) { "threads are $threads, expected 0 for all, or more" }
@@ -90,13 +92,19 @@ class Watch(private val onProgress: ((done: Long, total: Long) -> Unit)? = null)
 class Generator private constructor(private val handle: Long) : AutoCloseable {
     /** Opens a file. */
     constructor(path: String, options: Options = Options()) : this(
-        with(options) { Native.open(text(path), library?.let(::text), text(accelerators), engine.ordinal, threads, require) },
+        with(options) {
+            Native.open(
+                text(path), library?.let(::text), text(accelerators), engine.ordinal, threads, require, lowMemory,
+            )
+        },
     )
 
     /** Opens such a file's bytes: an asset that is mapped, without a copy. What is before the position is passed over. */
     constructor(bytes: ByteBuffer, options: Options = Options()) : this(
         with(options) {
-            Native.openBytes(direct(bytes), library?.let(::text), text(accelerators), engine.ordinal, threads, require)
+            Native.openBytes(
+                direct(bytes), library?.let(::text), text(accelerators), engine.ordinal, threads, require, lowMemory,
+            )
         },
     )
 

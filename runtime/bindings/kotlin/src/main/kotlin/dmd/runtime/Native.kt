@@ -33,11 +33,13 @@ internal object Native {
     @JvmStatic
     external fun open(
         path: ByteArray, library: ByteArray?, accelerators: ByteArray, engine: Int, threads: Int, require: Boolean,
+        lowMemory: Boolean,
     ): Long
 
     @JvmStatic
     external fun openBytes(
         bytes: ByteBuffer, library: ByteArray?, accelerators: ByteArray, engine: Int, threads: Int, require: Boolean,
+        lowMemory: Boolean,
     ): Long
 
     @JvmStatic

@@ -1,13 +1,15 @@
 //! Everything that is drawn: three times as large as shown and reduced, so that edges are smooth. Here too are plots with
-//! axes; `plane::figure` draws without.
+//! axes; the lab's `plane::figure` draws without.
 
 use anyhow::{Result, anyhow};
-use dmd::picture::labelled_panel;
 use image::imageops::{FilterType, crop_imm, replace, resize};
 use image::{Rgb, RgbImage};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
+use std::fmt::Write;
 use std::ops::Range;
+
+use crate::picture::labelled_panel;
 
 /// How much larger a picture is drawn than shown.
 pub const OVERSIZE: u32 = 3;
@@ -47,6 +49,125 @@ const SIDE: u32 = 480;
 const ROOM: [u32; 4] = [96, 28, 36, 56];
 /// Between words and what they belong to.
 const GAP: u32 = 10;
+
+/// A plot as lines and words in pixels, from the left and from the top, which are painted or written.
+pub struct Chart {
+    size: [u32; 2],
+    lines: Vec<(Vec<[f64; 2]>, RGBColor, u32)>,
+    words: Vec<(String, [u32; 2], Side)>,
+}
+
+/// Where words stand beside their point.
+#[derive(Clone, Copy)]
+enum Side {
+    Before,
+    Under,
+    After,
+}
+
+/// Colours of a chart's curves, in turn.
+const CURVES: [RGBColor; 6] =
+    [INK, SECOND_INK, RGBColor(40, 140, 70), RGBColor(130, 60, 160), RGBColor(190, 140, 0), RGBColor(90, 90, 90)];
+
+/// How long calls took: for each name and its times in milliseconds, the share of calls that took at most so long, over a
+/// logarithmic axis of time. `None` where there is no time above zero.
+pub fn spread(curves: &[(String, Vec<f64>)]) -> Option<Chart> {
+    const WIDTH: u32 = 640;
+    const ROW: u32 = 26;
+    let [left, top, right, below] = ROOM;
+    let logs = || curves.iter().flat_map(|(_, times)| times).filter(|ms| **ms > 0.0).map(|ms| ms.log10());
+    let (fastest, slowest) = (logs().reduce(f64::min)?, logs().reduce(f64::max)?);
+    // A tenth of what lies between, or a hundredth of the time itself.
+    let margin = (0.05 * (slowest - fastest)).max(0.005);
+    let (from, to) = (fastest - margin, slowest + margin);
+    let across = |log: f64| f64::from(left) + (log - from) / (to - from) * f64::from(WIDTH);
+    let down = |share: f64| f64::from(top) + (1.0 - share) * f64::from(SIDE);
+    let (floor, ceiling) = (down(0.0), down(1.0));
+    let (mut lines, mut words) = (Vec::new(), vec![("ms".into(), [left + WIDTH / 2, top + SIDE + ROW], Side::Under)]);
+    let pale = RGBColor(225, 227, 230);
+    for step in 0..=4 {
+        let log = from + (to - from) * f64::from(step) / 4.0;
+        lines.push((vec![[across(log), floor], [across(log), ceiling]], pale, 1));
+        words.push((significant(10f64.powf(log)), [across(log) as u32, top + SIDE], Side::Under));
+    }
+    for percent in [0, 25, 50, 75, 90, 100] {
+        let y = down(f64::from(percent) / 100.0);
+        lines.push((vec![[f64::from(left), y], [f64::from(left + WIDTH), y]], pale, 1));
+        words.push((format!("{percent}%"), [left, y as u32], Side::Before));
+    }
+    for (row, (name, times)) in curves.iter().enumerate() {
+        let mut times = times.clone();
+        times.sort_by(f64::total_cmp);
+        let n = times.len() as f64;
+        let steps = times
+            .iter()
+            .filter(|ms| **ms > 0.0)
+            .enumerate()
+            .flat_map(|(i, ms)| [i as f64, i as f64 + 1.0].map(|below| [across(ms.log10()), down(below / n)]));
+        let (colour, y) = (CURVES[row % CURVES.len()], top + SIDE + below + ROW * row as u32 + ROW / 2);
+        lines.push((steps.collect(), colour, 2));
+        lines.push((vec![[f64::from(left), f64::from(y)], [f64::from(left) + 30.0, f64::from(y)]], colour, 2));
+        words.push((name.clone(), [left + 30, y], Side::After));
+    }
+    let height = top + SIDE + below + ROW * curves.len() as u32 + GAP;
+    Some(Chart { size: [left + WIDTH + right, height], lines, words })
+}
+
+/// With three digits that count.
+fn significant(x: f64) -> String {
+    let decimals = (2 - x.log10().floor() as i32).clamp(0, 6) as usize;
+    format!("{x:.decimals$}")
+}
+
+impl Chart {
+    /// Painted, words in letters of 16 pixels.
+    pub fn painted(&self) -> Result<RgbImage> {
+        let [width, height] = self.size.map(f64::from);
+        let mut canvas = draw(paper(self.size), [0.0..width, 0.0..height], |area| {
+            self.lines.iter().try_for_each(|(line, colour, wide)| {
+                let upwards: Vec<_> = line.iter().map(|[x, y]| (*x, height - y)).collect();
+                area.draw(&PathElement::new(upwards, colour.stroke_width(wide * OVERSIZE)))
+            })
+        })?;
+        for (text, [x, y], side) in self.words.iter().filter(|(text, ..)| !text.trim().is_empty()) {
+            let picture = words(text);
+            let (half_width, half_height) = (picture.width() / 2, picture.height() / 2);
+            let corner = match side {
+                Side::Before => [x.saturating_sub(GAP + picture.width()), y.saturating_sub(half_height)],
+                Side::Under => [x.saturating_sub(half_width), y + GAP],
+                Side::After => [x + GAP, y.saturating_sub(half_height)],
+            };
+            place(&mut canvas, &picture, corner);
+        }
+        Ok(canvas)
+    }
+
+    /// As an SVG.
+    pub fn svg(&self) -> String {
+        let [width, height] = self.size;
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" \
+             font-size=\"15\">\n<rect width=\"{width}\" height=\"{height}\" fill=\"#f7f8fa\"/>\n"
+        );
+        for (line, RGBColor(r, g, b), wide) in &self.lines {
+            let points: Vec<String> = line.iter().map(|[x, y]| format!("{x:.1},{y:.1}")).collect();
+            let points = points.join(" ");
+            let style = format!("fill=\"none\" stroke=\"#{r:02x}{g:02x}{b:02x}\" stroke-width=\"{wide}\"");
+            // Writing to a String cannot fail.
+            let _ = writeln!(svg, "<polyline points=\"{points}\" {style}/>");
+        }
+        for (text, [x, y], side) in &self.words {
+            let (x, y, anchor) = match side {
+                Side::Before => (x.saturating_sub(GAP), y + 5, "end"),
+                Side::Under => (*x, y + GAP + 12, "middle"),
+                Side::After => (x + GAP, y + 5, "start"),
+            };
+            let text = text.replace('&', "&amp;").replace('<', "&lt;");
+            let _ = writeln!(svg, "<text x=\"{x}\" y=\"{y}\" text-anchor=\"{anchor}\">{text}</text>");
+        }
+        svg + "</svg>\n"
+    }
+}
 
 /// Milliseconds against something that grows, both axes logarithmic, a decade as wide as high; the pale line is growth in
 /// proportion from the first one.
@@ -163,6 +284,29 @@ mod tests {
         assert!(n_black(middle[0] - 8, top + SIDE + GAP, 16, 16) > 40, "4 is written below it");
         assert!(n_black(left - GAP - 32, middle[1] - 8, 32, 16) > 80, "20 is written left of it");
         assert_eq!(n_black(0, middle[1] - 8, left - GAP - 32, 16), 0);
+    }
+
+    #[test]
+    fn a_curve_rises_from_no_call_at_the_fastest_to_all_at_the_slowest() {
+        let chart = spread(&[("a <b>".into(), vec![4.0, 1.0]), ("c".into(), vec![2.0])]).unwrap();
+        let curve = &chart.lines.iter().find(|(line, colour, _)| *colour == INK && line.len() == 4).unwrap().0;
+        let [left, top, ..] = ROOM.map(f64::from);
+        let side = f64::from(SIDE);
+        // From 1 ms to 4 ms is all but a twentieth at each end of 1.1 times that.
+        let ends = [left + 640.0 * 0.05 / 1.1, left + 640.0 * 1.05 / 1.1];
+        let expected =
+            [[ends[0], top + side], [ends[0], top + side / 2.0], [ends[1], top + side / 2.0], [ends[1], top]];
+        for (found, expected) in curve.iter().flatten().zip(expected.iter().flatten()) {
+            assert!((found - expected).abs() < 1e-9, "{curve:?}");
+        }
+        let svg = chart.svg();
+        assert!(svg.contains(">a &lt;b></text>") && svg.contains("stroke=\"#c84214\"") && svg.ends_with("</svg>\n"));
+        let painted = chart.painted().unwrap();
+        assert_eq!([painted.width(), painted.height()], chart.size);
+        let [r, _, b] = painted.get_pixel(ends[0] as u32, (top + 0.75 * side) as u32).0;
+        assert!(r > 180 && b < 60, "the first step is drawn: {r} {b}");
+        assert!(spread(&[("none".into(), vec![])]).is_none());
+        assert_eq!([0.012345, 1.0, 23.45, 1234.5].map(significant), ["0.0123", "1.00", "23.4", "1234"]);
     }
 
     #[test]
