@@ -56,6 +56,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Write an exported file in ONNX Runtime's own format, for its minimal builds.
     Ort(OrtArgs),
+    /// Compile an exported file for Qualcomm's Hexagon ahead, so that an app need not when it starts.
+    Compile(CompileArgs),
     /// Time training, or an exported file.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -602,6 +604,25 @@ pub struct OrtArgs {
     /// Replace existing files.
     #[arg(long)]
     pub force: bool,
+}
+
+/// `dmd compile`.
+#[derive(Debug, Args)]
+pub struct CompileArgs {
+    /// An exported file.
+    pub onnx: PathBuf,
+    /// Qualcomm's plug-in of ONNX Runtime, of Python's package onnxruntime-qnn, by an absolute path.
+    #[arg(long, value_name = "LIBRARY")]
+    pub qnn: PathBuf,
+    /// The chip, by Qualcomm's number: 57 is the Snapdragon 8 Gen 3.
+    #[arg(long, value_name = "N")]
+    pub qnn_soc: u32,
+    /// Hexagon's architecture in it [default: that of the chip].
+    #[arg(long, value_name = "N")]
+    pub qnn_arch: Option<u32>,
+    /// The folder that gets what is compiled, for `Qnn::cache` of dmd-runtime. It may hold what was compiled of other files.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 /// What can be timed.

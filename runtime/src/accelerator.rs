@@ -2,7 +2,7 @@
 //! loaded, and told by [`Placement`](crate::Placement).
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::Deserialize;
@@ -105,6 +105,9 @@ pub struct Qnn {
     pub soc_model: Option<u32>,
     /// Hexagon's architecture (75: that of the chip above).
     pub htp_arch: Option<u32>,
+    /// Where it keeps what it has compiled, from one start to the next; `dmd compile` fills such a folder before an app ships
+    /// it. What is in it is for the same file, options, plug-in and ONNX Runtime alone, and is compiled anew for others.
+    pub cache: Option<PathBuf>,
     /// Further options by the plug-in's own names.
     #[serde(default)]
     pub options: Vec<(String, String)>,
@@ -148,7 +151,14 @@ impl PlugIn {
 impl Qnn {
     /// Hexagon, by the absolute path of the plug-in's library.
     pub fn new(library: impl Into<PathBuf>) -> Self {
-        Self { library: library.into(), backend: htp(), soc_model: None, htp_arch: None, options: Vec::new() }
+        Self {
+            library: library.into(),
+            backend: htp(),
+            soc_model: None,
+            htp_arch: None,
+            cache: None,
+            options: Vec::new(),
+        }
     }
 }
 
@@ -235,8 +245,9 @@ fn plug_in(given: &str) -> Result<Accelerator, String> {
                 number.transpose()
             };
             let (soc_model, htp_arch) = (number("soc_model")?, number("htp_arch")?);
+            let cache = take("cache").map(PathBuf::from);
             let PlugIn { library, options } = plug_in;
-            Ok(Accelerator::Qnn(Qnn { library, backend, soc_model, htp_arch, options }))
+            Ok(Accelerator::Qnn(Qnn { library, backend, soc_model, htp_arch, cache, options }))
         }
         _ => Err(format!("{name:?} is no plug-in, expected webgpu, qnn, openvino or custom")),
     }
@@ -244,6 +255,12 @@ fn plug_in(given: &str) -> Result<Accelerator, String> {
 
 #[cfg_attr(not(feature = "onnxruntime"), allow(dead_code))]
 impl Accelerator {
+    /// Where what is compiled for it is kept by this crate. Others keep it themselves, or end the process when they are asked
+    /// to compile (WebGPU).
+    pub(crate) fn cache(&self) -> Option<&Path> {
+        if let Self::Qnn(qnn) = self { qnn.cache.as_deref() } else { None }
+    }
+
     /// Whether it computes in half precision whatever the file's own.
     pub(crate) fn computes_half(&self) -> bool {
         match self {

@@ -4,6 +4,7 @@ mod ablate;
 mod autoencoder_train;
 mod bench_run;
 pub mod bench_train;
+mod compile;
 mod config_show;
 mod convert;
 mod demo;
@@ -43,6 +44,7 @@ pub fn run(cli: &Cli) -> Result<Value> {
         Command::Lint(args) => lint::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Ort(args) => ort::run(args),
+        Command::Compile(args) => compile::run(args),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(args),
         Command::Bench(BenchCommand::Run(args)) => bench_run::run(args, threads),
         Command::Ablate(args) => ablate::run(args),

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::Mmap;
+use ort::compiler::ModelCompiler;
 use ort::environment::Environment;
 use ort::ep;
 use ort::session::Session;
@@ -17,11 +18,13 @@ use crate::printable::printable_lines;
 use crate::{Accelerator, Error, ModuleInfo, Options, Result};
 
 mod assignment;
+mod cache;
 mod provider;
 mod run;
 mod runtime;
 
 use assignment::{ProfileFolder, TOLD_FROM};
+use cache::Entry;
 use run::Runner;
 pub(super) use runtime::runtime;
 
@@ -71,8 +74,15 @@ pub(super) fn accelerated(
     };
     let builder = builder().map_err(|error| no_session(error.to_string()))?;
     let (builder, provider) = provider::add(builder, accelerator, threads(options), &runtime)?;
-    let session = commit(builder, source).map_err(|error| no_session(error.to_string()))?;
-    let session = Arc::new(session);
+    let entry = accelerator.cache().map(|folder| {
+        let maker = provider::maker(&provider, accelerator, &runtime);
+        Entry::of(folder, source, info.file.data.as_deref(), &maker)
+    });
+    let session = match entry.transpose().map_err(|error| no_session(format!("its cache: {error}")))? {
+        Some(entry) => compiled(builder, source, &entry),
+        None => commit(builder, source),
+    };
+    let session = Arc::new(session.map_err(|error| no_session(error.to_string()))?);
     let runner = Runner::new(session.clone(), info).map_err(no_session)?;
     let nodes = move || {
         let told = assignment::told(&session).map_err(|error| printable_lines(&error.to_string()))?;
@@ -83,6 +93,38 @@ pub(super) fn accelerated(
     };
     let engine = OnnxRuntime { runner, one_at_a_time: Some(Mutex::new(())), _map: kept_map(source) };
     Ok(Candidate { engine: Box::new(engine), provider, nodes: Box::new(nodes) })
+}
+
+/// Loads what was compiled before, or compiles it and keeps it. Where either fails, the file is loaded as without a cache.
+fn compiled(builder: SessionBuilder, source: Source<'_>, entry: &Entry) -> ort::Result<Session> {
+    let load = |model: &[u8]| {
+        let mut builder = builder.clone().with_config_entry("session.load_model_format", "ONNX")?;
+        builder.commit_from_memory(model)
+    };
+    if let Some(model) = entry.read() {
+        match load(&model) {
+            Ok(session) => return Ok(session),
+            Err(error) => {
+                log::warn!("what was compiled before is of no use here: {}", printable_lines(&error.to_string()))
+            }
+        }
+    }
+    let compile = || -> ort::Result<Vec<u8>> {
+        let compiler = ModelCompiler::new(builder.clone())?.with_embed_ep_context()?;
+        let compiler = match source.bytes() {
+            None => compiler.with_model_from_file(source.path())?,
+            Some(bytes) => compiler.with_model_from_memory(bytes)?,
+        };
+        Ok(compiler.compile_to_buffer()?.to_vec())
+    };
+    let kept = compile().map_err(|error| printable_lines(&error.to_string())).and_then(|model| {
+        entry.write(&model).map_err(|error| error.to_string())?;
+        load(&model).map_err(|error| printable_lines(&error.to_string()))
+    });
+    kept.or_else(|reason| {
+        log::warn!("what is compiled is not kept: {reason}");
+        commit(builder, source)
+    })
 }
 
 /// The map that a session leaves its weights in.

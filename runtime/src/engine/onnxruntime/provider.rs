@@ -1,8 +1,11 @@
 //! Accelerators by ONNX Runtime: those that its library was built with, and plug-ins, which are libraries of their own.
 
+use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use ort::AsPointer;
+use ort::device::Device;
 use ort::ep::{self, ExecutionProvider, ExecutionProviderDispatch};
 use ort::session::builder::SessionBuilder;
 
@@ -76,7 +79,7 @@ pub(super) fn add(
         Accelerator::WebGpu(plug_in) => add_plug_in(builder, "WebGpuExecutionProvider", plug_in, runtime),
         Accelerator::OpenVinoPlugIn(plug_in) => add_plug_in(builder, "OpenVINOExecutionProvider", plug_in, runtime),
         Accelerator::Custom { name, plug_in, .. } => add_plug_in(builder, name, plug_in, runtime),
-        Accelerator::Qnn(Qnn { library, backend, soc_model, htp_arch, options }) => {
+        Accelerator::Qnn(Qnn { library, backend, soc_model, htp_arch, options, .. }) => {
             let mut plug_in = PlugIn::new(library);
             plug_in.options.push(("backend_type".into(), backend.clone()));
             plug_in.options.extend(soc_model.map(|model| ("soc_model".into(), model.to_string())));
@@ -156,6 +159,32 @@ fn load(name: &str, library: &Path, runtime: &Runtime) -> Result<String, Refusal
     };
     loaded.push(Loaded { library: library.into(), provider: provider.clone() });
     provider
+}
+
+/// What a compiled model depends on beside the file: the provider, its version and the library's, and the options.
+pub(super) fn maker(provider: &str, accelerator: &Accelerator, runtime: &Runtime) -> String {
+    let device = runtime.environment.devices().find(|device| device.ep().is_ok_and(|name| name == provider));
+    let version = device.and_then(|device| version(&device)).unwrap_or_default();
+    let options = match accelerator {
+        // Where a library lies, and where the cache is, changes nothing.
+        Accelerator::Qnn(Qnn { backend, soc_model, htp_arch, options, .. }) => {
+            format!("{backend} {soc_model:?} {htp_arch:?} {options:?}")
+        }
+        other => format!("{other:?}"),
+    };
+    format!("{provider} {version} onnxruntime {} {options}", runtime.version)
+}
+
+/// The version that a plug-in gives its device.
+fn version(device: &Device<'_>) -> Option<String> {
+    let api = ort::api();
+    // SAFETY: the device lives as long as the environment, its metadata as long as the device, and the text as long as that;
+    // both are null where there is none.
+    unsafe {
+        let about = (api.EpDevice_EpMetadata)(device.ptr());
+        let version = if about.is_null() { return None } else { (api.GetKeyValue)(about, c"version".as_ptr()) };
+        (!version.is_null()).then(|| CStr::from_ptr(version).to_string_lossy().into_owned())
+    }
 }
 
 fn no_device() -> Refusal {
