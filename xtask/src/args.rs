@@ -21,13 +21,14 @@ Usage: cargo xtask <TASK> [ARGS]
                             ONNX's own checker, fetched through Python's pip (140 MB)
   bindings-test             the runtime from Python, Kotlin and Swift, each where its tools are here: fetches numpy and
                             hatchling through Python's pip and Kotlin's compiler with npm (160 MB)
+  server-test               the example of a web service, in ONNX Runtime; fetches crates
   edge-test [--quick]       exported files on OpenVINO, WebGPU on the processor and the simulator of Qualcomm's Hexagon, fetched
                             through Python's pip (300 MB); writes docs/edge.md, or runs the plainest file alone
   fuzz [--seconds N] [--quick] [TARGET…]
                             every reader of bytes from outside on bytes changed at random, N seconds each (60); needs a C++
                             compiler, and fetches cargo-fuzz. --quick leaves out engines and the trainer's own readers,
                             which take minutes to build
-                            (the six above with --fetch: fetch what they need and no more)
+                            (the seven above with --fetch: fetch what they need and no more)
   bench-export              exported files beside PyTorch and torch.onnx.export's; fetches PyTorch (5 GB) unless a virtual
                             environment that has it is active
   check                     formatting, clippy and documentation, warnings refused
@@ -52,6 +53,7 @@ pub enum Task {
     WebTest { fetch_only: bool },
     ExportTest { fetch_only: bool },
     BindingsTest { fetch_only: bool },
+    ServerTest { fetch_only: bool },
     EdgeTest { fetch_only: bool, quick: bool },
     Fuzz { fetch_only: bool, quick: bool, seconds: u32, targets: Vec<String> },
     BenchExport,
@@ -86,11 +88,12 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Task> {
         "web-test" if fetch_only || args.is_empty() => return Ok(Task::WebTest { fetch_only }),
         "export-test" if fetch_only || args.is_empty() => return Ok(Task::ExportTest { fetch_only }),
         "bindings-test" if fetch_only || args.is_empty() => return Ok(Task::BindingsTest { fetch_only }),
+        "server-test" if fetch_only || args.is_empty() => return Ok(Task::ServerTest { fetch_only }),
         "edge-test" if fetch_only || args.is_empty() || args == ["--quick"] => {
             return Ok(Task::EdgeTest { fetch_only, quick: args == ["--quick"] });
         }
         "edge-test" => bail!("cargo xtask edge-test takes only --fetch or --quick, found {:?}", args[0]),
-        "cuda-check" | "web-test" | "export-test" | "bindings-test" => {
+        "cuda-check" | "web-test" | "export-test" | "bindings-test" | "server-test" => {
             bail!("cargo xtask {task} takes only --fetch, found {:?}", args[0])
         }
         _ => {}
@@ -157,6 +160,7 @@ mod tests {
         check("web-test", Ok(Task::WebTest { fetch_only: false }));
         check("export-test --fetch", Ok(Task::ExportTest { fetch_only: true }));
         check("bindings-test", Ok(Task::BindingsTest { fetch_only: false }));
+        check("server-test", Ok(Task::ServerTest { fetch_only: false }));
         check("edge-test", Ok(Task::EdgeTest { fetch_only: false, quick: false }));
         check("edge-test --quick", Ok(Task::EdgeTest { fetch_only: false, quick: true }));
         check("edge-test --fetch", Ok(Task::EdgeTest { fetch_only: true, quick: false }));

@@ -13,6 +13,7 @@ mod edge_test;
 mod export_test;
 mod fuzz;
 mod onnxruntime;
+mod server_test;
 mod setup;
 mod venv;
 mod web;
@@ -54,6 +55,8 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::ExportTest { fetch_only: false } => export_test::run(),
         Task::BindingsTest { fetch_only: true } => bindings_test::fetch(),
         Task::BindingsTest { fetch_only: false } => bindings_test::run(),
+        Task::ServerTest { fetch_only: true } => server_test::fetch(),
+        Task::ServerTest { fetch_only: false } => server_test::run(),
         Task::EdgeTest { fetch_only: true, .. } => edge_test::fetch(),
         Task::EdgeTest { fetch_only: false, quick } => edge_test::run(quick),
         Task::Fuzz { fetch_only: true, .. } => fuzz::fetch(),
