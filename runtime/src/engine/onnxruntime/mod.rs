@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use memmap2::Mmap;
 use ort::compiler::ModelCompiler;
 use ort::environment::Environment;
-use ort::ep;
+use ort::ep::{self, ExecutionProvider};
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
@@ -133,7 +133,7 @@ fn kept_map(source: Source<'_>) -> Option<Arc<Mmap>> {
 }
 
 pub(super) fn session(environment: &Environment, source: Source<'_>, options: &Options) -> ort::Result<Session> {
-    commit(builder(environment, source, options)?, source)
+    commit(on_processor(builder(environment, source, options)?, environment)?, source)
 }
 
 fn builder(environment: &Environment, source: Source<'_>, options: &Options) -> ort::Result<SessionBuilder> {
@@ -157,6 +157,14 @@ fn builder(environment: &Environment, source: Source<'_>, options: &Options) -> 
     Ok(builder)
 }
 
+/// Names the processor. Where a session is not told what runs it, `ort` lets ONNX Runtime choose from all devices that are
+/// registered, among them those of plug-ins that other sessions asked for.
+fn on_processor(builder: SessionBuilder, environment: &Environment) -> ort::Result<SessionBuilder> {
+    let processor = environment.devices().find(|device| device.ep().is_ok_and(|name| name == ep::CPU::NAME));
+    let processor = processor.ok_or_else(|| ort::Error::new("the library has no device for the processor"))?;
+    Ok(builder.with_devices([processor], None)?)
+}
+
 fn commit(mut builder: SessionBuilder, source: Source<'_>) -> ort::Result<Session> {
     match source.bytes() {
         None => builder.commit_from_file(source.path()),
@@ -173,7 +181,7 @@ pub(super) fn rewrite(from: &Path, to: &Path, rewrite: Rewrite, library: Option<
         Rewrite::Ort => (GraphOptimizationLevel::Disable, "ORT"),
     };
     let written = || -> ort::Result<Session> {
-        Session::builder(&runtime.environment)?
+        on_processor(Session::builder(&runtime.environment)?, &runtime.environment)?
             .with_optimization_level(level)?
             .with_config_entry("session.save_model_format", format)?
             .with_optimized_model_path(to)?
