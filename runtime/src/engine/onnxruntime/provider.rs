@@ -131,10 +131,33 @@ fn add_plug_in(
         (format!("{prefix}{key}"), value.clone())
     };
     let options: Vec<_> = plug_in.options.iter().map(prefixed).collect();
+    check_options(plug_in, &prefix)?;
     let device = runtime.environment.devices().find(|device| device.ep().is_ok_and(|name| name == provider));
     let device = device.ok_or_else(no_device)?;
     let builder = builder.with_devices([device], Some(&options)).map_err(|error| (Step::Session, said(&error)))?;
     Ok((builder, provider))
+}
+
+/// Refuses an option that the plug-in cannot know. ONNX Runtime hands over any, and plug-ins pass over those that they do not
+/// know without a word; but whoever reads an option has its name, as a text of its own, in the library.
+fn check_options(PlugIn { library, options }: &PlugIn, prefix: &str) -> Result<(), Refusal> {
+    if options.is_empty() {
+        return Ok(());
+    }
+    let bytes = std::fs::read(library).map_err(|error| (Step::Session, format!("{}: {error}", library.display())))?;
+    let of_a_name = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+    let has = |name: &[u8]| {
+        !name.is_empty()
+            && bytes.windows(name.len()).enumerate().any(|(at, window)| {
+                let before = at.checked_sub(1).and_then(|at| bytes.get(at));
+                window == name && ![before, bytes.get(at + name.len())].into_iter().flatten().any(of_a_name)
+            })
+    };
+    let name = |(key, _): &(String, String)| key.strip_prefix(prefix).unwrap_or(key).to_owned();
+    match options.iter().map(name).find(|name| !has(name.as_bytes())) {
+        Some(name) => Err((Step::Session, format!("{}: has no option {name:?}", library.display()))),
+        None => Ok(()),
+    }
 }
 
 /// Loads a plug-in once, and gives the name under which its devices are found.
