@@ -16,8 +16,9 @@ use crate::{chores, setup};
 const CARGO_FUZZ: &str = "0.13.2";
 
 /// The targets, each with the folder of the project's own fixtures that it starts from beside fuzz/seeds.
-const TARGETS: [(&str, Option<&str>); 10] = [
+const TARGETS: [(&str, Option<&str>); 11] = [
     ("onnx", Some("runtime/tests/fixtures")),
+    ("dmd_calls", None),
     ("ort", None),
     ("metadata", None),
     ("safetensors", None),
