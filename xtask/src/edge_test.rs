@@ -30,6 +30,10 @@ const QNN: (&str, &str) = ("onnxruntime-qnn==2.7.0", "99 MB");
 const WEBGPU: (&str, &str) = ("onnxruntime-ep-webgpu==0.4.0", "7 MB");
 const GGML: (&str, &str) = ("onnxruntime-ggml==0.2.0", "23 MB");
 
+/// ncnn and what converts ONNX for it: a program in a package that asks for PyTorch, which it does not need.
+const NCNN: [&str; 2] = ["numpy>=2", "ncnn==1.0.20261020"];
+const PNNX: (&str, &str) = ("pnnx==20261020", "85 MB");
+
 /// A row of the table: an accelerator in one ONNX Runtime.
 struct Row {
     name: String,
@@ -109,6 +113,18 @@ pub fn run(quick: bool) -> Result<ExitCode> {
             _ => failures.push(format!("{what}: {}, expected to be passed over at {step}", cell.told())),
         }
     }
+    if let Some(library) = rows.last().map(|row| &row.library)
+        && let Ok(plug_in) = qnn()
+        && let Err(error) = edge.compile(library, &plug_in)
+    {
+        failures.push(format!("QNN does not load what it compiled: {error:#}"));
+    }
+    if !quick {
+        match ncnn() {
+            Ok(tools) => edge.run_ncnn(&tools, &mut table, &mut failures)?,
+            Err(error) => skipped.push(format!("ncnn: {error:#}")),
+        }
+    }
     for reason in &skipped {
         eprintln!("edge-test: SKIPPED, {reason}");
     }
@@ -125,6 +141,7 @@ pub fn run(quick: bool) -> Result<ExitCode> {
 /// The example, and the files that it runs.
 struct Edge {
     environment: Environment,
+    dmd: PathBuf,
     placement: PathBuf,
     files: PathBuf,
 }
@@ -138,16 +155,61 @@ impl Edge {
         let placement = release.join("examples").join(format!("placement{}", env::consts::EXE_SUFFIX));
         let files = release.with_file_name("edge-test");
         fs::create_dir_all(&files).with_context(|| format!("{} cannot be made", files.display()))?;
-        let teacher = setup::root().join("models").join("pretrained").join("emoji-16");
+        let edge = Self { environment, dmd, placement, files };
         for name in names {
             let (dialect, precision) = name.split_once('-').context("a file is named by its dialect and precision")?;
-            let file = files.join(format!("{name}.onnx"));
-            let mut export = environment.command(&dmd);
-            export.args(["export", "--as-generator", "--sigma", "2.5", "--force", "--quiet"]).arg(&teacher);
-            export.args(["--dialect", dialect, "--precision", precision, "--onnx"]).arg(file);
-            succeed(&mut export)?;
+            edge.export(dialect, precision, &[], &edge.files.join(format!("{name}.onnx")))?;
         }
-        Ok(Self { environment, placement, files })
+        Ok(edge)
+    }
+
+    fn export(&self, dialect: &str, precision: &str, more: &[&str], file: &Path) -> Result<()> {
+        let teacher = setup::root().join("models").join("pretrained").join("emoji-16");
+        let mut export = self.environment.command(&self.dmd);
+        export.args(["export", "--as-generator", "--sigma", "2.5", "--force", "--quiet"]).arg(&teacher);
+        export.args(["--dialect", dialect, "--precision", precision]).args(more).arg("--onnx").arg(file);
+        succeed(&mut export)
+    }
+
+    /// Compiles the plainest file for a Snapdragon, and loads it from there in the simulator, in one process.
+    fn compile(&self, library: &Path, qnn: &Path) -> Result<()> {
+        let mut compile = self.environment.command(&self.dmd);
+        compile.arg("compile").arg(self.files.join("portable-fp32.onnx")).arg("--qnn").arg(qnn);
+        compile.args(["--qnn-soc", "57", "--out"]).arg(self.files.join("compiled")).env("ORT_DYLIB_PATH", library);
+        succeed(&mut compile)
+    }
+
+    /// Files of one class, which is what pnnx takes, in ncnn's own runtime. A cell has the greatest difference to the picture
+    /// that ONNX Runtime makes of the file, or what ncnn lacks.
+    fn run_ncnn(&self, tools: &[PathBuf; 2], table: &mut String, failures: &mut Vec<String>) -> Result<()> {
+        let [python, pnnx] = tools;
+        let [script, ports] = ["xtask/src/run_ncnn.py", "runtime/noise/ports"].map(|path| setup::root().join(path));
+        let expected = self.files.join("ncnn.npy");
+        for dialect in DIALECTS {
+            let _ = write!(table, "| {}, files of one class | {dialect} |", NCNN[1].replace("==", " "));
+            for precision in PRECISIONS {
+                let file = self.files.join(format!("ncnn-{dialect}-{precision}.onnx"));
+                self.export(dialect, precision, &["--fixed-label", "3"], &file)?;
+                let mut sample = self.environment.command(&self.dmd);
+                sample.arg("sample").arg(&file).args(["-n", "1", "--seed", "7", "--force", "--quiet", "--npy"]);
+                succeed(sample.arg(&expected))?;
+                let output = Command::new(python).arg(&script).args([pnnx, &ports, &file, &expected]).output();
+                let output = output.with_context(|| format!("{} cannot be started", python.display()))?;
+                let (stdout, stderr) =
+                    (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+                let cell = match stdout.lines().last().and_then(|line| line.split_once('\t')) {
+                    Some((layers, difference)) if output.status.success() => format!("{layers} layers, {difference}"),
+                    _ => format!("no: {}", stderr.lines().last().unwrap_or("it ends without a word")),
+                };
+                eprintln!("edge-test: ncnn, {dialect} {precision}: {cell}");
+                if let (true, "portable", "fp32") = (cell.starts_with("no"), dialect, precision) {
+                    failures.push(format!("ncnn does not take portable fp32: {cell}"));
+                }
+                let _ = write!(table, " {cell} |");
+            }
+            table.push('\n');
+        }
+        Ok(())
     }
 
     fn run(&self, row: &Row, file: &str) -> Result<Cell> {
@@ -294,6 +356,14 @@ fn liars() -> (Vec<Liar>, Vec<String>) {
             "Assignment",
         ),
         (
+            "QNN passes over an option that it does not know",
+            newest().and_then(|library| {
+                Ok(row(library, format!("qnn={},soc_model=57,vtcm_megabytes=8", qnn()?.display())))
+            }),
+            "portable-fp32",
+            "Session",
+        ),
+        (
             "A plug-in without a device, which ONNX Runtime would silently replace by the processor",
             no_device(),
             "portable-fp32",
@@ -313,6 +383,13 @@ fn liars() -> (Vec<Liar>, Vec<String>) {
         }
     }
     (liars, skipped)
+}
+
+/// Python with ncnn, and pnnx.
+fn ncnn() -> Result<[PathBuf; 2]> {
+    linux_x86_64()?;
+    let python = venv::made(&setup::root().join(".cache").join("ncnn"), &NCNN, "ncnn (40 MB)")?;
+    Ok([python, package(PNNX)?.join("pnnx").join("pnnx")])
 }
 
 fn library(version: &str) -> Result<PathBuf> {
