@@ -132,7 +132,9 @@ mod tests {
     #[test]
     fn writes_until_it_is_killed() {
         let Some(folder) = std::env::var_os(FOLDER) else { return };
-        let entry = entry(Path::new(&folder), "");
+        let folder = Path::new(&folder);
+        let entry = entry(folder, "");
+        fs::write(folder.join("begun"), "").unwrap();
         loop {
             entry.write(&[7; 1 << 16]).unwrap();
         }
@@ -151,7 +153,11 @@ mod tests {
             let mut child = Command::new(std::env::current_exe().unwrap());
             child.args(["--exact", name]).env(FOLDER, folder.path()).stdout(Stdio::null()).stderr(Stdio::null());
             let mut child = child.spawn().unwrap();
-            std::thread::sleep(Duration::from_micros(3000 + 97 * i));
+            // However long a process takes to start on a machine that others load.
+            while fs::remove_file(folder.path().join("begun")).is_err() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_micros(97 * (i % 50)));
             child.kill().unwrap();
             child.wait().unwrap();
             left_behind += entry.parts().len();
