@@ -9,7 +9,7 @@ for arg; do
     before=$arg
 done
 case $name in
-    dmd* | onnx | ort | metadata | safetensors | unet_config | scheduler | npy | zip | picture) exec "$rustc" "$@" ;;
+    dmd* | onnx | ort | metadata | safetensors | unet_config | tokenizer | text_encoder | autoencoder | scheduler | tokenizers | npy | zip | picture) exec "$rustc" "$@" ;;
     prost | serde_json | image | image_webp | png | gif | weezl | zune_jpeg | fdeflate | zlib_rs | flate2) exec "$rustc" "$@" ;;
 esac
 n=$#

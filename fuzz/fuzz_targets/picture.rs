@@ -9,7 +9,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let name = format!("picture.{}", formats[usize::from(*format) % formats.len()]);
     let options = DataOptions { size: [8, 8], grey: false, unconditional: true, strict: false };
     dmd_fuzz::with_file(&name, bytes, |path| {
-        drop(load(path.parent().expect("a file lies in a folder"), &options));
+        drop(load(path.parent().expect("a file lies in a folder"), &options, |_, _| ()));
         // Another format's file must not be read again and again.
         drop(std::fs::remove_file(path));
     });

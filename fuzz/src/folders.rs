@@ -10,17 +10,23 @@ use tempfile::TempDir;
 
 /// Loads the tiny model folder with one of its files replaced.
 pub fn load_folder(file: &str, bytes: &[u8]) {
+    with_replaced("edm-tiny", file, bytes, |folder| drop(ModelFolder::load(folder, &Device::Cpu)));
+}
+
+/// Calls a reader of folders on a copy of this fixture of dmd-models with one of its files replaced.
+pub fn with_replaced(fixture: &str, file: &str, bytes: &[u8], read: impl FnOnce(&Path)) {
     thread_local! {
         static FOLDER: OnceCell<TempDir> = const { OnceCell::new() };
     }
     FOLDER.with(|folder| {
         let folder = folder.get_or_init(|| {
             let folder = tempfile::tempdir().expect("a folder for temporary files");
-            copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures/edm-tiny"), folder.path());
+            let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures");
+            copy(&fixtures.join(fixture), folder.path());
             folder
         });
         fs::write(folder.path().join(file), bytes).expect("room for temporary files");
-        drop(ModelFolder::load(folder.path(), &Device::Cpu));
+        read(folder.path());
     });
 }
 

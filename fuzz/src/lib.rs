@@ -8,7 +8,7 @@ use dmd_runtime::{EngineChoice, Generator, Info, Options, Request};
 #[cfg(feature = "models")]
 mod folders;
 #[cfg(feature = "models")]
-pub use folders::{load_folder, with_file};
+pub use folders::{load_folder, with_file, with_replaced};
 #[path = "../../runtime/tests/common/mod.rs"]
 pub mod tiny;
 

@@ -16,13 +16,16 @@ use crate::{chores, setup};
 const CARGO_FUZZ: &str = "0.13.2";
 
 /// The targets, each with the folder of the project's own fixtures that it starts from beside fuzz/seeds.
-const TARGETS: [(&str, Option<&str>); 11] = [
+const TARGETS: [(&str, Option<&str>); 14] = [
     ("onnx", Some("runtime/tests/fixtures")),
     ("dmd_calls", None),
     ("ort", None),
     ("metadata", None),
     ("safetensors", None),
     ("unet_config", Some("models/tests/fixtures/edm-tiny/unet")),
+    ("tokenizer", Some("models/tests/fixtures/encoders/tokenizers/pads-with-mark")),
+    ("text_encoder", Some("models/tests/fixtures/encoders/pipelines/sd/text_encoder")),
+    ("autoencoder", Some("models/tests/fixtures/encoders/autoencoders/kl")),
     ("dmd_json", None),
     ("scheduler", Some("models/tests/fixtures/schedulers")),
     ("npy", None),
