@@ -100,9 +100,22 @@ pub struct TeacherTrainArgs {
     /// Folders are not classes.
     #[arg(long)]
     pub unconditional: bool,
-    /// The network: a UNet2DModel's config.json [default: one that goes with the size].
+    /// The network: a UNet2DModel's config.json, a UNet2DConditionModel's for text [default: one that goes with the size].
     #[arg(long, value_name = "CONFIG.json")]
     pub unet: Option<PathBuf>,
+    /// An autoencoder (a vae/) whose latents are learned in the place of pictures.
+    #[arg(long, value_name = "DIR")]
+    pub decoder: Option<PathBuf>,
+    /// Learn captions in the place of classes: of captions.jsonl, metadata.jsonl or metadata.csv, or a .txt beside each picture.
+    #[arg(long)]
+    pub text: bool,
+    /// What reads captions: a CLIP text encoder's config.json, learned along, or a model folder, whose text encoder stays as
+    /// it is [default: a small one, learned along].
+    #[arg(long, value_name = "CONFIG.json|DIR")]
+    pub text_encoder: Option<PathBuf>,
+    /// Tokens of the vocabulary that is learned from the captions [default: 2000].
+    #[arg(long, value_name = "N")]
+    pub vocabulary: Option<usize>,
     /// Updates [default: 10000].
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
@@ -127,7 +140,7 @@ pub struct TeacherTrainArgs {
     /// Mirror half of the pictures.
     #[arg(long)]
     pub flip: bool,
-    /// Fraction of pictures shown without their class, so that the teacher can be guided [default: 0].
+    /// Fraction of pictures shown without their class or caption, so that the teacher can be guided [default: 0].
     #[arg(long, value_name = "P")]
     pub label_dropout: Option<f64>,
     /// Refuse the data when one picture cannot be read, instead of leaving it out.

@@ -26,8 +26,6 @@ pub enum Purpose {
     Validation = 6,
     /// Which pictures lose their class in the teacher's training.
     LabelDropout = 7,
-    /// Noise of latents in an autoencoder's training.
-    LatentNoise = 8,
     /// The generator's input in its own update.
     GeneratorNoise = 16,
     /// Conditions in the generator's update.

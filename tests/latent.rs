@@ -763,3 +763,95 @@ fn a_model_of_text_is_exported_as_a_folder_of_its_parts() {
     w.refuses(&format!("{plain} --fixed-prompt cat"), 2, &["--fixed-prompt", "told no text"]);
     w.refuses(&format!("{plain} --decoder teacher"), 2, &["--decoder", "one file is written"]);
 }
+
+/// 24 pictures with two captions each, and a decoder for them in `vae`.
+fn with_captions() -> Workplace {
+    let w = Workplace::new().with_pictures();
+    let line = |i: u32| {
+        let class = if i < 12 { "blue" } else { "red" };
+        json!({"file": format!("{class}/{i}.png"), "captions": [format!("a {class} square"), format!("{class}, number {i}")]})
+    };
+    w.write("pictures/captions.jsonl", (0..24).map(|i| format!("{}\n", line(i))).collect::<String>());
+    w.write("kl.json", SMALL_KL);
+    w.write(
+        "text.json",
+        r#"{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 12}"#,
+    );
+    w.write("unet.json", r#"{"_class_name": "UNet2DConditionModel", "block_out_channels": [8, 8], "norm_num_groups": 4,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 2}"#);
+    w.ok("autoencoder train --data pictures --out vae --network kl.json --size 8 --steps 30 --batch 4 --rate 0.005");
+    w
+}
+
+const TEACH: &str = "teacher train --data pictures --text --size 8 --batch 4 --unet unet.json --text-encoder text.json --vocabulary 540";
+
+/// From pictures with captions to a generator that takes prompts, with nothing from elsewhere: the vocabulary, the text
+/// encoder, the decoder and the network are learned here. A run that was taken up again ends with the same weights.
+#[test]
+fn a_teacher_of_text_is_trained_from_captions() {
+    let w = with_captions();
+    w.write("steady.toml", "decay = \"constant\"\nlabel_dropout = 0.1\nema = 0.5\n");
+    let train = |out: &str, steps: u32| {
+        w.ok(&format!("{TEACH} --decoder vae --config steady.toml --out {out} --steps {steps}"))
+    };
+    train("parts", 2);
+    train("parts", 4);
+    train("teacher", 4);
+    let parts =
+        |out: &str| ["unet", "vae", "text_encoder", "tokenizer"].map(|part| w.snapshot(&format!("{out}/{part}")));
+    for (part, (found, expected)) in parts("parts").iter().zip(&parts("teacher")).enumerate() {
+        assert!(found == expected, "part {part} differs");
+    }
+    // Gradients reach the text encoder through the network.
+    let words = |step: u32| {
+        let path = w.path(&format!("teacher/training/checkpoints/step-0000000{step}/weights.safetensors"));
+        let weights = Weights::load(&path, &Device::Cpu).unwrap();
+        let table = weights.get("text_encoder.embeddings.token_embedding.weight").unwrap();
+        table.to_vec2::<f32>().unwrap()
+    };
+    let before = {
+        w.ok(&format!("{TEACH} --decoder vae --config steady.toml --out first --steps 1"));
+        let path = w.path("first/training/checkpoints/step-00000001/weights.safetensors");
+        let weights = Weights::load(&path, &Device::Cpu).unwrap();
+        weights.get("text_encoder.embeddings.token_embedding.weight").unwrap().to_vec2::<f32>().unwrap()
+    };
+    assert_ne!(words(4), before);
+    let made = w.ok("sample teacher --prompt red --steps 2 -n 2 --npy a.npy --latents b.npy");
+    assert_eq!(made["pictures"], json!(2));
+    assert_eq!((w.npy("a.npy").dim(), w.npy("b.npy").dim()), ((2, 3, 8, 8), (2, 4, 4, 4)));
+    w.write("prompts.txt", "a red square\na blue square\n");
+    w.ok("distill --teacher teacher --prompts prompts.txt --out run --recipe plain --steps 1 --batch 2");
+    w.ok("sample run --prompt blue -n 1 --npy c.npy");
+    assert_eq!(w.npy("c.npy").dim(), (1, 3, 8, 8));
+}
+
+/// In pixels, and with a text encoder of another model, which stays as it is.
+#[test]
+fn a_text_encoder_may_stay_as_it_is() {
+    let w = with_captions().with_fixture_at("encoders/pipelines/sd", "other");
+    w.edit_json("unet.json", |unet| unet["in_channels"] = json!(3));
+    w.edit_json("unet.json", |unet| unet["out_channels"] = json!(3));
+    w.ok(&format!("{} --out teacher --steps 1", TEACH.replace("text.json", "other").replace(" --vocabulary 540", "")));
+    for part in ["text_encoder", "tokenizer"] {
+        assert!(w.snapshot(&format!("teacher/{part}")) == w.snapshot(&format!("other/{part}")));
+    }
+    w.ok("sample teacher --prompt cat --steps 1 -n 1 --npy a.npy");
+    assert_eq!(w.npy("a.npy").dim(), (1, 3, 8, 8));
+}
+
+#[test]
+fn a_teacher_of_text_that_cannot_be_trained_says_why() {
+    let w = with_captions();
+    let line = format!("{TEACH} --decoder vae --out t --steps 1");
+    w.refuses(&line.replace("540", "100"), 1, &["vocabulary is 100"]);
+    w.refuses(&line.replace(" --text ", " "), 2, &["are for teachers of text"]);
+    w.refuses(&format!("{line} --flip"), 2, &["flip is true"]);
+    w.refuses(&line.replace("--size 8", "--size 9"), 1, &["multiples of 2"]);
+    w.refuses(&line.replace("--decoder vae", "--decoder none"), 1, &["none"]);
+    w.edit_json("text.json", |text| text["hidden_size"] = json!(24));
+    w.refuses(&line, 1, &["unet.json", "tokens of 24 channels"]);
+    std::fs::remove_file(w.path("pictures/captions.jsonl")).unwrap();
+    w.refuses(&line, 1, &["caption"]);
+}

@@ -61,14 +61,14 @@ impl Weights {
     }
 
     /// Takes out the tensors whose names begin with this, without it.
-    pub(crate) fn take_prefixed(&mut self, prefix: &str) -> Self {
+    pub fn take_prefixed(&mut self, prefix: &str) -> Self {
         let names: Vec<String> = self.names().filter(|name| name.starts_with(prefix)).map(str::to_string).collect();
         let take = |name: String| Some((name[prefix.len()..].to_string(), self.tensors.remove(&name)?));
         Weights { tensors: names.into_iter().filter_map(take).collect() }
     }
 
     /// Adds tensors, with this before their names.
-    pub(crate) fn extend(&mut self, prefix: &str, more: Self) {
+    pub fn extend(&mut self, prefix: &str, more: Self) {
         self.tensors.extend(more.tensors.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
     }
 

@@ -22,7 +22,9 @@ fn write(path: PathBuf, value: &Value) {
 
 /// Pairs of CLIP's own vocabulary file, and its tokens in the order of their ids.
 fn clip_vocabulary() -> (Vec<String>, Vec<String>) {
-    (clip_vocabulary::merges().map(str::to_string).collect(), clip_vocabulary::tokens())
+    let merges = clip_vocabulary::clip();
+    let tokens = clip_vocabulary::tokens(&merges);
+    (merges, tokens)
 }
 
 /// A folder as transformers 4 wrote it.

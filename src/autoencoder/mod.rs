@@ -227,7 +227,7 @@ impl Trainee for Trainer<'_> {
         let flips: Vec<bool> =
             self.random.stream(Purpose::Flip, step).below(s.batch, 2).into_iter().map(|f| s.flip && f == 1).collect();
         let [c, h, w] = self.latent_shape()?;
-        let noise = self.random.normal(Purpose::LatentNoise, step, &[s.batch, c, h, w])?;
+        let noise = self.random.normal(Purpose::Latents, step, &[s.batch, c, h, w])?;
         let (mut gradients, mut losses) = (Gradients::default(), Vec::new());
         let (len, share) = (s.batch / s.accumulate, 1.0 / s.accumulate as f64);
         for first in (0..s.batch).step_by(len) {

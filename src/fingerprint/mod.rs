@@ -80,13 +80,16 @@ pub fn prompts<'a>(texts: impl IntoIterator<Item = &'a String>) -> String {
     hex(hash)
 }
 
-/// What a teacher learns, and what learns it.
-pub fn lesson(pictures: &Pictures, network: &NetworkConfig) -> Result<Fingerprint> {
-    let known = json!({
+/// What a teacher learns, and what learns it; `beside` has what else is known, in an object.
+pub fn lesson(pictures: &Pictures, network: &NetworkConfig, beside: Value) -> Result<Fingerprint> {
+    let mut known = json!({
         "pictures": self::pictures(pictures),
         "classes": pictures.classes,
         network.part(): network.described()?,
     });
+    for (name, value) in beside.as_object().into_iter().flatten() {
+        known[name] = value.clone();
+    }
     Ok(Fingerprint { now: of_json(known), legacy: legacy::lesson(pictures, network) })
 }
 

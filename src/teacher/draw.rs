@@ -9,8 +9,12 @@ pub struct Draw {
     pub picks: Vec<usize>,
     /// Which are mirrored.
     pub flips: Vec<bool>,
-    /// Which are shown without their class.
+    /// Which of their captions is told, as a part of all, in [0, 1).
+    pub chosen: Vec<f64>,
+    /// Which are shown without their class or caption.
     pub dropped: Vec<bool>,
+    /// What decides where latents are distributions, unit normal `(B, C, H, W)`.
+    pub latents: Option<Tensor>,
     /// Noise levels.
     pub sigma: Vec<f64>,
     /// Unit normal `(B, C, H, W)`.
@@ -20,8 +24,8 @@ pub struct Draw {
 impl Draw {
     /// Pictures as they are.
     pub fn plain(picks: Vec<usize>, sigma: Vec<f64>, noise: Tensor) -> Self {
-        let never = vec![false; picks.len()];
-        Draw { picks, flips: never.clone(), dropped: never, sigma, noise }
+        let (never, first) = (vec![false; picks.len()], vec![0.0; picks.len()]);
+        Draw { picks, flips: never.clone(), chosen: first, dropped: never, latents: None, sigma, noise }
     }
 
     /// The batch in `n` parts, or fewer; the last may be smaller than the others.
@@ -36,7 +40,9 @@ impl Draw {
         Ok(Draw {
             picks: self.picks[part.clone()].to_vec(),
             flips: self.flips[part.clone()].to_vec(),
+            chosen: self.chosen[part.clone()].to_vec(),
             dropped: self.dropped[part.clone()].to_vec(),
+            latents: self.latents.as_ref().map(|noise| noise.narrow(0, first, len)).transpose()?,
             sigma: self.sigma[part].to_vec(),
             noise: self.noise.narrow(0, first, len)?,
         })

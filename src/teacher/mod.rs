@@ -3,11 +3,13 @@
 
 mod draw;
 use draw::Draw;
+mod lesson;
+pub use lesson::{Lesson, check};
+use lesson::{TEXT, settings_of_pipeline};
 mod settings;
-pub use settings::{TeacherSettings, default_unet};
+pub use settings::{TeacherSettings, default_text_unet, default_unet};
 
 use crate::config::GuardSettings;
-use crate::data::Pictures;
 use crate::device::check_precision;
 use crate::fingerprint::{self, Fingerprint};
 use crate::loss::{denoising, edm_weight};
@@ -20,18 +22,19 @@ use crate::train::{self, Checkpoint, Group, Numbers, Parts, Schedule, Trainee, r
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::cost::cost;
+use dmd_models::encoders::TextEncoder;
 use dmd_models::folder::{About, Kind, Scheduler};
-use dmd_models::{Condition, Denoiser, ModelFolder, Network, NetworkConfig, Training, Weights};
+use dmd_models::{Condition, Denoiser, ModelFolder, Network, NetworkConfig, Pipeline, Training, Weights};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Trains on `pictures` and leaves a model folder in `out`, with the run beside it in `out/training`.
+/// Trains on a lesson and leaves a model folder in `out`, with the run beside it in `out/training`.
 /// Returns what a script would want to know.
 pub fn train(
     settings: &TeacherSettings,
     network: impl Into<NetworkConfig>,
-    pictures: &Pictures,
+    lesson: &Lesson,
     out: &Path,
     device: &Device,
     force: bool,
@@ -47,7 +50,7 @@ pub fn train(
     }
     let random = Random { seed: settings.seed, device: device.clone() };
     // First what can be refused, then what leaves a trace in `out`.
-    let mut trainer = Trainer::new(settings, network.into(), pictures, out, random)
+    let mut trainer = Trainer::new(settings, network.into(), lesson, out, random)
         .map_err(|error| memory::explained(error, Work::Networks))?;
     let schedule = Schedule {
         n_steps: settings.steps,
@@ -73,26 +76,33 @@ pub fn train(
 
 struct Trainer<'a> {
     settings: &'a TeacherSettings,
-    pictures: &'a Pictures,
+    lesson: &'a Lesson<'a>,
     /// Where the model goes.
     out: &'a Path,
     train: Vec<usize>,
     held_out: Vec<usize>,
     random: Random,
+    /// The network's, and those of a text encoder that is learned along, whose names begin with [`TEXT`].
     weights: Weights,
     vars: BTreeMap<String, Var>,
     average: BTreeMap<String, Var>,
     averaged: Weights,
     folder: ModelFolder,
-    denoiser: Denoiser,
+    student: Student,
     /// What it is trained on.
     training: Training,
     optimizer: Optimizer,
     group: Group,
     /// What the rate is multiplied by.
     rate_factor: f64,
-    /// Of the pictures and the network's description.
-    lesson: Fingerprint,
+    /// Of the lesson and the network's description.
+    fingerprint: Fingerprint,
+}
+
+/// A network, and what reads captions for it.
+struct Student {
+    denoiser: Denoiser,
+    encoder: Option<TextEncoder>,
 }
 
 /// Refuses a batch that does not fit into memory.
@@ -100,11 +110,11 @@ fn check_memory(
     settings: &TeacherSettings,
     network: &Network,
     n_parameters: usize,
-    pictures: &Pictures,
+    shape: [usize; 3],
     device: &Device,
 ) -> Result<()> {
     let needs = Needs {
-        cost: cost(network, [pictures.channels, pictures.height, pictures.width])?,
+        cost: cost(network, shape)?,
         grad_checkpoint: settings.grad_checkpoint,
         precision: settings.precision,
         passes: 1.0,
@@ -121,15 +131,20 @@ impl<'a> Trainer<'a> {
     fn new(
         settings: &'a TeacherSettings,
         config: NetworkConfig,
-        pictures: &'a Pictures,
+        lesson: &'a Lesson<'a>,
         out: &'a Path,
         random: Random,
     ) -> Result<Self> {
+        let pictures = lesson.pictures;
         let (train, held_out) = pictures.split(settings.held_out, settings.seed);
         ensure!(!train.is_empty(), "no picture is left to train on");
         let mut draw = |name: &str, n: usize| random.stream(Purpose::Init, name_key(name)).uniform(n);
-        let fresh = config.init(&mut draw)?;
-        check_memory(settings, &config.network(&fresh)?, fresh.n_parameters(), pictures, &random.device)?;
+        let mut fresh = config.init(&mut draw)?;
+        let network = config.network(&fresh)?;
+        if let Some(text) = &lesson.text {
+            fresh.extend("", text.init(&random)?);
+        }
+        check_memory(settings, &network, fresh.n_parameters(), lesson.shape()?, &random.device)?;
         let fresh = fresh.to(DType::F32, &random.device)?;
         let (weights, vars) = fresh.trainable()?;
         let (averaged, average) = fresh.trainable()?;
@@ -138,26 +153,28 @@ impl<'a> Trainer<'a> {
             sigma: None,
             steps: Vec::new(),
             classes: pictures.classes.clone(),
-            null_class: settings.label_dropout > 0.0,
+            null_class: settings.label_dropout > 0.0 && lesson.text.is_none(),
             data: Some(settings.about_data.clone()).filter(|text| !text.is_empty()),
             version: crate::VERSION.into(),
             run: Some(serde_json::to_value(settings)?),
         };
         let scheduler = Scheduler::edm(settings.sigma_min, settings.sigma_max, settings.sigma_data)?;
-        let lesson = fingerprint::lesson(pictures, &config)?;
+        let fingerprint = fingerprint::lesson(pictures, &config, lesson.known()?)?;
+        let mut network = averaged.detached();
+        network.take_prefixed(TEXT);
         let folder = ModelFolder {
             config,
             scheduler,
-            weights: averaged.detached(),
+            weights: network,
             about,
             parts: BTreeMap::new(),
-            settings: Default::default(),
+            settings: settings_of_pipeline(lesson.text.is_some()),
         };
-        let denoiser = folder.denoiser_on(&weights)?;
+        let student = student(&folder, lesson, weights.clone())?;
         let optimizer = Optimizer::new(&vars, settings.optimizer)?;
         Ok(Trainer {
             settings,
-            pictures,
+            lesson,
             out,
             train,
             held_out,
@@ -167,17 +184,17 @@ impl<'a> Trainer<'a> {
             average,
             averaged,
             folder,
-            denoiser,
+            student,
             training: Training::new(settings.precision, settings.grad_checkpoint),
             optimizer,
             group: Group::alone(),
             rate_factor: 1.0,
-            lesson,
+            fingerprint,
         })
     }
 
-    fn averaged_denoiser(&self) -> Result<Denoiser> {
-        Ok(self.folder.denoiser_on(&self.averaged.detached())?)
+    fn averaged_student(&self) -> Result<Student> {
+        student(&self.folder, self.lesson, self.averaged.detached())
     }
 
     fn draw(&self, step: u64) -> Result<Draw> {
@@ -186,28 +203,41 @@ impl<'a> Trainer<'a> {
         let picks = self.random.stream(Purpose::Batch, step).below(n, u32::try_from(self.train.len())?);
         let flips = self.random.stream(Purpose::Flip, step).below(n, 2);
         let dropped = self.random.stream(Purpose::LabelDropout, step).uniform(n);
+        let noise = |purpose: Purpose| self.random.normal(purpose, step, &self.shape(n)?);
         Ok(Draw {
             picks: picks.into_iter().map(|i| self.train[i as usize]).collect(),
             flips: flips.into_iter().map(|f| s.flip && f == 1).collect(),
+            chosen: self.random.stream(Purpose::Caption, step).uniform(n),
+            latents: if self.lesson.is_drawn() { Some(noise(Purpose::Latents)?) } else { None },
             dropped: dropped.into_iter().map(|u| u < s.label_dropout).collect(),
             sigma: self.log_normal(&self.random.stream(Purpose::TeacherSigma, step).normal(n)),
-            noise: self.random.normal(Purpose::TeacherNoise, step, &self.shape(n))?,
+            noise: noise(Purpose::TeacherNoise)?,
         })
     }
 
-    /// EDM's loss of these pictures, some mirrored, some without their class.
-    fn loss(&self, denoiser: &Denoiser, draw: &Draw) -> Result<Tensor> {
+    /// EDM's loss of these pictures, some mirrored, some without their class or caption.
+    fn loss(&self, student: &Student, draw: &Draw) -> Result<Tensor> {
         let (device, n) = (&self.random.device, draw.picks.len());
-        let (pixels, mut labels) = self.pictures.batch(&draw.picks, &draw.flips);
-        for (label, _) in labels.iter_mut().zip(&draw.dropped).filter(|(_, dropped)| **dropped) {
-            *label = self.pictures.classes.len() as u32;
-        }
-        let x0 = Tensor::from_vec(pixels, &self.shape(n)[..], device)?;
+        let x0 = self.lesson.samples(&draw.picks, &draw.flips, draw.latents.as_ref(), device)?;
         let sigmas = Tensor::from_vec(draw.sigma.iter().map(|&s| s as f32).collect(), (n, 1, 1, 1), device)?;
         let x_t = (&x0 + draw.noise.broadcast_mul(&sigmas)?)?;
-        let denoised = denoiser.denoise(&self.training, &x_t, &draw.sigma, &Condition::of_classes(labels, device)?)?;
+        let told = self.told(student, draw)?;
+        let denoised = student.denoiser.denoise(&self.training, &x_t, &draw.sigma, &told)?;
         let weights: Vec<f64> = draw.sigma.iter().map(|&s| edm_weight(s, self.settings.sigma_data)).collect();
         denoising(&denoised, &x0, &weights)
+    }
+
+    /// What the network is told of these pictures.
+    fn told(&self, student: &Student, draw: &Draw) -> Result<Condition<Tensor>> {
+        let (pictures, picks) = (self.lesson.pictures, &draw.picks);
+        if let (Some(text), Some(encoder)) = (&self.lesson.text, &student.encoder) {
+            return text.told(&self.training, encoder, picks, &draw.chosen, &draw.dropped);
+        }
+        let mut labels: Vec<u32> = picks.iter().filter_map(|i| pictures.labels.get(*i).copied()).collect();
+        for (label, _) in labels.iter_mut().zip(&draw.dropped).filter(|(_, dropped)| **dropped) {
+            *label = pictures.classes.len() as u32;
+        }
+        Ok(Condition::of_classes(labels, &self.random.device)?)
     }
 
     /// The averaged network's loss on the pictures held out, always with the same noise, in parts as a batch is.
@@ -216,18 +246,18 @@ impl<'a> Trainer<'a> {
         if picks.is_empty() {
             return Ok(None);
         }
-        let denoiser = self.averaged_denoiser()?;
+        let student = self.averaged_student()?;
         let (mut sum, mut n) = (0.0, 0);
         for (i, picks) in picks.chunks(VALIDATION_BATCH).enumerate() {
             let draws = self
                 .random
                 .stream(Purpose::Validation, i as u64)
-                .normal(picks.len() * (1 + self.shape(1).iter().product::<usize>()));
+                .normal(picks.len() * (1 + self.shape(1)?.iter().product::<usize>()));
             let (sigma, noise) = draws.split_at(picks.len());
-            let noise = Tensor::from_slice(noise, &self.shape(picks.len())[..], &self.random.device)?;
+            let noise = Tensor::from_slice(noise, &self.shape(picks.len())?[..], &self.random.device)?;
             let draw = Draw::plain(picks.to_vec(), self.log_normal(sigma), noise);
             for part in draw.parts(self.settings.accumulate)? {
-                let loss = self.loss(&denoiser, &part)?;
+                let loss = self.loss(&student, &part)?;
                 sum += f64::from(loss.to_scalar::<f32>()?) * part.picks.len() as f64;
                 n += part.picks.len();
             }
@@ -240,9 +270,17 @@ impl<'a> Trainer<'a> {
         normal.iter().map(|&z| (s.p_mean + s.p_std * f64::from(z)).exp().clamp(s.sigma_min, s.sigma_max)).collect()
     }
 
-    fn shape(&self, n: usize) -> [usize; 4] {
-        [n, self.pictures.channels, self.pictures.height, self.pictures.width]
+    fn shape(&self, n: usize) -> Result<[usize; 4]> {
+        let [c, h, w] = self.lesson.shape()?;
+        Ok([n, c, h, w])
     }
+}
+
+/// The network on its part of the weights, and the text encoder on the other.
+fn student(folder: &ModelFolder, lesson: &Lesson, mut weights: Weights) -> Result<Student> {
+    let learned = weights.take_prefixed(TEXT);
+    let encoder = lesson.text.as_ref().map(|text| text.encoder(&learned)).transpose()?;
+    Ok(Student { denoiser: folder.denoiser_on(&weights)?, encoder })
 }
 
 impl Trainee for Trainer<'_> {
@@ -251,7 +289,7 @@ impl Trainee for Trainer<'_> {
         let (mut gradients, mut losses) = (Gradients::default(), Vec::new());
         let share = 1.0 / s.accumulate as f64;
         for part in self.draw(step)?.parts(s.accumulate)? {
-            let loss = (self.loss(&self.denoiser, &part)? * share)?;
+            let loss = (self.loss(&self.student, &part)? * share)?;
             gradients.add(self.optimizer.gradients(&self.training.backward(&loss)?))?;
             losses.push(loss.detach());
         }
@@ -284,12 +322,12 @@ impl Trainee for Trainer<'_> {
     }
 
     fn state(&self) -> Value {
-        json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.lesson.now })
+        json!({ "n_updates": self.optimizer.n_updates(), "data_sha256": self.fingerprint.now })
     }
 
     fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         ensure!(
-            checkpoint.known("data_sha256").is_none_or(|written| self.lesson.is(written)),
+            checkpoint.known("data_sha256").is_none_or(|written| self.fingerprint.is(written)),
             "the run was started on other pictures or another network (the files under --data or --unet have changed); give it the same, another --out, or --force to begin anew"
         );
         restore_vars(&self.vars, &checkpoint.part("weights")?)?;
@@ -298,21 +336,48 @@ impl Trainee for Trainer<'_> {
     }
 
     fn draw_samples(&self, path: &Path) -> Result<()> {
-        let denoiser = self.averaged_denoiser()?;
-        let labels = labels_in_turn(GRID, denoiser.n_classes());
-        let [_, c, h, w] = self.shape(1);
+        let mut student = self.averaged_student()?;
+        let [_, c, h, w] = self.shape(1)?;
         let noise = picture_noise(self.settings.seed, 0, GRID, [c, h, w], &Device::Cpu)?;
-        let model = Model::teacher(denoiser, Sampler::Heun, 18, 1.0);
-        let images = model.pictures(&noise, &labels, GRID)?;
-        let grid = picture::grid(&images, picture::columns(GRID), (128 / h as u32).max(1));
+        let (told, captions) = match (&self.lesson.text, &student.encoder) {
+            (Some(text), Some(encoder)) => {
+                // Of pictures held out where there are any.
+                let picks: Vec<usize> = self.held_out.iter().chain(&self.train).copied().cycle().take(GRID).collect();
+                let draw = Draw::plain(picks, vec![1.0; GRID], noise.clone());
+                if self.settings.label_dropout > 0.0 {
+                    student.denoiser.unconditional = Some(text.unsaid(&self.training, encoder)?);
+                }
+                let captions = draw.picks.iter().map(|i| self.lesson.pictures.captions[*i][0].clone());
+                (
+                    Some(self.told(&student, &draw)?.try_map(|rows| Ok::<_, candle_core::Error>(rows.detach()))?),
+                    captions.collect(),
+                )
+            }
+            _ => (None, Vec::new()),
+        };
+        let labels = labels_in_turn(GRID, student.denoiser.n_classes());
+        let guidance = if student.denoiser.unconditional.is_some() && told.is_some() { GUIDANCE } else { 1.0 };
+        let pipeline = Pipeline { text: None, denoiser: student.denoiser, decoder: self.lesson.decoder().cloned() };
+        let model = Model::teacher(pipeline, Sampler::Heun, 18, guidance);
+        let told = told.map_or_else(|| model.of_labels(&labels, GRID), Ok)?;
+        let images = model.make(&noise, &told, GRID, &|_| {})?.pictures;
+        let scale = (128 / images.dim().2 as u32).max(1);
+        let grid = match captions.is_empty() {
+            true => picture::grid(&images, picture::columns(GRID), scale),
+            false => picture::captioned(&images, &captions, picture::columns(GRID), scale),
+        };
         picture::save(path, &grid)
     }
 
     fn write_model(&mut self) -> Result<()> {
+        let learned = self.averaged.clone().take_prefixed(TEXT);
+        self.folder.parts = self.lesson.parts(&learned, self.out)?;
         self.folder.write_into(self.out, DType::F32).context("the model folder")
     }
 }
 
+/// Of the grids of a teacher of text that can be guided.
+const GUIDANCE: f64 = 3.0;
 const MAX_VALIDATION: usize = 256;
 const VALIDATION_BATCH: usize = 64;
 /// Pictures in a sample grid.

@@ -5,6 +5,7 @@ use crate::optim::{AdamW, Decay};
 use crate::train::Settings;
 use anyhow::{Result, ensure};
 use dmd_models::networks::unet2d::SampleSize;
+use dmd_models::networks::unet2d_condition::{PerLevel, UNet2DConditionConfig};
 use dmd_models::{Precision, UNetConfig};
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,16 @@ pub struct TeacherSettings {
     pub unconditional: bool,
     /// A UNet2DModel's config.json; empty for the one that goes with the size.
     pub unet: String,
+    /// An autoencoder, as `dmd autoencoder train` and diffusers write them (a `vae/`), whose latents are learned in the place
+    /// of pictures; empty for none.
+    pub decoder: String,
+    /// Whether captions are learned in the place of classes.
+    pub text: bool,
+    /// What reads captions: a CLIP text encoder's config.json, learned along; a model folder, whose text encoder stays as it
+    /// is; empty for a small one, learned along.
+    pub text_encoder: String,
+    /// Tokens of the vocabulary that is learned from the captions, where the text encoder is learned along: 514 or more.
+    pub vocabulary: usize,
     /// Updates.
     pub steps: u64,
     /// Pictures per update.
@@ -36,7 +47,7 @@ pub struct TeacherSettings {
     pub seed: u64,
     /// Mirror half of the pictures.
     pub flip: bool,
-    /// Fraction of pictures shown without their class, so that the teacher can be guided.
+    /// Fraction of pictures shown without their class or caption, so that the teacher can be guided.
     pub label_dropout: f64,
     /// Fraction of the pictures kept for the validation loss.
     pub held_out: f64,
@@ -69,7 +80,8 @@ pub struct TeacherSettings {
 }
 
 impl Settings for TeacherSettings {
-    const OF_NO_WEIGHT: &'static [&'static str] = &["data", "unet", "log_every", "checkpoint_every", "about_data"];
+    const OF_NO_WEIGHT: &'static [&'static str] =
+        &["data", "unet", "decoder", "text_encoder", "log_every", "checkpoint_every", "about_data"];
     const ON_THE_WAY: &'static [&'static str] = &["steps", "accumulate", "grad_checkpoint", "rate", "decay"];
 }
 
@@ -81,6 +93,10 @@ impl Default for TeacherSettings {
             grey: false,
             unconditional: false,
             unet: String::new(),
+            decoder: String::new(),
+            text: false,
+            text_encoder: String::new(),
+            vocabulary: 2000,
             steps: 10_000,
             batch: 64,
             accumulate: 1,
@@ -122,9 +138,18 @@ impl TeacherSettings {
         at_least_one("checkpoint_every", self.checkpoint_every)?;
         fraction("label_dropout", self.label_dropout)?;
         ensure!(
-            self.label_dropout == 0.0 || !self.unconditional,
+            self.label_dropout == 0.0 || !self.unconditional || self.text,
             "label_dropout is {}, but --unconditional leaves no classes to drop",
             self.label_dropout
+        );
+        let defaults = Self::default();
+        ensure!(
+            self.text || (self.text_encoder.is_empty() && self.vocabulary == defaults.vocabulary),
+            "text_encoder and vocabulary are for teachers of text: say text = true, or --text"
+        );
+        ensure!(
+            self.decoder.is_empty() || !self.flip,
+            "flip is true, but mirrored pictures have other latents than the mirror of theirs: a decoder needs it false"
         );
         fraction("held_out", self.held_out)?;
         fraction("ema", self.ema)?;
@@ -140,6 +165,29 @@ impl TeacherSettings {
         );
         ensure!(self.p_mean.is_finite(), "p_mean is {}, expected a number", self.p_mean);
         optimizer(&self.optimizer)
+    }
+}
+
+/// A network of text for samples of this size, with tokens of this many channels: one level per halving, as
+/// [`default_unet`], with transformers on those of at most 16 pixels.
+pub fn default_text_unet(size: [usize; 2], channels: usize, tokens: usize) -> UNet2DConditionConfig {
+    let plain = default_unet(size, channels, 0);
+    let levels = plain.block_out_channels.len();
+    let attends: Vec<bool> =
+        (0..levels).map(|level| size[0].max(size[1]) >> level <= 16 || level + 1 == levels).collect();
+    let types = |way: &str, attends: &bool| format!("{}{way}Block2D", if *attends { "CrossAttn" } else { "" });
+    UNet2DConditionConfig {
+        sample_size: plain.sample_size,
+        in_channels: channels,
+        out_channels: channels,
+        layers_per_block: PerLevel::All(1),
+        down_block_types: attends.iter().map(|a| types("Down", a)).collect(),
+        up_block_types: attends.iter().rev().map(|a| types("Up", a)).collect(),
+        attention_head_dim: PerLevel::Each(plain.block_out_channels.iter().map(|n| n / 32).collect()),
+        block_out_channels: plain.block_out_channels,
+        cross_attention_dim: PerLevel::All(tokens),
+        norm_num_groups: 8,
+        ..UNet2DConditionConfig::default()
     }
 }
 

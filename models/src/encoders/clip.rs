@@ -2,10 +2,10 @@
 //! `CLIPTextModelWithProjection`.
 
 use crate::backend::{Activation, Backend, Block};
-use crate::layers::{Conv2d, Embedding, Init, LayerNorm, Linear, Scope, Source};
+use crate::layers::{Conv2d, Draws, Embedding, Init, LayerNorm, Linear, Random, Scope, Source};
 use crate::networks::config::Fields;
 use crate::ops::{Mask, TokenAt};
-use crate::{Error, Result, limits};
+use crate::{Error, Result, Weights, limits};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -149,6 +149,13 @@ pub struct States<V> {
 }
 
 impl ClipText {
+    /// Fresh weights, without a projection.
+    pub fn init(config: &ClipConfig, draw: &mut Draws) -> Result<Weights> {
+        let mut source = Random::new(draw);
+        Self::build(config, &mut source, false)?;
+        Ok(source.weights)
+    }
+
     /// Takes its parameters from `source`, by transformers' names without a first `text_model`; with the projection if the
     /// config's class has one, or `projected` where it names none.
     pub fn build(config: &ClipConfig, source: &mut dyn Source, projected: bool) -> Result<Self> {

@@ -1,5 +1,6 @@
 //! Prompts to ids of tokens, by the tokenizers crate: a folder `tokenizer/` of either generation.
 
+use super::clip_vocabulary;
 use crate::folder::json;
 use crate::{Error, Result, limits};
 use serde_json::{Value, json};
@@ -48,6 +49,19 @@ impl Tokenizer {
             false => (folder.join("vocab.json"), from_vocabulary(folder, &settings)?),
         };
         Self::new(description, &settings).map_err(|e| Error::file(file, e))
+    }
+
+    /// Of CLIP's kind with these pairs, for prompts of `length` tokens with their frame.
+    pub fn of_merges(merges: &[String], length: usize) -> Result<Self> {
+        let tokens = clip_vocabulary::tokens(merges);
+        let id = |token: &str| tokens.iter().position(|other| other == token);
+        let added = [BEGIN, END].map(|token| {
+            json!({"id": id(token), "content": token, "special": true, "normalized": true,
+                "single_word": false, "lstrip": false, "rstrip": false})
+        });
+        let vocab = tokens.iter().enumerate().map(|(i, token)| (token.clone(), json!(i))).collect();
+        let description = description(added.into(), Value::Object(vocab), json!(merges), END);
+        Self::new(description, &json!({ "model_max_length": length }))
     }
 
     /// From what `tokenizer.json` holds, and from the settings.
@@ -203,7 +217,13 @@ fn from_vocabulary(folder: &Path, settings: &Value) -> Result<Value> {
             token
         })
         .collect();
-    Ok(json!({
+    let unknown = text(&settings["unk_token"]).unwrap_or(END);
+    Ok(description(added, vocab, json!(merges), unknown))
+}
+
+/// What a `tokenizer.json` of CLIP's kind holds.
+fn description(added: Vec<Value>, vocab: Value, merges: Value, unknown: &str) -> Value {
+    json!({
         "version": "1.0",
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": [
@@ -218,7 +238,7 @@ fn from_vocabulary(folder: &Path, settings: &Value) -> Result<Value> {
         "model": {
             "type": "BPE",
             "dropout": null,
-            "unk_token": text(&settings["unk_token"]).unwrap_or(END),
+            "unk_token": unknown,
             "continuing_subword_prefix": "",
             "end_of_word_suffix": "</w>",
             "fuse_unk": false,
@@ -227,7 +247,28 @@ fn from_vocabulary(folder: &Path, settings: &Value) -> Result<Value> {
             "vocab": vocab,
             "merges": merges,
         },
-    }))
+    })
+}
+
+/// The words of a text as pairs of bytes are counted in: without spaces, in lower case, each byte as a letter that can be
+/// seen.
+pub(super) fn words(text: &str) -> tokenizers::Result<Vec<String>> {
+    static CUT: std::sync::LazyLock<std::result::Result<tokenizers::Tokenizer, String>> =
+        std::sync::LazyLock::new(|| {
+            let empty = description(Vec::new(), json!({ END: 0 }), json!([]), END);
+            tokenizers::Tokenizer::from_bytes(empty.to_string()).map_err(|e| e.to_string())
+        });
+    let cut = CUT.as_ref().map_err(|e| e.clone())?;
+    let mut normal = tokenizers::NormalizedString::from(text);
+    if let Some(normalizer) = cut.get_normalizer() {
+        tokenizers::Normalizer::normalize(normalizer, &mut normal)?;
+    }
+    let mut words = tokenizers::PreTokenizedString::from(normal);
+    if let Some(cutter) = cut.get_pre_tokenizer() {
+        tokenizers::PreTokenizer::pre_tokenize(cutter, &mut words)?;
+    }
+    let splits = words.get_splits(tokenizers::OffsetReferential::Normalized, tokenizers::OffsetType::Byte);
+    Ok(splits.into_iter().map(|(word, ..)| word.to_string()).collect())
 }
 
 /// What CLIP takes for a word (its `simple_tokenizer.py`).

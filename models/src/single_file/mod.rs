@@ -53,6 +53,8 @@ const DECODER: &str = "first_stage_model.";
 const CLIP: [&str; 2] = ["cond_stage_model.transformer.", "conditioner.embedders.0.transformer."];
 const OPEN_CLIP: [&str; 2] = ["cond_stage_model.model.", "conditioner.embedders.1.model."];
 const LAYER_WEIGHTS: &str = "model";
+/// Tokens of a prompt, framed.
+const CLIP_LENGTH: usize = 77;
 
 impl Kind {
     /// Its name among people.
@@ -216,7 +218,7 @@ fn write_folder(mut weights: Weights, options: Options, out: &Path) -> Result<Un
         let path = part(&tokenizer)?;
         match options.like {
             Some(like) => copy_folder(&like.join(&tokenizer), &path)?,
-            None => clip_vocabulary::write(&path, *open)?,
+            None => clip_vocabulary::write(&path, &clip_vocabulary::clip(), CLIP_LENGTH, open.then_some("!"))?,
         }
     }
 
