@@ -28,7 +28,10 @@ pub fn run(args: &DistillArgs) -> Result<Value> {
     let result = distill::distill(&config, &teacher, &args.out, &device, args.force)?;
     say(&format!("peak memory {}", memory::readable(memory::peak_bytes(&device))));
     let generator = args.out.join("generator");
-    say(&format!("generator in {0}: dmd export {0} --onnx generator.onnx", generator.display()));
+    // A model of several parts is exported as a folder of files.
+    let several = generator.join("vae").exists() || generator.join("text_encoder").exists();
+    let onnx = if several { "app-model" } else { "generator.onnx" };
+    say(&format!("generator in {0}: dmd export {0} --onnx {onnx}", generator.display()));
     Ok(result)
 }
 
