@@ -5,7 +5,6 @@
 mod settings;
 pub use settings::{AutoencoderSettings, Kind, Pixels};
 
-use crate::config::GuardSettings;
 use crate::data::Pictures;
 use crate::features::FeatureNetwork;
 use crate::fingerprint;
@@ -16,7 +15,7 @@ use crate::picture;
 use crate::random::{Purpose, Random};
 use crate::teacher::name_key;
 use crate::train::{self, Checkpoint, Group, Numbers, Parts, Schedule, Trainee, restore_vars, vars_as_weights};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor, Var};
 use dmd_models::{Autoencoder, Weights, write_whole};
 use ndarray::Array4;
@@ -34,24 +33,12 @@ pub fn train(
     force: bool,
 ) -> Result<Value> {
     settings.validate()?;
-    let occupied = out.exists() && (!out.is_dir() || out.read_dir()?.next().is_some());
-    if occupied && !out.join("training").exists() && !force {
-        bail!(
-            "{}: exists and is not an autoencoder in training; give another --out, or --force to write into it",
-            out.display()
-        );
-    }
+    train::check_out(out, "an autoencoder", force)?;
     let device = random.device.clone();
     let mut trainer =
         Trainer::new(settings, pictures, out, random).map_err(|error| memory::explained(error, Work::Networks))?;
-    let schedule = Schedule {
-        n_steps: settings.steps,
-        log_every: settings.log_every,
-        sample_every: settings.checkpoint_every,
-        checkpoint_every: settings.checkpoint_every,
-        guards: GuardSettings { skip: 0, returns: 0 },
-        work: Work::Training(settings.batch / settings.accumulate),
-    };
+    let at_a_time = settings.batch / settings.accumulate;
+    let schedule = Schedule::of_pictures(settings.steps, settings.log_every, settings.checkpoint_every, at_a_time);
     let outcome = train::train(&mut trainer, settings, &schedule, &out.join("training"), force)?;
     let [c, h, w] = trainer.latent_shape()?;
     let mut result = json!({

@@ -9,7 +9,6 @@ use lesson::{TEXT, settings_of_pipeline};
 mod settings;
 pub use settings::{TeacherSettings, default_text_unet, default_unet};
 
-use crate::config::GuardSettings;
 use crate::device::check_precision;
 use crate::fingerprint::{self, Fingerprint};
 use crate::loss::{denoising, edm_weight};
@@ -19,7 +18,7 @@ use crate::picture;
 use crate::random::{Purpose, Random, picture_noise};
 use crate::sample::{Model, Sampler, labels_in_turn};
 use crate::train::{self, Checkpoint, Group, Numbers, Parts, Schedule, Trainee, restore_vars, vars_as_weights};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use dmd_models::cost::cost;
 use dmd_models::encoders::TextEncoder;
@@ -41,25 +40,13 @@ pub fn train(
 ) -> Result<Value> {
     settings.validate()?;
     check_precision(settings.precision, device)?;
-    let occupied = out.exists() && (!out.is_dir() || out.read_dir()?.next().is_some());
-    if occupied && !out.join("training").exists() && !force {
-        bail!(
-            "{}: exists and is not a teacher in training; give another --out, or --force to write into it",
-            out.display()
-        );
-    }
+    train::check_out(out, "a teacher", force)?;
     let random = Random { seed: settings.seed, device: device.clone() };
     // First what can be refused, then what leaves a trace in `out`.
     let mut trainer = Trainer::new(settings, network.into(), lesson, out, random)
         .map_err(|error| memory::explained(error, Work::Networks))?;
-    let schedule = Schedule {
-        n_steps: settings.steps,
-        log_every: settings.log_every,
-        sample_every: settings.checkpoint_every,
-        checkpoint_every: settings.checkpoint_every,
-        guards: GuardSettings { skip: 0, returns: 0 },
-        work: Work::Training(settings.batch / settings.accumulate),
-    };
+    let at_a_time = settings.batch / settings.accumulate;
+    let schedule = Schedule::of_pictures(settings.steps, settings.log_every, settings.checkpoint_every, at_a_time);
     let outcome = train::train(&mut trainer, settings, &schedule, &out.join("training"), force)?;
     let mut result = json!({
         "out": out,

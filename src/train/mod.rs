@@ -65,6 +65,33 @@ pub struct Schedule {
     pub work: Work,
 }
 
+impl Schedule {
+    /// Of a model that is trained on pictures: it is looked at whenever a checkpoint is written, and nothing is tried again.
+    /// `at_a_time` pictures take memory.
+    pub fn of_pictures(n_steps: u64, log_every: u64, checkpoint_every: u64, at_a_time: usize) -> Self {
+        Schedule {
+            n_steps,
+            log_every,
+            sample_every: checkpoint_every,
+            checkpoint_every,
+            guards: GuardSettings { skip: 0, returns: 0 },
+            work: Work::Training(at_a_time),
+        }
+    }
+}
+
+/// Refuses a folder that holds something and no training of ours, unless `force`; `what` would be in it.
+pub fn check_out(out: &Path, what: &str, force: bool) -> Result<()> {
+    let occupied = out.exists() && (!out.is_dir() || out.read_dir()?.next().is_some());
+    if occupied && !out.join("training").exists() && !force {
+        bail!(
+            "{}: exists and is not {what} in training; give another --out, or --force to write into it",
+            out.display()
+        );
+    }
+    Ok(())
+}
+
 /// What a training came to.
 pub struct Outcome {
     /// The last update's numbers.
